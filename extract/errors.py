@@ -1,0 +1,89 @@
+"""Errors of the extraction stage and the store.
+
+    ExtractError
+    ├── SlideError                  one slide cannot be used; the run goes on with the others
+    │   ├── SlideUnreadableError    (OSError)     the file does not open as a slide, or stops being readable
+    │   ├── MissingMppError         (ValueError)  the file names no micrometres per pixel
+    │   ├── ScaleError              (ValueError)  the wanted scale cannot be had from this slide
+    │   ├── NoTissueError           (ValueError)  no tile passes the tissue threshold
+    │   └── FeatureRangeError       (ValueError)  an embedding is not finite or does not fit the dtype
+    ├── TileDecodeError             (OSError)     one tile cannot be decoded; it is listed as invalid
+    ├── SlideTableError             (ValueError)  the slide table or the list of slides is unusable
+    ├── BackboneError               (ValueError)  the backbone or its weights cannot be loaded
+    └── StoreError                  (ValueError)  the store cannot be used as asked
+        ├── RecipeMismatchError                   another recipe made this store or entry
+        ├── UnitCorruptError                      a committed unit is not what its record says
+        ├── StoreFullError          (OSError)     no space left
+        ├── SlideNotFoundError      (KeyError)    the store holds no such slide
+        └── EntryNotFoundError      (KeyError)    the store holds no such features entry
+
+Every message reads: got → expected → do this.
+"""
+
+
+class ExtractError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument, which would quote a whole sentence
+        return str(self.args[0]) if self.args else ""
+
+
+class SlideError(ExtractError):
+    """One slide cannot be used; the others are not affected."""
+
+
+class SlideUnreadableError(SlideError, OSError):
+    """The file does not open as a slide, or a level cannot be read."""
+
+
+class MissingMppError(SlideError, ValueError):
+    """The slide names no micrometres per pixel and none was given."""
+
+
+class ScaleError(SlideError, ValueError):
+    """The requested scale or tile size cannot be had from this slide."""
+
+
+class NoTissueError(SlideError, ValueError):
+    """No tile of the slide passes the tissue threshold."""
+
+
+class FeatureRangeError(SlideError, ValueError):
+    """An embedding is not finite, or does not fit the dtype of the store."""
+
+
+class TileDecodeError(ExtractError, OSError):
+    """One tile cannot be decoded."""
+
+
+class SlideTableError(ExtractError, ValueError):
+    """The slide table or the list of slides is unusable."""
+
+
+class BackboneError(ExtractError, ValueError):
+    """The backbone is unknown, or its weights cannot be had or do not fit."""
+
+
+class StoreError(ExtractError, ValueError):
+    """The store cannot be used as asked."""
+
+
+class RecipeMismatchError(StoreError):
+    """The store or entry was made by another recipe."""
+
+
+class UnitCorruptError(StoreError):
+    """A committed unit is not what its record says."""
+
+
+class StoreFullError(StoreError, OSError):
+    """There is no space left where the store lies."""
+
+
+class SlideNotFoundError(StoreError, KeyError):
+    """The store holds no such slide."""
+
+
+class EntryNotFoundError(StoreError, KeyError):
+    """The store holds no such features entry."""
