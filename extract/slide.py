@@ -104,7 +104,8 @@ class Slide:
         said = f"a printing default of {float(tag):g} µm/px" if tag else "no µm/px"
         return MissingMppError(
             f"got {said} in slide {self.name!r} → its scale must be known to read it at a requested mpp → give it in "
-            f"the mpp column of --slides TABLE, or for all such slides with --default-mpp, or tile as it is with --native"
+            f"the mpp column of --slides TABLE, or for all such slides with --default-mpp, or tile as it "
+            f"is with --native"
         )
 
     def read_tile(self, x_l0: int, y_l0: int, plan: ReadPlan) -> np.ndarray:
@@ -163,7 +164,7 @@ class Slide:
                 except TileDecodeError:
                     readable[target] = False
                 else:
-                    picture[target] = Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BOX)
+                    picture[target] = np.asarray(Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BOX))
         return picture, readable
 
     def _open(self) -> Any:

@@ -61,7 +61,8 @@ def cut_slide(
     kept = fraction >= recipe.min_tissue_fraction
     if not kept.any():
         raise NoTissueError(
-            f"got no tile with at least {recipe.min_tissue_fraction:.0%} tissue among {len(coords)} of slide {slide_id!r} "
+            f"got no tile with at least {recipe.min_tissue_fraction:.0%} tissue among {len(coords)} of "
+            f"slide {slide_id!r} "
             f"(best {fraction.max():.0%}) → lower --min-tissue, or tile everything with --tissue none"
         )
     record = {

@@ -71,7 +71,7 @@ def tissue_fraction(mask: np.ndarray, corners_px: np.ndarray, size_px: tuple[flo
         - _interpolate(integral, right, top)
         + _interpolate(integral, left, top)
     )
-    return np.clip(area / (size_px[0] * size_px[1]), 0.0, 1.0).astype(np.float32)
+    return np.asarray(np.clip(area / (size_px[0] * size_px[1]), 0.0, 1.0), dtype=np.float32)
 
 
 def _interpolate(integral: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -106,15 +106,17 @@ class SlideReader(ABC):
         Raises:
             EntryNotFoundError: the slide has no complete features in this entry.
         """
-        matrix = self._all_features(entry)
-        return matrix if not self.feature_record(entry)["invalid_rows"] else matrix[self.valid(entry)]
+        matrix: np.ndarray = self._all_features(entry)
+        if self.feature_record(entry)["invalid_rows"]:
+            return np.asarray(matrix[self.valid(entry)])
+        return matrix
 
     def coords(self, entry: str | None = None) -> np.ndarray:
         """Tile corners int32 [n, 2] in level-0 px; with ``entry``, row for row those of ``features(entry)``."""
         coords = self._all_coords()
         if entry is None or not self.feature_record(entry)["invalid_rows"]:
             return coords
-        return coords[self.valid(entry)]
+        return np.asarray(coords[self.valid(entry)])
 
 
 class Store(ABC):

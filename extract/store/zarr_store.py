@@ -199,7 +199,8 @@ class ZarrStore(Store):
             return
         if changes := difference(self.feature_recipe(entry), recipe):
             raise RecipeMismatchError(
-                f"got a feature recipe unlike that of entry {entry!r} in {self.path} (there → now): {'; '.join(changes)} → "
+                f"got a feature recipe unlike that of entry {entry!r} in {self.path} (there → now): "
+                f"{'; '.join(changes)} → "
                 f"one entry holds one recipe → name another entry with --as, or repeat the settings"
             )
 
@@ -352,7 +353,8 @@ def _map_array(folder: Path) -> np.ndarray:
     size = chunk.stat().st_size if chunk.is_file() else -1
     if size != expected:
         raise UnitCorruptError(
-            f"got {max(size, 0)} bytes in {chunk} → its record says {expected} → the file is damaged; delete the folder "
+            f"got {max(size, 0)} bytes in {chunk} → its record says {expected} → the file is damaged; "
+            f"delete the folder "
             f"{folder} and run mil extract again"
         )
     return np.memmap(chunk, dtype=dtype, mode="r", shape=shape).view(np.ndarray)
@@ -444,6 +446,7 @@ class _clear_when_full:
         free = shutil.disk_usage(folder).free
         raise StoreFullError(
             f"got no space left while writing {self._path.name} ({free / 1e6:.1f} MB free) → this unit needs about "
-            f"{self._needed / 1e6:.1f} MB → free some space or move the store, then run the same command again: the store is "
+            f"{self._needed / 1e6:.1f} MB → free some space or move the store, then run the same command "
+            f"again: the store is "
             f"valid and finished slides are kept"
         ) from error
