@@ -9,6 +9,7 @@
     │   ├── SlideChangedError       (ValueError)  the file, or its stated scale, is not what was cut before
     │   └── FeatureRangeError       (ValueError)  an embedding is not finite or does not fit the dtype
     ├── TileDecodeError             (OSError)     one tile cannot be decoded; it is listed as invalid
+    ├── RecipeError             (ValueError)  a setting of a recipe is out of range
     ├── SlideTableError             (ValueError)  the slide table or the list of slides is unusable
     ├── BackboneError               (ValueError)  the backbone or its weights cannot be loaded
     └── StoreError                  (ValueError)  the store cannot be used as asked
@@ -60,6 +61,10 @@ class FeatureRangeError(SlideError, ValueError):
 
 class TileDecodeError(ExtractError, OSError):
     """One tile cannot be decoded."""
+
+
+class RecipeError(ExtractError, ValueError):
+    """A setting of a recipe is unknown or out of range."""
 
 
 class SlideTableError(ExtractError, ValueError):

@@ -7,17 +7,23 @@ hashed apart.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from extract.errors import RecipeMismatchError
+from extract.errors import RecipeError, RecipeMismatchError
 
 R = TypeVar("R")
 
 _SAMPLE_BYTES = 1 << 20
+
+
+def _check(valid: bool, what: str, got: object, expected: str) -> None:
+    if not valid:
+        raise RecipeError(f"got {what} {got!r} → expected {expected} → correct it")
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,9 @@ class TissueRecipe:
     min_object_tiles: float = 0.25
     min_hole_tiles: float = 0.25
 
+    def __post_init__(self) -> None:
+        _check(self.method in ("default", "none"), "tissue method", self.method, "default or none")
+
 
 @dataclass(frozen=True)
 class TileRecipe:
@@ -68,6 +77,15 @@ class TileRecipe:
     allow_upsampling: bool = False
     resampling: str = "area"
     tissue: TissueRecipe = field(default_factory=TissueRecipe)
+
+    def __post_init__(self) -> None:
+        valid_mpp = self.mpp is None or (math.isfinite(self.mpp) and self.mpp > 0)
+        _check(valid_mpp, "mpp", self.mpp, "µm per pixel above 0, such as 0.5")
+        _check(self.tile_px > 0, "tile size", self.tile_px, "at least one pixel")
+        _check(0 <= self.overlap_px < self.tile_px, "overlap", self.overlap_px, f"0 to {self.tile_px - 1} pixels")
+        _check(self.edge in ("shift", "drop"), "edge", self.edge, "shift or drop")
+        _check(0 <= self.min_tissue_fraction <= 1, "tissue fraction", self.min_tissue_fraction, "0 to 1")
+        _check(self.resampling == "area", "resampling", self.resampling, "area")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Speed against limits, measured side by side in one run; not packaged."""

@@ -1,0 +1,127 @@
+"""What long commands show: a live line on a terminal, plain lines elsewhere, and tables."""
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+_PLAIN_EVERY_S = 10.0
+
+
+class LiveCount:
+    """Counts finished things out of a total: a bar on a terminal, a line every ten seconds elsewhere.
+
+    Safe to call from several threads.
+    """
+
+    def __init__(self, console: Console, what: str) -> None:
+        self._console, self._what = console, what
+        self._total, self._done, self._units = 0, 0, 0
+        self._note = ""
+        self._lock = threading.Lock()
+        self._started = self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True)
+
+    def begin(self, total: int) -> None:
+        """Start counting up to ``total``."""
+        self._total, self._started = total, time.monotonic()
+        self._last_line = self._started
+        if self._bar is not None:
+            self._bar.start()
+            self._bar.add_task(self._what, total=total, note="")
+
+    def add(self, done: int = 0, units: int = 0, note: str | None = None) -> None:
+        """``done`` more things and ``units`` more of what rates are counted in are finished."""
+        with self._lock:
+            self._done += done
+            self._units += units
+            self._note = note if note is not None else self._note
+            if self._bar is not None:
+                self._bar.update(self._bar.task_ids[0], completed=self._done, note=escape(self._text()))
+            elif time.monotonic() - self._last_line >= _PLAIN_EVERY_S:
+                self._last_line = time.monotonic()
+                self._console.print(f"{self._what} {self._done}/{self._total}  {self._text()}", markup=False)
+
+    def say(self, line: str, style: str | None = None) -> None:
+        """Print a line above the live line."""
+        self._console.print(line, style=style, markup=False)
+
+    def end(self) -> None:
+        """Remove the live line."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _text(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        rate = f"{self._units / seconds:.1f} tiles/s" if self._units else ""
+        return "  ".join(part for part in (rate, self._note) if part)
+
+
+class ExtractionProgress:
+    """Shows an extraction: slides done, tiles/s, failures as they come."""
+
+    def __init__(self, console: Console) -> None:
+        self._count = LiveCount(console, "slides")
+
+    def start(self, n_slides: int) -> None:
+        """The run begins."""
+        self._count.begin(n_slides)
+
+    def tiles_done(self, n: int) -> None:
+        """``n`` more tiles are embedded."""
+        self._count.add(units=n)
+
+    def slide_done(self, outcome: Any) -> None:
+        """A slide is finished."""
+        if outcome.outcome == "failed":
+            self._count.say(f"failed: {outcome.slide_id}: {outcome.reason}", style="red")
+        elif outcome.n_invalid and outcome.outcome == "embedded":
+            self._count.say(f"{outcome.slide_id}: {outcome.n_invalid} of {outcome.n_tiles} tiles cannot be decoded")
+        self._count.add(done=1)
+
+    def bottleneck(self, name: str) -> None:
+        """Which stage the others wait for."""
+        self._count.add(note=f"waiting for {name}")
+
+    def end(self) -> None:
+        """The run is over."""
+        self._count.end()
+
+
+def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; every column but the first is right-aligned."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    console.print(table)
+
+
+def print_metrics(console: Console, title: str, evaluation: dict[str, Any]) -> None:
+    """Print the metrics of `mil.statistics.evaluate` with their intervals, and the per-class table."""
+    names = {"macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "accuracy": "accuracy"}
+    rows = [[label, *_interval(evaluation[key], 3)] for key, label in names.items()]
+    print_table(console, title, ["metric", "value", "95 % interval"], rows)
+    columns = ["class", "slides", "patients", "TP", "FP", "FN", "TN", "recall", "AUROC"]
+    rows = []
+    for name, values in evaluation["classes"].items():
+        counts = [" ".join(_interval(values[key], 0)) for key in ("tp", "fp", "fn", "tn")]
+        rates = [" ".join(_interval(values[key], 2)) for key in ("recall", "auroc")]
+        rows.append([name, str(values["support"]), str(values["n_patients"]), *counts, *rates])
+    print_table(console, "one class against the others, with 95 % intervals over patients", columns, rows)
+
+
+def _interval(value: dict[str, float | None], digits: int) -> tuple[str, str]:
+    """The value and its interval as text; a dash where there is none."""
+    point, low, high = (value[key] for key in ("value", "low", "high"))
+    text = "–" if point is None else f"{point:.{digits}f}"
+    return text, "–" if low is None or high is None else f"[{low:.{digits}f}, {high:.{digits}f}]"
