@@ -2,6 +2,8 @@
 
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,12 +34,6 @@ def main() -> None:
     except (ExtractError, MilError, AggregatorError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        again = shlex.join(["mil", *sys.argv[1:]])
-        Console(stderr=True).print(
-            f"\nstopped. What was finished is kept. To go on: {again}", markup=False, soft_wrap=True
-        )
-        sys.exit(130)
 
 
 @app.command()
@@ -134,11 +130,20 @@ def extract(
             batch_size,
             progress,
         )
+    except KeyboardInterrupt:
+        raise _stopped() from None
     finally:
         progress.end()
     _print_extraction(console, report)
     if report.failed:
         raise typer.Exit(1)
+
+
+def _stopped() -> typer.Exit:
+    """Say that nothing is lost and how to go on; exit as a shell expects after Ctrl-C."""
+    again = shlex.join(["mil", *sys.argv[1:]])
+    Console(stderr=True).print(f"stopped. What was finished is kept. To go on: {again}", markup=False, soft_wrap=True)
+    return typer.Exit(130)
 
 
 def _print_extraction(console: Console, report: Any) -> None:
@@ -152,7 +157,8 @@ def _print_extraction(console: Console, report: Any) -> None:
         else ""
     )
     console.print(
-        f"{len(report.outcomes)} slides: {report.count('embedded')} embedded, {report.count('complete')} complete before, "
+        f"{len(report.outcomes)} slides: {report.count('embedded')} embedded, {report.count('complete')} "
+        f"complete before, "
         f"{len(report.failed)} failed; {tiles} tiles in {report.seconds:.1f} s{rate}",
         soft_wrap=True,
         highlight=False,
@@ -164,4 +170,223 @@ def _print_extraction(console: Console, report: Any) -> None:
         print_table(console, "slides that failed", ["slide", "reason"], [[o.slide_id, o.reason] for o in report.failed])
     console.print(
         f"store {report.store}, entry {report.entry}, log {report.log}", markup=False, soft_wrap=True, highlight=False
+    )
+
+
+RunOption = Annotated[Path, typer.Option("--run", help="The folder that mil train wrote with --out.")]
+
+
+@app.command()
+def train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings: head=abmil folds=5 seeds=3 optimizer.lr=1e-4 ...", show_default=False),
+    ] = None,
+    *,
+    store: Annotated[Path | None, typer.Option(help="The embedding store.", show_default=False)] = None,
+    labels: Annotated[Path | None, typer.Option(help="Label table (CSV).", show_default=False)] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Column of the label table to predict.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results; must be new or empty.")],
+    slide_column: Annotated[str | None, typer.Option(help="Column of slide ids.", show_default=False)] = None,
+    patient_column: Annotated[str | None, typer.Option(help="Column of patient ids.", show_default=False)] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="config.yaml of an earlier run, to run it again.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in --out.")] = False,
+) -> None:
+    """Cross-validate a head on cached bags, grouped by patient, and write a report.
+
+    Example: `mil train --store cohort.zarr --labels labels.csv --target subtype --out runs/abmil head=abmil folds=5 seeds=3`
+    """
+    from mil.config import compose_config
+    from mil.crossval import run_training
+
+    values = {"store": store, "labels": labels, "target": target}
+    values |= {"slide_column": slide_column, "patient_column": patient_column}
+    given = {name: str(value) for name, value in values.items() if value is not None}
+    settings = compose_config(overrides or [], config, given)
+    console = Console()
+    with _replica_progress(console, f"replicas of {settings.head.name}") as progress:
+        run = run_training(settings, out, progress, overwrite)
+    _print_run(console, run)
+    _report(console, run.folder, settings.store)
+
+
+@contextmanager
+def _replica_progress(console: Console, what: str) -> Iterator[Any]:
+    """Counts replicas, with the epoch and validation loss of the one in training."""
+    from mil.console import LiveCount
+
+    count = LiveCount(console, what)
+    begun = False
+
+    def report(progress: Any) -> None:
+        nonlocal begun
+        if not begun:
+            count.begin(progress.n_replicas)
+            begun = True
+        if progress.record is not None:
+            record = progress.record
+            count.add(note=f"{progress.replica.name} epoch {record.epoch} val loss {record.validation_loss:.3f}")
+        if progress.trained is not None:
+            count.add(done=1)
+
+    try:
+        yield report
+    finally:
+        count.end()
+
+
+def _print_run(console: Console, run: Any) -> None:
+    from mil.console import print_metrics, print_table
+
+    metrics = run.metrics
+    rows = [[reason, str(count), _shorten(ids)] for reason, count, ids in metrics["cohort"]["attrition"] if count]
+    print_table(console, "where the rows and slides went", ["rows and slides", "count", "which"], rows)
+    title = f"{metrics['target']} by {metrics['head']}: mean out-of-fold probability of {len(run.config.seeds)} seeds"
+    print_metrics(console, title, metrics["out_of_fold"])
+    for warning in metrics["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True, highlight=False)
+    looks = metrics["looks"]
+    console.print(
+        f"The test folds of this cohort have been looked at {looks} time{'s' if looks != 1 else ''} in "
+        f"this folder of runs.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _shorten(ids: list[str]) -> str:
+    return ", ".join(ids[:4]) + (f", and {len(ids) - 4} more" if len(ids) > 4 else "")
+
+
+def _report(console: Console, folder: Path, store: Path | None, synthetic: bool = False) -> None:
+    """Write the report, or say what is missing for it."""
+    from extract.errors import ExtractError
+    from extract.store import open_store
+    from mil.errors import MissingExtraError
+    from mil.report import write_report
+
+    def thumbnail(slide_id: str) -> Any:
+        try:
+            return open_store(store)[slide_id].thumbnail if store is not None else None
+        except ExtractError:
+            return None
+
+    try:
+        path = write_report(folder, thumbnail, synthetic=synthetic)
+    except MissingExtraError as error:
+        console.print(f"results {folder}; no report: {error}", markup=False, soft_wrap=True, highlight=False)
+    else:
+        console.print(f"results {folder}, report {path}", markup=False, soft_wrap=True, highlight=False)
+
+
+@app.command()
+def predict(
+    *,
+    run: RunOption,
+    store: StoreOption,
+    out: Annotated[Path, typer.Option(help="CSV to write: slide_id, predicted, p_<class>...")],
+    entry: Annotated[
+        str | None, typer.Option("--as", help="Features entry.  [default: the one that fits]", show_default=False)
+    ] = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Predict slides without labels by the mean probability of a run's replicas.
+
+    Example: `mil predict --run runs/abmil --store new.zarr --out predictions.csv`
+    """
+    from extract.store import open_store
+    from mil.inference import predict as predict_store
+
+    predictions = predict_store(run, open_store(store), entry, device=device)
+    predictions.write_csv(out)
+    console = Console()
+    counts = ", ".join(f"{name} {predictions.predicted.count(name)}" for name in predictions.class_names)
+    console.print(
+        f"{len(predictions.slide_ids)} slides by the mean of {len(predictions.replicas)} replicas: "
+        f"{counts}; written to {out}",
+        markup=False,
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="The folder that mil train wrote.")],
+    store: Annotated[Path | None, typer.Option(help="The store, for thumbnails.", show_default=False)] = None,
+) -> None:
+    """Write a run's report.html again.
+
+    Example: `mil report runs/abmil --store cohort.zarr`
+    """
+    _report(Console(), run, store)
+
+
+@app.command()
+def demo(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings, as in mil train.", show_default=False)
+    ] = None,
+    *,
+    out: Annotated[Path, typer.Option(help="Folder for slides, store and runs.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the synthetic cohort.", min=0)] = 0,
+) -> None:
+    """Run everything on a small SYNTHETIC cohort: draw slides, embed, train two heads, report.
+
+    The slides imitate H&E and differ by planted lesions; they say nothing about real tumours. Runs again resume.
+
+    Example: `mil demo --out demo`
+    """
+    import time
+
+    from extract.pipeline import run_extraction
+    from mil.console import ExtractionProgress
+    from mil.demo import draw_cohort, judge, train_heads
+
+    console, started = Console(), time.monotonic()
+    console.print("SYNTHETIC DATA: drawing a cohort that imitates H&E", style="bold", highlight=False)
+    slides = draw_cohort(out / "cohort", seed)
+    store, progress = out / "cohort.zarr", ExtractionProgress(console)
+    try:
+        extraction = run_extraction(slides, store, table=out / "cohort" / "slides.csv", mpp=0.5, progress=progress)
+    except KeyboardInterrupt:
+        raise _stopped() from None
+    finally:
+        progress.end()
+    _print_extraction(console, extraction)
+    with ExitStack() as stack:
+        runs = train_heads(
+            store,
+            out / "cohort" / "labels.csv",
+            out,
+            overrides or [],
+            lambda head: stack.enter_context(_replica_progress(console, f"replicas of {head}")),
+        )
+    _print_demo(console, judge(store, out / "cohort", runs))
+    for run in runs:
+        _report(console, run.folder, store, synthetic=True)
+    console.print(f"SYNTHETIC DATA. {time.monotonic() - started:.0f} s in all.", style="bold", highlight=False)
+
+
+def _print_demo(console: Console, result: Any) -> None:
+    from mil.console import print_metrics, print_table
+
+    print_metrics(console, "SYNTHETIC cohort, subtype by abmil, out of fold", result.runs[-1].metrics["out_of_fold"])
+    rows = []
+    for run in result.runs:
+        scores = [run.metrics["out_of_fold"][key] for key in ("macro_f1", "balanced_accuracy", "auroc")]
+        cells = [f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" for score in scores]
+        rows.append([run.config.head.name, *cells])
+    print_table(console, "SYNTHETIC cohort, by head", ["head", "macro-F1", "balanced accuracy", "AUROC"], rows)
+    gain, low, high = result.gain
+    console.print(
+        f"ABMIL minus mean pooling: {gain:+.3f} macro-F1 [{low:+.3f}, {high:+.3f}], paired over patients.\n"
+        f"Out-of-fold attention finds planted lesion tiles with AUROC {result.lesion_auroc:.3f} (mean of "
+        f"{result.n_slides} slides).",
+        highlight=False,
+        soft_wrap=True,
     )

@@ -5,12 +5,14 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 _PLAIN_EVERY_S = 10.0
+_TEXT_COLUMNS = ("which", "reason")
 
 
 class LiveCount:
@@ -97,13 +99,17 @@ class ExtractionProgress:
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; every column but the first is right-aligned."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    """Print a table; every column but the first and those of reasons is right-aligned."""
+    console.print(title, style="bold", markup=False, soft_wrap=True, highlight=False)
+    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        left = i == 0 or column in _TEXT_COLUMNS
+        table.add_column(
+            column, justify="left" if left else "right", overflow="fold", no_wrap=not left or column == "class"
+        )
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    console.print(table)
+    console.print(table, highlight=False)
 
 
 def print_metrics(console: Console, title: str, evaluation: dict[str, Any]) -> None:
@@ -111,17 +117,25 @@ def print_metrics(console: Console, title: str, evaluation: dict[str, Any]) -> N
     names = {"macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "accuracy": "accuracy"}
     rows = [[label, *_interval(evaluation[key], 3)] for key, label in names.items()]
     print_table(console, title, ["metric", "value", "95 % interval"], rows)
-    columns = ["class", "slides", "patients", "TP", "FP", "FN", "TN", "recall", "AUROC"]
+    columns = ["class", "slides", "pat.", "TP", "FP", "FN", "TN", "recall", "AUROC"]
     rows = []
     for name, values in evaluation["classes"].items():
-        counts = [" ".join(_interval(values[key], 0)) for key in ("tp", "fp", "fn", "tn")]
-        rates = [" ".join(_interval(values[key], 2)) for key in ("recall", "auroc")]
+        counts = [_stacked(values[key], 0) for key in ("tp", "fp", "fn", "tn")]
+        rates = [_stacked(values[key], 2) for key in ("recall", "auroc")]
         rows.append([name, str(values["support"]), str(values["n_patients"]), *counts, *rates])
-    print_table(console, "one class against the others, with 95 % intervals over patients", columns, rows)
+    print_table(
+        console, "One class against the others; below each figure its 95 % interval over patients", columns, rows
+    )
+
+
+def _stacked(value: dict[str, float | None], digits: int) -> str:
+    """The value, and its interval on the line below."""
+    point, interval = _interval(value, digits)
+    return f"{point}\n{interval.strip('[]').replace(' ', '–')}"
 
 
 def _interval(value: dict[str, float | None], digits: int) -> tuple[str, str]:
     """The value and its interval as text; a dash where there is none."""
     point, low, high = (value[key] for key in ("value", "low", "high"))
     text = "–" if point is None else f"{point:.{digits}f}"
-    return text, "–" if low is None or high is None else f"[{low:.{digits}f}, {high:.{digits}f}]"
+    return text, "–" if low is None or high is None else f"[{low:.{digits}f} {high:.{digits}f}]"

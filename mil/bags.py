@@ -1,0 +1,261 @@
+"""Bags: the cached instances of every slide, and the packs that heads read.
+
+A pack holds whole or sampled bags one after another, `instances [total, dim]` cut by `offsets [bags + 1]`; there is no
+padding. Whatever memory the bags are in, the same request gives the same bytes.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mil.errors import BagError, did_you_mean, listed
+
+Memory = Literal["auto", "mmap", "ram"]
+IntArray = npt.NDArray[np.int64]
+
+# Bags are copied into RAM when they take at most this part of what is free.
+RAM_SHARE = 0.5
+_CHUNK_ROWS = 4096
+_DRAW_ROWS = 1
+
+
+class SlideFeatures(Protocol):
+    """One slide of a store, as bags need it."""
+
+    def features(self, entry: str) -> npt.NDArray[Any]:
+        """[n_valid, dim], float16 or float32."""
+        ...
+
+
+class FeatureStore(Protocol):
+    """A store, as bags need it; `extract.store.Store` is one."""
+
+    path: Path
+
+    def entries(self) -> list[str]:
+        """Names of the features entries."""
+        ...
+
+    def slide_ids(self, entry: str | None = None) -> list[str]:
+        """Slides with complete features in ``entry``."""
+        ...
+
+    def __getitem__(self, slide_id: str) -> SlideFeatures:
+        """One slide."""
+        ...
+
+
+class Pack(NamedTuple):
+    """Bags one after another.
+
+    Attributes:
+        instances: [total, dim], in the dtype of the store.
+        offsets: int64 [bags + 1], on the CPU; bag i is instances[offsets[i]:offsets[i + 1]].
+        bags: int64 [bags], which bags these are.
+    """
+
+    instances: Tensor
+    offsets: Tensor
+    bags: IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Per bag: instances [n], mean [n, dim] and sum of squared deviations [n, dim], in float64."""
+
+    counts: IntArray
+    means: npt.NDArray[np.float64]
+    deviations: npt.NDArray[np.float64]
+
+    def mean_std(self, bags: IntArray) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [dim] over all instances of some bags; 0 for a feature that never varies."""
+        counts = self.counts[bags, None].astype(np.float64)
+        total = counts.sum()
+        mean = (counts * self.means[bags]).sum(axis=0) / total
+        between = (counts * (self.means[bags] - mean) ** 2).sum(axis=0)
+        std = np.sqrt((self.deviations[bags].sum(axis=0) + between) / total)
+        # what is left of a constant after rounding is no deviation
+        std[std <= 1e-6 * np.abs(mean)] = 0.0
+        return torch.from_numpy(mean), torch.from_numpy(std)
+
+
+class Bags:
+    """The instances of n slides, in RAM or memory-mapped.
+
+    Args:
+        slide_ids: [n].
+        features: n matrices [n_instances, dim] of one dtype, such as the store's memory-mapped views.
+        memory: ``ram`` copies them into one matrix, ``mmap`` leaves them where they are, ``auto`` copies when they
+            take at most half of the free memory.
+
+    Raises:
+        BagError: no bags, a bag without instances, or bags of different width.
+
+    Example:
+        >>> bags = Bags(["a", "b"], [np.zeros((3, 8), np.float16), np.ones((2, 8), np.float16)])
+        >>> bags.pack(np.array([1, 0])).offsets.tolist()
+        [0, 2, 5]
+    """
+
+    def __init__(self, slide_ids: Sequence[str], features: Sequence[npt.NDArray[Any]], memory: Memory = "auto") -> None:
+        _check(slide_ids, features)
+        self.slide_ids = tuple(slide_ids)
+        self.n_instances: IntArray = np.array([len(matrix) for matrix in features], dtype=np.int64)
+        self.dim = int(features[0].shape[1])
+        size = sum(matrix.nbytes for matrix in features)
+        self.memory: Literal["mmap", "ram"] = "ram" if memory == "ram" else "mmap"
+        if memory == "auto" and size <= RAM_SHARE * _free_bytes():
+            self.memory = "ram"
+        self._matrices = [np.array(matrix) for matrix in features] if self.memory == "ram" else list(features)
+
+    def __len__(self) -> int:
+        return len(self.slide_ids)
+
+    def pack(self, bags: IntArray, rows: Mapping[int, IntArray] | None = None) -> Pack:
+        """Gather bags, in this order.
+
+        Args:
+            bags: [k], which.
+            rows: for some of them, the instances to take; the others are taken whole.
+        """
+        rows = rows or {}
+        parts = [self._matrices[bag][rows[bag]] if bag in rows else self._matrices[bag] for bag in bags.tolist()]
+        offsets = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
+        return Pack(torch.from_numpy(np.concatenate(parts)), torch.from_numpy(offsets), bags)
+
+    def draw(self, bags: IntArray, budget: int | None, seed: int, epoch: int) -> dict[int, IntArray]:
+        """Draw ``budget`` instances of every larger bag, without replacement.
+
+        A draw depends on (seed, epoch, bag) alone, so it is the same whatever else is drawn.
+        """
+        if budget is None:
+            return {}
+        larger = bags[self.n_instances[bags] > budget]
+        return {
+            bag: np.sort(
+                np.random.default_rng((_DRAW_ROWS, seed, epoch, bag)).choice(
+                    self.n_instances[bag], size=budget, replace=False, shuffle=False
+                )
+            )
+            for bag in larger.tolist()
+        }
+
+    def packs(self, bags: IntArray, max_instances: int) -> Iterator[Pack]:
+        """Whole bags, in this order, in packs of at most ``max_instances`` (a larger bag has a pack of its own)."""
+        start, total = 0, 0
+        for stop, bag in enumerate(bags.tolist()):
+            if stop > start and total + self.n_instances[bag] > max_instances:
+                yield self.pack(bags[start:stop])
+                start, total = stop, 0
+            total += int(self.n_instances[bag])
+        if start < len(bags):
+            yield self.pack(bags[start:])
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Moments of every bag, from one pass over all instances that holds 4,096 rows at a time.
+
+        Raises:
+            BagError: a feature is not finite; the slides are named.
+        """
+        means = np.empty((len(self), self.dim))
+        deviations = np.empty((len(self), self.dim))
+        for bag, matrix in enumerate(self._matrices):
+            means[bag], deviations[bag] = _moments(matrix)
+        broken = [self.slide_ids[bag] for bag in np.flatnonzero(~np.isfinite(deviations).all(axis=1))]
+        if broken:
+            raise BagError(
+                f"got features that are not finite in {len(broken)} of {len(self)} slides: {listed(broken)} → expected "
+                f"finite numbers → extract these slides again, or leave them out of the label table"
+            )
+        return Moments(self.n_instances, means, deviations)
+
+
+def open_bags(store: FeatureStore, slide_ids: Sequence[str], entry: str, memory: Memory = "auto") -> Bags:
+    """The bags of some slides of a store, in this order.
+
+    Raises:
+        BagError: a slide without complete features in ``entry``, or without a valid tile.
+    """
+    missing = sorted(set(slide_ids) - set(store.slide_ids(entry)))
+    if missing:
+        raise BagError(
+            f"got {len(missing)} slides without features in entry {entry!r} of {store.path}: {listed(missing)} → "
+            f"expected complete features → run mil extract on them, or leave them out"
+        )
+    return Bags(slide_ids, [store[slide_id].features(entry) for slide_id in slide_ids], memory)
+
+
+def choose_entry(store: FeatureStore, entry: str | None = None) -> str:
+    """The features entry to use: ``entry``, or the only one there is.
+
+    Raises:
+        BagError: no entries, several without a choice, or an unknown one; the message lists those there are.
+    """
+    entries = store.entries()
+    if not entries:
+        raise BagError(f"got the store {store.path} without features → expected an entry → run mil extract first")
+    if entry is None and len(entries) > 1:
+        raise BagError(
+            f"got {len(entries)} features entries in {store.path} → expected a choice among {listed(entries)} → "
+            f"add backbone={entries[0]}"
+        )
+    if entry is not None and entry not in entries:
+        raise BagError(
+            f"got backbone={entry} → {store.path} holds {listed(entries)} → {did_you_mean(entry, entries)}"
+            f"choose one of these, or run mil extract with it"
+        )
+    return entries[0] if entry is None else entry
+
+
+def _check(slide_ids: Sequence[str], features: Sequence[npt.NDArray[Any]]) -> None:
+    if not features:
+        raise BagError("got no slides → expected at least one bag → check the slide ids and the store")
+    empty = [slide_id for slide_id, matrix in zip(slide_ids, features, strict=True) if len(matrix) == 0]
+    if empty:
+        raise BagError(
+            f"got no valid tile in {len(empty)} slides: {listed(empty)} → expected at least one instance per bag → "
+            f"see why in the store's runs/*.jsonl, or leave them out of the label table"
+        )
+    shape = (features[0].dtype, features[0].shape[1:])
+    for slide_id, matrix in zip(slide_ids, features, strict=True):
+        if (matrix.dtype, matrix.shape[1:]) != shape:
+            raise BagError(
+                f"got features {matrix.dtype} {matrix.shape} in slide {slide_id!r} → expected {shape[0]} (n, "
+                f"{', '.join(map(str, shape[1]))}) as in slide {slide_ids[0]!r} → extract both with one recipe"
+            )
+
+
+def _moments(matrix: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Mean and sum of squared deviations [dim] of one bag, chunk by chunk (Chan's update)."""
+    count, mean, deviation = 0, np.zeros(matrix.shape[1]), np.zeros(matrix.shape[1])
+    with np.errstate(invalid="ignore", over="ignore"):
+        for start in range(0, len(matrix), _CHUNK_ROWS):
+            chunk = matrix[start : start + _CHUNK_ROWS].astype(np.float32)
+            chunk_mean = chunk.mean(axis=0, dtype=np.float64)
+            # centred first, so that float32 squares lose nothing to a large mean
+            chunk -= chunk_mean.astype(np.float32)
+            gap, count = chunk_mean - mean, count + len(chunk)
+            weight = len(chunk) / count
+            mean += gap * weight
+            deviation += np.einsum("ij,ij->j", chunk, chunk) + gap**2 * weight * (count - len(chunk))
+    return mean, deviation
+
+
+def _free_bytes() -> float:
+    """Memory that this process may still take: what the machine has free, or its control group if that is less."""
+    free = float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, float(limit) - float(used))

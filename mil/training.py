@@ -1,0 +1,277 @@
+"""The training loop of one replica."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from aggregators import Aggregator, create_aggregator
+from aggregators.base import Standardize
+from mil.bags import Bags
+from mil.config import TrainConfig
+from mil.errors import BagError, TrainingDivergedError, listed
+from mil.evaluation import bag_logits, cpu_threads
+from mil.losses import balanced_class_weights, log_loss, probabilities, weighted_cross_entropy
+from mil.metrics import balanced_accuracy, confusion
+from mil.optim import create_optimizer, learning_rate, set_learning_rate
+
+IntArray = npt.NDArray[np.int64]
+PartArray = npt.NDArray[np.str_]
+
+_DRAW_ORDER = 0
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One head to be trained: a fold, a seed and the hyper-parameters."""
+
+    fold: int
+    seed: int
+    config: TrainConfig
+
+    @property
+    def name(self) -> str:
+        """Such as ``fold0-seed2``; names the checkpoint and the rows of every table."""
+        return f"fold{self.fold}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What an epoch did; epochs count from 1, ``lr`` is that of its last step, losses are class-weighted."""
+
+    epoch: int
+    lr: float
+    train_loss: float
+    validation_loss: float
+    validation_balanced_accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedReplica:
+    """A trained head at its best epoch.
+
+    Attributes:
+        replica: what was trained.
+        head: on the CPU, in evaluation mode, with the weights of the best epoch.
+        probabilities: float64 [n, C], of every bag whatever its part.
+        history: one record per epoch that ran.
+        best_epoch: epoch of the lowest validation loss.
+        seconds: wall time.
+    """
+
+    replica: Replica
+    head: Aggregator
+    probabilities: npt.NDArray[np.float64]
+    history: tuple[EpochRecord, ...]
+    best_epoch: int
+    seconds: float
+
+
+EpochDone = Callable[[EpochRecord], None]
+
+
+def train_replica(
+    bags: Bags,
+    labels: IntArray,
+    replica: Replica,
+    parts: PartArray,
+    n_classes: int,
+    device: torch.device,
+    epoch_done: EpochDone | None = None,
+) -> TrainedReplica:
+    """Train one head with early stopping on the validation part, and predict every bag with its best weights.
+
+    Everything random comes from the replica's seed: the result depends neither on torch's global generators (which are
+    left as they were) nor on what else is trained.
+
+    Args:
+        bags: n bags.
+        labels: int64 [n], 0 to C - 1.
+        replica: fold, seed and hyper-parameters.
+        parts: [n], "train", "validation" or "test".
+        n_classes: C.
+        device: where to train.
+        epoch_done: called after each epoch.
+
+    Raises:
+        BagError: features that are not finite.
+        TrainingDivergedError: a loss that is not finite.
+    """
+    started = time.perf_counter()
+    with _own_randomness(replica.seed, device), cpu_threads(_step_elements(bags, replica.config)):
+        loop = _Loop(bags, labels, replica, parts, n_classes, device)
+        history, best = _fit(loop, replica.config, epoch_done)
+        loop.head.load_state_dict(best.weights)
+        logits = bag_logits([loop.head], bags, np.arange(len(bags)), device)[0]
+    return TrainedReplica(
+        replica=replica,
+        head=loop.head.cpu().eval(),
+        probabilities=probabilities(logits).numpy(),
+        history=tuple(history),
+        best_epoch=best.epoch,
+        seconds=time.perf_counter() - started,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Best:
+    """The best epoch so far; epoch 0 is none."""
+
+    epoch: int
+    loss: float
+    weights: dict[str, Tensor]
+
+
+def _fit(loop: "_Loop", config: TrainConfig, epoch_done: EpochDone | None) -> tuple[list[EpochRecord], _Best]:
+    """Train until the validation loss has not improved for ``patience`` epochs."""
+    history: list[EpochRecord] = []
+    best = _Best(0, float("inf"), {})
+    for epoch in range(1, config.epochs + 1):
+        started = time.perf_counter()
+        train_loss = loop.train_epoch(epoch)
+        validation_loss, validation_score = loop.validate()
+        seconds = time.perf_counter() - started
+        history.append(EpochRecord(epoch, loop.rate, train_loss, validation_loss, validation_score, seconds))
+        if validation_loss < best.loss:
+            weights = {name: value.detach().clone() for name, value in loop.head.state_dict().items()}
+            best = _Best(epoch, validation_loss, weights)
+        if epoch_done is not None:
+            epoch_done(history[-1])
+        if epoch - best.epoch >= config.patience:
+            break
+    return history, best
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One optimizer step: its number from 1, learning rate, and the bags it learned from."""
+
+    number: int
+    rate: float
+    members: IntArray
+
+
+class _Loop:
+    """Head, optimizer and the replica's view of the bags; one call per epoch."""
+
+    def __init__(
+        self,
+        bags: Bags,
+        labels: IntArray,
+        replica: Replica,
+        parts: PartArray,
+        n_classes: int,
+        device: torch.device,
+    ) -> None:
+        self.bags, self.replica, self.config, self.device = bags, replica, replica.config, device
+        self.labels, self.n_classes = labels, n_classes
+        self.training = parts == "train"
+        self.validation = np.flatnonzero(parts == "validation")
+        self.head = self._create_head()
+        self.optimizer = create_optimizer(self.head, self.config.optimizer)
+        self.generator = torch.Generator(device).manual_seed(replica.seed)
+        self.class_weights = self._class_weights()
+        self.epoch, self.rate = 0, 0.0
+        self.steps: list[_Step] = []
+
+    def _create_head(self) -> Aggregator:
+        head = create_aggregator(
+            self.config.head.name, in_dim=self.bags.dim, n_classes=self.n_classes, **self.config.head.keywords
+        )
+        # read even when not needed: it is where features that are not finite are found
+        moments = self.bags.moments
+        if isinstance(head.input_norm, Standardize):
+            head.input_norm.fit(*moments.mean_std(np.flatnonzero(self.training)))
+        return head.to(self.device)
+
+    def _class_weights(self) -> Tensor:
+        if self.config.class_weights == "none":
+            return torch.ones(self.n_classes)
+        return balanced_class_weights(self.labels[self.training], self.n_classes)
+
+    def train_epoch(self, epoch: int) -> float:
+        """One pass over the training bags; returns their mean loss."""
+        self.head.train()
+        self.epoch = epoch
+        size, order = self.config.batch_bags, self._order(epoch)
+        packs = [order[start : start + size] for start in range(0, len(order), size)]
+        losses: list[Tensor] = []
+        self.steps = []
+        for at, pack in enumerate(packs):
+            step, n_steps = (epoch - 1) * len(packs) + at, self.config.epochs * len(packs)
+            self.rate = learning_rate(self.config.optimizer.lr, self.config.scheduler, step, n_steps)
+            members = pack[self.training[pack]]
+            if len(members):
+                set_learning_rate(self.optimizer, self.rate)
+                self.steps.append(_Step(step + 1, self.rate, members))
+                losses.append(self._step(members, epoch))
+        return self._mean_loss(losses)
+
+    def _order(self, epoch: int) -> IntArray:
+        """The order of all bags, which belongs to the seed: replicas of one seed share their packs."""
+        return np.random.default_rng((_DRAW_ORDER, self.replica.seed, epoch)).permutation(len(self.bags))
+
+    def _step(self, members: IntArray, epoch: int) -> Tensor:
+        """One optimizer step on some training bags; returns the task's loss, detached."""
+        rows = self.bags.draw(members, self.config.instance_budget, self.replica.seed, epoch)
+        pack = self.bags.pack(members, rows)
+        offsets = pack.offsets.to(self.device)
+        targets = torch.from_numpy(self.labels[members]).to(self.device)
+        output = self.head(pack.instances.to(self.device), offsets, generator=self.generator)
+        loss = weighted_cross_entropy(output.logits, targets, self.class_weights.to(self.device))
+        total = loss + self.head.auxiliary_loss(output, targets, offsets)
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()  # type: ignore[no-untyped-call]
+        if self.config.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        return total.detach()
+
+    def _mean_loss(self, losses: list[Tensor]) -> float:
+        """Looked at once an epoch, because looking at a loss makes a GPU wait; the first bad step is the one named."""
+        values = torch.stack(losses).cpu().double().numpy()
+        bad = np.flatnonzero(~np.isfinite(values))
+        if bad.size:
+            raise self._diverged(self.steps[bad[0]], f"loss {values[bad[0]]}")
+        return float(np.average(values, weights=[len(step.members) for step in self.steps]))
+
+    def _diverged(self, step: "_Step", what: str) -> TrainingDivergedError:
+        slides = listed([self.bags.slide_ids[bag] for bag in step.members])
+        return TrainingDivergedError(
+            f"got {what} in replica {self.replica.name}, epoch {self.epoch}, step {step.number}, learning rate "
+            f"{step.rate:.3g}, slides {slides} → expected finite numbers → lower optimizer.lr, or set grad_clip=1"
+        )
+
+    def validate(self) -> tuple[float, float]:
+        """Class-weighted loss and balanced accuracy of the validation part, from all instances."""
+        try:
+            logits = bag_logits([self.head], self.bags, self.validation, self.device)[0]
+        except BagError as error:
+            # the features are finite, so it is the weights that are not
+            raise self._diverged(self.steps[-1], "validation logits that are not finite") from error
+        labels = self.labels[self.validation]
+        loss = log_loss(logits, torch.from_numpy(labels), self.class_weights)
+        matrix = confusion(labels, logits.argmax(dim=-1).numpy(), self.n_classes)
+        return loss, float(balanced_accuracy(matrix)[0])
+
+
+def _step_elements(bags: Bags, config: TrainConfig) -> float:
+    """Numbers in the instances of a mean training step."""
+    taken = np.minimum(bags.n_instances, config.instance_budget or bags.n_instances)
+    return float(taken.mean()) * min(config.batch_bags, len(bags)) * bags.dim
+
+
+@contextmanager
+def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators for what draws from them, and give them back as they were."""
+    devices: list[torch.device | Literal[0]] = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,53 @@
+"""The public names, pinned: a change here is a change for users and belongs in the changelog."""
+
+import importlib
+
+import pytest
+
+EXPORTS = {
+    "extract": [
+        "ExtractError",
+        "Slide",
+        "TileRecipe",
+        "list_backbones",
+        "load_backbone",
+        "open_store",
+        "run_extraction",
+    ],
+    "extract.store": [
+        "Execution",
+        "FeatureRecipe",
+        "SlideFingerprint",
+        "SlideReader",
+        "Store",
+        "TileRecipe",
+        "TilesUnit",
+        "TissueRecipe",
+        "TransformRecipe",
+        "ZarrStore",
+        "difference",
+        "fingerprint",
+        "from_dict",
+        "open_store",
+        "to_dict",
+    ],
+}
+
+
+@pytest.mark.parametrize("package", EXPORTS)
+def test_the_exports_are_these(package: str):
+    assert importlib.import_module(package).__all__ == EXPORTS[package]
+
+
+@pytest.mark.parametrize("package", EXPORTS)
+def test_every_export_is_there_and_documented(package: str):
+    module = importlib.import_module(package)
+    for name in EXPORTS[package]:
+        assert (getattr(module, name).__doc__ or "").strip(), name
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import extract
+
+    with pytest.raises(AttributeError, match="run_extractoin"):
+        extract.run_extractoin  # noqa: B018

@@ -1,0 +1,134 @@
+"""Cutting a slide: what is kept, what is recorded, and which slides are refused."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from extract.errors import MissingMppError, NoTissueError, ScaleError
+from extract.geometry import plan_read, tile_grid
+from extract.slide import Slide
+from extract.store import SlideFingerprint, TileRecipe, TissueRecipe
+from extract.synthetic import write_pyramid
+from extract.tiles import cut_slide, plan_slide
+from tests.test_extract.small import TILES, break_tile, write_slide
+
+EVERYTHING = replace(TILES, tissue=TissueRecipe(method="none"))
+
+
+def cut(path: Path, recipe: TileRecipe = TILES, **keywords: float):
+    with Slide(path) as slide:
+        return cut_slide(slide, "s", recipe, **keywords)
+
+
+def test_tiles_lie_on_tissue_in_row_major_order(slide_file: Path):
+    unit, all_tiles = cut(slide_file), cut(slide_file, EVERYTHING)
+    assert 0 < len(unit.coords) < len(all_tiles.coords)
+    assert np.array_equal(np.lexsort((unit.coords[:, 0], unit.coords[:, 1])), np.arange(len(unit.coords)))
+    kept = {tuple(c) for c in unit.coords.tolist()}
+    # tissue is x 40..360, y 40..260: its share of each 64 px tile is known
+    for x, y in all_tiles.coords.tolist():
+        share = max(0, min(x + 64, 360) - max(x, 40)) * max(0, min(y + 64, 260) - max(y, 40)) / 64**2
+        if abs(share - TILES.min_tissue_fraction) > 0.1:
+            assert ((x, y) in kept) == (share > TILES.min_tissue_fraction)
+    assert (unit.tissue_fraction >= TILES.min_tissue_fraction).all()
+
+
+def test_tissue_none_keeps_the_whole_grid_even_of_white_glass(tmp_path: Path):
+    file = tmp_path / "white.tif"
+    write_pyramid(file, np.full((300, 410, 3), 255, dtype=np.uint8), 0.5, levels=1, tile_px=64)
+    unit = cut(file, replace(EVERYTHING, min_tissue_fraction=1.0))
+    grid = tile_grid((0, 0), (410, 300), plan_read(0.5, (1.0,), 0.5, 64))
+    assert np.array_equal(unit.coords, grid.coords_l0())
+    assert (unit.tissue_fraction == 1.0).all()
+    assert unit.record["shifted"] == {"x_l0": 346, "y_l0": 236}
+
+
+@pytest.mark.xfail(strict=True, reason="a tile that sticks out by less than half a pixel has a fraction below 1")
+def test_tissue_none_keeps_a_tile_that_sticks_out_by_a_fraction_of_a_pixel(tmp_path: Path):
+    file = tmp_path / "white.tif"
+    write_pyramid(file, np.full((128, 128, 3), 255, dtype=np.uint8), 0.5, levels=1, tile_px=64)
+    # 64 px at 1.003 µm/px are 128.4 level-0 px
+    unit = cut(file, replace(EVERYTHING, mpp=1.003, min_tissue_fraction=1.0))
+    assert unit.coords.tolist() == [[0, 0]]
+
+
+def test_the_record_is_plain_json_and_says_the_frames(slide_file: Path):
+    unit = cut(slide_file, replace(TILES, mpp=0.6))
+    record = json.loads(json.dumps(unit.record, allow_nan=False))
+    assert record["mpp"] == {
+        "native": pytest.approx(0.5),
+        "requested": 0.6,
+        "achieved": 0.6,
+        "source": "openslide.mpp",
+    }
+    assert record["size_l0"] == [400, 300]
+    assert record["tile_l0"] == pytest.approx(64 * 0.6 / 0.5)
+    assert record["tile_px"] == 64
+    assert record["slide"] == {
+        "size_bytes": slide_file.stat().st_size,
+        "sampled_sha256": SlideFingerprint.of(slide_file).sampled_sha256,
+    }
+    height, width, _ = unit.thumbnail.shape
+    down_x, down_y = record["thumbnail"]["downsample"]
+    assert (width * down_x, height * down_y) == (pytest.approx(400), pytest.approx(300))
+    # the drawn tissue is 320 x 220 px of 0.5 µm
+    assert record["tissue"]["area_mm2"] == pytest.approx(320 * 220 * 0.25e-6, rel=0.05)
+
+
+def test_the_origin_offset_moves_tiles_and_thumbnail(tmp_path: Path, with_properties: Callable):
+    file = write_slide(tmp_path / "a.tif", 500, 420)
+    bounds = {"x": "83", "y": "57", "width": "300", "height": "240"}
+    with_properties({f"openslide.bounds-{name}": value for name, value in bounds.items()})
+    unit = cut(file, EVERYTHING)
+    assert unit.coords.min(axis=0).tolist() == [83, 57]
+    assert (unit.coords + 64).max(axis=0).tolist() == [383, 297]
+    assert unit.record["bounds_l0"] == [83, 57, 300, 240]
+    assert unit.record["thumbnail"]["origin_l0"] == [83, 57]
+
+
+def test_the_same_slide_at_another_scale_keeps_the_same_tissue(tmp_path: Path):
+    file = write_slide(tmp_path / "a.tif", 800, 640, mpp=0.25)
+    fine, coarse = cut(file, replace(TILES, mpp=0.25)), cut(file, replace(TILES, mpp=0.5))
+    assert fine.record["tile_l0"] == 64
+    assert coarse.record["tile_l0"] == 128
+    assert coarse.record["level"] == 1
+    assert fine.record["tissue"]["area_mm2"] == pytest.approx(coarse.record["tissue"]["area_mm2"], rel=0.05)
+
+
+def test_an_unreadable_block_of_the_thumbnail_counts_as_tissue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = write_slide(tmp_path / "a.tif", 640, 448, levels=1)
+    break_tile(file, 0, 0)  # on glass
+    monkeypatch.setattr("extract.slide._BLOCK_PX", 64)
+    unit = cut(file)
+    assert [0, 0] in unit.coords.tolist()
+    assert unit.record["thumbnail_unreadable"] > 0
+
+
+def test_no_tissue_is_an_error_that_says_how_to_go_on(tmp_path: Path):
+    file = tmp_path / "white.tif"
+    write_pyramid(file, np.full((300, 400, 3), 250, dtype=np.uint8), 0.5, levels=1, tile_px=64)
+    with pytest.raises(NoTissueError, match=r"'s'.*--tissue none"):
+        cut(file)
+
+
+def test_a_missing_mpp_is_never_guessed(tmp_path: Path):
+    file = write_slide(tmp_path / "bare.tif", mpp=None)
+    with pytest.raises(MissingMppError, match=r"bare\.tif.*--default-mpp"):
+        cut(file)
+    assert cut(file, default_mpp=0.5).record["mpp"]["source"] == "--default-mpp"
+    assert cut(file, mpp=0.25).record["tile_l0"] == 128
+    native = cut(file, replace(TILES, mpp=None))
+    assert native.record["mpp"] == {"native": None, "requested": None, "achieved": None, "source": "missing"}
+    assert native.record["tile_l0"] == 64
+
+
+def test_a_scale_that_cannot_be_had_names_the_slide(slide_file: Path):
+    with Slide(slide_file, "case 7") as slide:
+        with pytest.raises(ScaleError, match="case 7"):
+            plan_slide(slide, replace(TILES, mpp=0.25), None, None)
+        with pytest.raises(ScaleError, match=r"case 7.*tile-px"):
+            cut_slide(slide, "case 7", replace(TILES, tile_px=512))

@@ -1,0 +1,247 @@
+"""The commands as a person types them: what they write, what they print, how they fail."""
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from extract.store import open_store
+from mil import cli
+from tests.test_extract.small import write_slide
+
+TILING = ("--mpp", "0.5", "--tile-px", "64")
+FAST = ("head.embed_dim=8", "epochs=2", "folds=2", "seeds=1", "device=cpu")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def says(self, *words: str) -> bool:
+        """Whether all words were printed, line breaks aside."""
+        text = " ".join((self.out + " " + self.err).split())
+        return all(word in text for word in words)
+
+
+Mil = Callable[..., Result]
+
+
+@pytest.fixture
+def mil(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Mil:
+    """Runs ``mil ARGUMENTS``."""
+
+    def run(*arguments: str | Path) -> Result:
+        monkeypatch.setattr("sys.argv", ["mil", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        printed = capsys.readouterr()
+        return Result(code, printed.out, printed.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with eight slides of eight patients in two classes, and their label table."""
+    folder = tmp_path_factory.mktemp("cohört 1")
+    for i in range(8):
+        write_slide(folder / "slides" / f"00{i}.tif", 260, 200, seed=i)
+    write_labels(folder / "labels.csv", [(f"00{i}", f"p{i}", "ab"[i % 2]) for i in range(8)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(cohort: Path) -> Path:
+    """The cohort's store."""
+    from extract.pipeline import run_extraction
+
+    run_extraction(cohort / "slides", cohort / "c.zarr", mpp=0.5, tile_px=64)
+    return cohort / "c.zarr"
+
+
+def write_labels(path: Path, rows: Sequence[Sequence[str]], header: str = "slide_id,patient_id,subtype") -> Path:
+    path.write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n", encoding="utf-8")
+    return path
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_help_lists_every_command_that_works(mil: Mil) -> None:
+    result = mil("--help")
+    assert result.code == 0
+    assert result.says("extract", "train", "predict", "report", "demo")
+
+
+@pytest.mark.parametrize("command", ["extract", "train", "predict", "report", "demo"])
+def test_every_command_has_an_example_in_its_help(mil: Mil, command: str) -> None:
+    result = mil(command, "--help")
+    assert result.code == 0
+    assert result.says(f"Example: mil {command}")
+
+
+def test_extract_reports_failures_and_resumes(mil: Mil, tmp_path: Path) -> None:
+    write_slide(tmp_path / "slides" / "good.tif", 260, 200)
+    write_slide(tmp_path / "slides" / "no scale.tif", 260, 200, mpp=None)
+    (tmp_path / "slides" / "empty.svs").touch()
+    (tmp_path / "slides" / "text.tif").write_text("not a slide")
+    first = mil("extract", tmp_path / "slides", "--store", tmp_path / "s.zarr", *TILING)
+    assert first.code == 1
+    assert first.says("4 slides: 1 embedded", "3 failed", "--default-mpp", "0 bytes", "not a whole-slide format")
+    second = mil("extract", tmp_path / "slides", "--store", tmp_path / "s.zarr", *TILING, "--default-mpp", "0.5")
+    assert second.code == 1
+    assert second.says("1 embedded, 1 complete before, 2 failed")
+    assert open_store(tmp_path / "s.zarr").slide_ids() == ["good", "no scale"]
+
+
+def test_extract_refuses_another_recipe_and_names_the_field(mil: Mil, cohort: Path, store: Path) -> None:
+    result = mil("extract", cohort / "slides", "--store", store, "--mpp", "1.0", "--tile-px", "64")
+    assert result.code == 2
+    assert result.says("error:", "mpp: 0.5 → 1.0", "choose another --store")
+
+
+def test_extract_refuses_two_scales_and_no_slides(mil: Mil, tmp_path: Path) -> None:
+    both = mil("extract", tmp_path, "--store", tmp_path / "s.zarr", "--mpp", "0.5", "--native")
+    none = mil("extract", "--store", tmp_path / "s.zarr")
+    assert both.code == none.code == 2
+    assert both.says("more than one of --mpp, --magnification and --native")
+    assert none.says("got no slides")
+    assert not (tmp_path / "s.zarr").exists()
+
+
+def test_magnification_is_sugar_for_mpp(mil: Mil, tmp_path: Path) -> None:
+    write_slide(tmp_path / "a.tif", 260, 200)
+    assert (
+        mil(
+            "extract", tmp_path / "a.tif", "--store", tmp_path / "s.zarr", "--magnification", "20", "--tile-px", "64"
+        ).code
+        == 0
+    )
+    assert open_store(tmp_path / "s.zarr").tile_recipe.mpp == 0.5
+
+
+def test_train_then_predict_then_report(mil: Mil, cohort: Path, store: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ("--store", store, "--labels", cohort / "labels.csv", "--target", "subtype", "--out", run)
+    trained = mil("train", *settings, "head=abmil", *FAST)
+    assert trained.code == 0, trained.err
+    assert trained.says("macro-F1", "looked at 1 time", str(run / "report.html"))
+    assert {row["slide_id"] for row in rows_of(run / "oof.csv")} == {f"00{i}" for i in range(8)}
+    assert json.loads((run / "metrics.json").read_text())["n_replicas"] == 2
+    assert (run / "report.html").stat().st_size > 10_000
+
+    predicted = mil("predict", "--run", run, "--store", store, "--out", tmp_path / "p.csv")
+    assert predicted.code == 0
+    assert predicted.says("8 slides by the mean of 2 replicas")
+    rows = rows_of(tmp_path / "p.csv")
+    assert [row["slide_id"] for row in rows] == [f"00{i}" for i in range(8)]
+    assert all(abs(float(row["p_a"]) + float(row["p_b"]) - 1) < 1e-6 for row in rows)
+
+    page = (run / "report.html").read_bytes()
+    (run / "report.html").unlink()
+    assert mil("report", run, "--store", store).code == 0
+    assert len((run / "report.html").read_bytes()) == len(page)
+
+
+def test_train_again_from_its_config_gives_the_same_predictions(
+    mil: Mil, cohort: Path, store: Path, tmp_path: Path
+) -> None:
+    settings = ("--store", store, "--labels", cohort / "labels.csv", "--target", "subtype")
+    assert mil("train", *settings, "--out", tmp_path / "a", "head=mean", *FAST[1:]).code == 0
+    assert mil("train", "--config", tmp_path / "a" / "config.yaml", "--out", tmp_path / "b").code == 0
+    assert (tmp_path / "a" / "oof.csv").read_bytes() == (tmp_path / "b" / "oof.csv").read_bytes()
+
+
+def test_train_does_not_overwrite_a_run_unless_told(mil: Mil, cohort: Path, store: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("keep")
+    settings = ("--store", store, "--labels", cohort / "labels.csv", "--target", "subtype", "--out", tmp_path / "run")
+    result = mil("train", *settings, "head=mean", *FAST[1:])
+    assert result.code == 2
+    assert result.says("not empty", "--overwrite")
+    assert (tmp_path / "run" / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("haed=abmil", ("haed", "head")),
+        ("head=abmill", ("abmill", "abmil")),
+        ("optimizer.lr=fast", ("optimizer.lr", "fast")),
+        ("folds=1", ("folds", "1")),
+        ("epochs", ("epochs",)),
+    ],
+)
+def test_train_names_what_is_mistyped(
+    mil: Mil, store: Path, cohort: Path, tmp_path: Path, setting: str, words: tuple[str, ...]
+) -> None:
+    settings = ("--store", store, "--labels", cohort / "labels.csv", "--target", "subtype", "--out", tmp_path / "run")
+    result = mil("train", *settings, setting)
+    assert result.code == 2
+    assert result.says("error:", "→", *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([("001", "p1", "a"), ("001", "p1", "a")], ("001", "more than once")),
+        ([("001", "p1", "a"), ("001", "p1", "b")], ("001",)),
+        ([("001", "p1", "a"), ("002", "p2", "a")], ("class",)),
+        ([("001", "p1", "a"), ("002", "p2", "a"), ("003", "p3", "b")], ("b", "patient")),
+    ],
+)
+def test_train_refuses_unusable_labels(
+    mil: Mil, store: Path, tmp_path: Path, rows: list[tuple[str, ...]], words: tuple[str, ...]
+) -> None:
+    labels = write_labels(tmp_path / "labels.csv", rows)
+    result = mil("train", "--store", store, "--labels", labels, "--target", "subtype", "--out", tmp_path / "run")
+    assert result.code == 2
+    assert result.says("error:", "→", *words)
+
+
+def test_train_names_a_missing_column_store_and_table(mil: Mil, store: Path, cohort: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "run")
+    column = mil("train", "--store", store, "--labels", cohort / "labels.csv", "--target", "subtyp", *out)
+    table = mil("train", "--store", store, "--labels", tmp_path / "none.csv", "--target", "subtype", *out)
+    nothing = mil(
+        "train", "--store", tmp_path / "none.zarr", "--labels", cohort / "labels.csv", "--target", "subtype", *out
+    )
+    assert column.code == table.code == nothing.code == 2
+    assert column.says("subtyp", "did you mean", "subtype")
+    assert table.says("none.csv")
+    assert nothing.says("none.zarr", "mil extract")
+
+
+def test_predict_refuses_features_of_another_recipe(mil: Mil, cohort: Path, store: Path, tmp_path: Path) -> None:
+    settings = ("--store", store, "--labels", cohort / "labels.csv", "--target", "subtype", "--out", tmp_path / "run")
+    assert mil("train", *settings, "head=mean", *FAST[1:]).code == 0
+    other = ("--store", tmp_path / "o.zarr", *TILING, "--dtype", "float32")
+    assert mil("extract", cohort / "slides" / "000.tif", *other).code == 0
+    result = mil("predict", "--run", tmp_path / "run", "--store", tmp_path / "o.zarr", "--out", tmp_path / "p.csv")
+    assert result.code == 2
+    assert result.says("dtype", "float16", "float32")
+    assert not (tmp_path / "p.csv").exists()
+
+
+def test_interrupting_prints_how_to_go_on(mil: Mil, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("extract.pipeline.run_extraction", interrupted)
+    result = mil("extract", tmp_path, "--store", tmp_path / "my store.zarr")
+    assert result.code == 130
+    assert result.says("To go on: mil extract", "'" + str(tmp_path / "my store.zarr") + "'")
