@@ -140,12 +140,12 @@ def to_dtype(features: np.ndarray, dtype: str, slide_id: str) -> np.ndarray:
     Raises:
         FeatureRangeError: a value is not finite, or does not fit ``float16``.
     """
-    largest = float(np.abs(features).max(initial=0.0))
     if not np.isfinite(features).all():
         raise FeatureRangeError(
             f"got an embedding of slide {slide_id!r} with NaN or infinity → expected finite values → check the weights"
         )
-    if dtype == "float16" and largest > np.finfo(np.float16).max:
+    largest = float(np.abs(features).max(initial=0.0))
+    if dtype == "float16" and largest > float(np.finfo(np.float16).max):
         raise FeatureRangeError(
             f"got the value {largest:g} in an embedding of slide {slide_id!r} → float16 ends at 65504 → "
             f"use --dtype float32 with another --as"
@@ -206,22 +206,26 @@ def choose_device(device: str) -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise BackboneError(f"got device {device!r} → expected auto, cpu, cuda or cuda:N → correct it") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
         raise BackboneError(
             f"got device {device!r} → torch {torch.__version__} sees no usable CUDA device → check the "
             f"driver, or use --device cpu"
         )
-    return torch.device(device)
+    return chosen
 
 
 def _create_model(name: str, pretrained: bool) -> nn.Module:
     import timm
 
     if not name.startswith("hf-hub:") and name.split(".")[0] not in timm.list_models():
-        near = get_close_matches(name, [*BACKBONES, *timm.list_models()], n=4)
+        near = dict.fromkeys(get_close_matches(name, BACKBONES) + get_close_matches(name, timm.list_models(), n=4))
         raise BackboneError(
             f"got backbone {name!r} → not a name that timm knows → "
-            f"{f'did you mean {near}?' if near else 'see timm.list_models(), or use hf-hub:owner/model'}"
+            f"{f'did you mean {list(near)}?' if near else 'see timm.list_models(), or use hf-hub:owner/model'}"
         )
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
@@ -244,15 +248,17 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
             return dict(load_file(file))
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, EOFError, LookupError) as error:
         raise BackboneError(
-            f"got weights {file} → they do not load as plain tensors ({str(error).splitlines()[0][:160]}) → "
-            f"save them as safetensors; pickled code is never run"
+            f"got weights {file} → they do not load as plain tensors ({type(error).__name__}) → save them as "
+            f"safetensors; pickled code is never run"
         ) from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
         raise BackboneError(f"got weights {file} → a damaged safetensors file ({error}) → copy it again") from error
+    if not isinstance(state, Mapping):
+        raise BackboneError(f"got a {type(state).__name__} in {file} → expected tensors by name → save the state dict")
     state = next((state[key] for key in ("state_dict", "model", "teacher") if isinstance(state.get(key), dict)), state)
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
@@ -271,7 +277,7 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
             f"--backbone they belong to"
         )
     classifier = _config(model).get("classifier") or "head"
-    prefixes = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
     extra = [key for key in set(state) - set(model.state_dict()) if not key.startswith(prefixes)]
     if extra:
         raise BackboneError(

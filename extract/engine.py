@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from extract.backbones import Backbone
-from extract.errors import SlideUnreadableError, TileDecodeError
+from extract.backbones import Backbone, to_dtype
+from extract.errors import FeatureRangeError, TileDecodeError
 from extract.geometry import ReadPlan
 from extract.slide import Slide
 
@@ -38,9 +38,9 @@ class SlideJob:
         slide: the open slide; closed when the last row is in.
         coords: int32 [n, 2] in level-0 px.
         plan: how its tiles are read.
-        features: float32 [n, dim], filled as batches finish.
+        features: [n, dim] in the dtype of the store, filled as batches finish.
         invalid_rows: rows whose tile could not be decoded.
-        error: what ended the slide early, if anything did.
+        error: what ended the slide early, if anything did; the other slides go on.
         started: monotonic seconds.
     """
 
@@ -50,7 +50,7 @@ class SlideJob:
     plan: ReadPlan
     features: np.ndarray
     invalid_rows: list[int] = field(default_factory=list)
-    error: SlideUnreadableError | None = None
+    error: Exception | None = None
     started: float = field(default_factory=time.monotonic)
     rows_left: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -77,6 +77,15 @@ class StreamStats:
 
 
 Row = tuple[SlideJob, int]
+
+
+def _store_row(job: SlideJob, row: int, features: np.ndarray) -> None:
+    """Put one embedding in its place; a value that the store cannot hold ends the slide at once."""
+    if job.error is None:
+        try:
+            job.features[row] = to_dtype(features, job.features.dtype.name, job.slide_id)
+        except FeatureRangeError as error:
+            job.error = error
 
 
 class Stream:
@@ -137,6 +146,9 @@ class Stream:
         rows: list[Row] = []
         for job in jobs:
             for row in range(len(job.coords)):
+                if job.error is not None:
+                    self._count_down(job, len(job.coords) - row)
+                    break
                 rows.append((job, row))
                 if len(rows) == self._batch_size:
                     yield rows
@@ -158,7 +170,7 @@ class Stream:
             except TileDecodeError:
                 with job.lock:
                     job.invalid_rows.append(row)
-            except SlideUnreadableError as error:
+            except Exception as error:  # noqa: BLE001  whatever one slide does to its reader, the others go on
                 job.error = error
         with self.stats.lock:
             self.stats.read_cpu_s += time.thread_time() - started
@@ -170,19 +182,22 @@ class Stream:
         waited, started = time.monotonic() - waiting, time.thread_time()
         features = self._backbone.embed(tiles)
         spent = time.thread_time() - started
-        finished = []
         for i, (job, row) in enumerate(rows):
-            job.features[row] = features[i]
-            with job.lock:
-                job.rows_left -= 1
-                if job.rows_left == 0:
-                    finished.append(job)
+            _store_row(job, row, features[i])
         with self.stats.lock:
             self.stats.tiles += len(rows)
             self.stats.backbone_cpu_s += spent
             self.stats.waited_for_tiles_s += waited
         self._on_tiles(len(rows))
-        for job in finished:
+        for job, _ in rows:
+            self._count_down(job, 1)
+
+    def _count_down(self, job: SlideJob, n_rows: int) -> None:
+        """``n_rows`` more rows of a slide are dealt with; the last one sends it to the writer."""
+        with job.lock:
+            job.rows_left -= n_rows
+            finished = job.rows_left == 0
+        if finished:
             self._backlog.acquire()
             self._writer.submit(self._finish, job).add_done_callback(self._note_failure)
 

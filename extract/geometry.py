@@ -127,9 +127,11 @@ def tile_grid(
 ) -> Grid:
     """Lay tiles over a rectangle of the slide.
 
-    Origins lie on the pixel grid of the level that is read, so that reading interpolates nothing, and are then
-    rounded to level-0 pixels; rounding never accumulates. With ``edge="shift"`` a remainder at the right or bottom
-    gets one more tile that is moved inwards until it fits; with ``"drop"`` the remainder is left out.
+    Origins lie on the pixel grid of the level that is read and are then rounded to level-0 pixels; rounding never
+    accumulates. Where a level's downsample is a whole number, reading interpolates nothing. Elsewhere (3.9998)
+    OpenSlide positions between pixels, by at most half a level-0 pixel, and blends neighbours. With ``edge="shift"``
+    a remainder at the right or bottom gets one more tile that is moved inwards until it fits; with ``"drop"`` the
+    remainder is left out.
 
     Args:
         origin_l0: top-left corner of the rectangle (the slide's bounds) in level-0 px.

@@ -1,23 +1,25 @@
 """The extraction stage: slides in, a store of embeddings out, and an account of every slide."""
 
+import math
 import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from extract.backbones import DEFAULT_BACKBONE, Backbone, load_backbone, to_dtype
+from extract.backbones import DEFAULT_BACKBONE, Backbone, load_backbone
 from extract.engine import CPU_BATCH_SIZE, GPU_BATCH_SIZE, SlideJob, Stream, StreamStats
-from extract.errors import ExtractError, SlideChangedError, SlideUnreadableError, StoreFullError
+from extract.errors import ExtractError, RecipeError, SlideChangedError, SlideUnreadableError, StoreFullError
 from extract.slide import Slide
 from extract.sources import SlideSource, find_slides
 from extract.store import SlideFingerprint, TileRecipe, ZarrStore
-from extract.tiles import cut_slide, plan_slide
+from extract.tiles import cut_slide, recorded_plan
 
 _PREPARED_AHEAD = 4
 
@@ -140,6 +142,7 @@ def run_extraction(
         **tiling: fields of `TileRecipe`, when no ``recipe`` is given.
 
     Raises:
+        RecipeError: a setting is out of range.
         RecipeMismatchError: the store or the entry was made by another recipe; the message names the fields.
         StoreFullError: no space left; what was finished is kept.
         SlideTableError: there is no slide, or the table is unusable.
@@ -150,6 +153,8 @@ def run_extraction(
         >>> report.count("embedded"), [o.reason for o in report.failed]    # doctest: +SKIP
         (1600, [])
     """
+    if default_mpp is not None and not (math.isfinite(default_mpp) and default_mpp > 0):
+        raise RecipeError(f"got a default mpp of {default_mpp} → expected µm per pixel, such as 0.25 → correct it")
     recipe = recipe or TileRecipe(**tiling)
     sources = find_slides([slides] if isinstance(slides, (str, Path)) else slides, table)
     if isinstance(backbone, str):
@@ -189,10 +194,10 @@ class _Run:
 
     def _recorded_batch_size(self) -> int | None:
         """The batch size of the entry's slides on this kind of device: the last bits of a row depend on it."""
-        done = self._store.slide_ids(self._entry)
-        if not done:
+        done = next(iter(self._store.slide_ids(self._entry)), None)
+        if done is None:
             return None
-        execution = self._store[done[0]].feature_record(self._entry)["execution"]
+        execution = self._store[done].feature_record(self._entry)["execution"]
         return int(execution["batch_size"]) if execution["device"] == self._backbone.execution(0).device else None
 
     def embed(self, sources: Sequence[SlideSource]) -> ExtractionReport:
@@ -239,11 +244,8 @@ class _Run:
             return future.result()
         except StoreFullError:
             raise
-        except (ExtractError, OSError) as error:
-            self._note(source, "failed", str(error), seconds=time.monotonic() - started)
         except Exception as error:  # noqa: BLE001  one slide's surprise must not cost the others; the log has it all
-            reason = f"unexpected {type(error).__name__}: {error}"
-            self._note(source, "failed", reason, seconds=time.monotonic() - started, trace=traceback.format_exc())
+            self._note(source, "failed", *_reason(error), seconds=time.monotonic() - started)
         return None
 
     def _prepare(self, source: SlideSource) -> SlideJob | None:
@@ -259,16 +261,18 @@ class _Run:
         try:
             if source.slide_id not in self._store:
                 self._store.write_tiles(cut_slide(slide, source.slide_id, recipe, source.mpp, self._default_mpp))
-            plan, _ = plan_slide(slide, recipe, source.mpp, self._default_mpp)
+            tiles = self._store[source.slide_id]
+            plan, coords = recorded_plan(tiles.record), tiles.coords()
         except BaseException:
             slide.close()
             raise
-        coords = self._store[source.slide_id].coords()
-        features = np.zeros((len(coords), self._backbone.recipe.dim), dtype=np.float32)
+        features = np.zeros((len(coords), self._backbone.recipe.dim), dtype=self._backbone.recipe.dtype)
         return SlideJob(source.slide_id, slide, coords, plan, features, started=started)
 
     def _check_same(self, source: SlideSource) -> None:
         """The file and its scale must be those that were cut before."""
+        if not source.path.exists():
+            raise SlideUnreadableError(f"got {source.path} → there is no such file → check the path")
         record = self._store[source.slide_id].record
         now, then = asdict(SlideFingerprint.of(source.path)), record["slide"]
         if now != then:
@@ -297,30 +301,41 @@ class _Run:
                 raise job.error
             if n_invalid == n_tiles:
                 raise SlideUnreadableError(
-                    f"got slide {job.slide_id!r} with no readable tile among {n_tiles} → the file is damaged → copy it again"
+                    f"got slide {job.slide_id!r} with no readable tile among {n_tiles} → the file is "
+                    f"damaged → copy it again"
                 )
-            features = to_dtype(job.features, self._backbone.recipe.dtype, job.slide_id)
-            self._store.write_features(self._entry, job.slide_id, features, job.invalid_rows, self._execution)
+            self._store.write_features(self._entry, job.slide_id, job.features, job.invalid_rows, self._execution)
         except StoreFullError:
             raise
-        except ExtractError as error:
-            self._note(source, "failed", str(error), n_tiles, n_invalid, seconds)
+        except Exception as error:  # noqa: BLE001  noted with its traceback where it is not one of ours
+            self._note(source, "failed", *_reason(error), n_tiles=n_tiles, n_invalid=n_invalid, seconds=seconds)
         else:
-            self._note(source, "embedded", "", n_tiles, n_invalid, seconds)
+            self._note(source, "embedded", n_tiles=n_tiles, n_invalid=n_invalid, seconds=seconds)
 
     def _note(
         self,
         source: SlideSource,
         outcome: str,
         reason: str = "",
+        trace: str = "",
+        *,
         n_tiles: int = 0,
         n_invalid: int = 0,
         seconds: float = 0.0,
-        trace: str = "",
     ) -> None:
-        mpp = dict(self._store[source.slide_id].record["mpp"]) if source.slide_id in self._store else None
+        mpp = None
+        # a record that is damaged may be the very reason
+        with suppress(ExtractError, LookupError):
+            mpp = dict(self._store[source.slide_id].record["mpp"])
         path = str(source.path)
         noted = SlideOutcome(source.slide_id, path, outcome, reason, n_tiles, n_invalid, mpp, round(seconds, 3))
         self._outcomes.append(noted)
         self._log.append(asdict(noted) | ({"traceback": trace} if trace else {}))
         self._progress.slide_done(noted)
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    """Why a slide failed, and the traceback where the error is not one that we raise on purpose."""
+    if isinstance(error, (ExtractError, OSError)):
+        return str(error), ""
+    return f"unexpected {type(error).__name__}: {error}", "".join(traceback.format_exception(error))

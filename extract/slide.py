@@ -14,6 +14,9 @@ from PIL import Image
 from extract.errors import MissingMppError, ScaleError, SlideUnreadableError, TileDecodeError
 from extract.geometry import ReadPlan, resample_area
 
+SYNTHETIC_SOFTWARE = "Tessera synthetic slide"
+"""Software tag of drawn slides, so that whatever is made of them can say so."""
+
 _PRINTING_MPP = 40.0
 """A plain TIFF whose resolution tag says more than this (635 dpi or less) carries a printing default, not a scale."""
 
@@ -34,6 +37,7 @@ class Slide:
         downsamples: level-0 pixels per pixel of each level.
         level_sizes: width and height of each level.
         vendor: OpenSlide's name of the format.
+        synthetic: whether `extract.synthetic` drew it.
 
     Example:
         >>> with Slide("slides/a.svs") as slide:                   # doctest: +SKIP
@@ -56,6 +60,7 @@ class Slide:
         self.downsamples: tuple[float, ...] = handle.level_downsamples
         self.level_sizes: tuple[tuple[int, int], ...] = handle.level_dimensions
         self.vendor: str = self._properties.get("openslide.vendor", "unknown")
+        self.synthetic = self._properties.get("tiff.Software") == SYNTHETIC_SOFTWARE
         self.bounds_l0 = self._bounds()
         self._background = _parse_colour(self._properties.get("openslide.background-color", "ffffff"))
         self._idle.put(handle)
@@ -100,8 +105,8 @@ class Slide:
 
     def missing_mpp(self) -> MissingMppError:
         """The error for a slide whose scale is needed and unknown."""
-        tag = self._properties.get("openslide.mpp-x")
-        said = f"a printing default of {float(tag):g} µm/px" if tag else "no µm/px"
+        tag = _positive(self._properties.get("openslide.mpp-x"))
+        said = f"a printing default of {tag:g} µm/px" if tag else "no µm/px"
         return MissingMppError(
             f"got {said} in slide {self.name!r} → its scale must be known to read it at a requested mpp → give it in "
             f"the mpp column of --slides TABLE, or for all such slides with --default-mpp, or tile as it "

@@ -108,7 +108,7 @@ def _name(pairs: list[tuple[Path, Path]]) -> list[SlideSource]:
         [
             path.relative_to(root).with_suffix("").as_posix(),
             path.relative_to(root).as_posix(),
-            (Path(root.absolute().name) / path.relative_to(root)).as_posix(),
+            (Path(root.resolve().name) / path.relative_to(root)).as_posix(),
         ]
         for root, path in pairs
     ]
@@ -127,24 +127,44 @@ def _name(pairs: list[tuple[Path, Path]]) -> list[SlideSource]:
 def _read_table(table: Path) -> list[dict[str, str]]:
     if not table.is_file():
         raise SlideTableError(f"got slide table {table} → there is no such file → check the path")
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        if "path" not in columns and "slide_id" not in columns:
-            raise SlideTableError(
-                f"got slide table {table} with columns {list(columns)} → expected path or slide_id → rename one"
-            )
-        if "mask" in columns:
-            raise SlideTableError(
-                f"got a mask column in slide table {table} → masks are not read by this version → remove the column; "
-                f"--tissue none tiles everything"
-            )
-        unknown = sorted(set(columns) - set(_COLUMNS))
-        if unknown:
-            raise SlideTableError(
-                f"got columns {unknown} in slide table {table} → expected {list(_COLUMNS)} → remove or rename them"
-            )
-        return [{key: (value or "").strip() for key, value in row.items()} for row in reader]
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SlideTableError(f"got slide table {table} → it is not UTF-8 ({error}) → save it as UTF-8 CSV") from error
+    reader = csv.DictReader(text.splitlines())
+    _check_columns(table, list(reader.fieldnames or []))
+    return [_check_row(table, reader.line_num, row) for row in reader]
+
+
+def _check_columns(table: Path, columns: list[str]) -> None:
+    if "path" not in columns and "slide_id" not in columns:
+        raise SlideTableError(
+            f"got slide table {table} with columns {columns} → expected path or slide_id → rename one"
+        )
+    if "mask" in columns:
+        raise SlideTableError(
+            f"got a mask column in slide table {table} → masks are not read by this version → remove the column; "
+            f"--tissue none tiles everything"
+        )
+    unknown = sorted(set(columns) - set(_COLUMNS))
+    if unknown:
+        raise SlideTableError(
+            f"got columns {unknown} in slide table {table} → expected {list(_COLUMNS)} → remove or rename them"
+        )
+
+
+def _check_row(table: Path, line: int, row: dict[str, str]) -> dict[str, str]:
+    if None in row or None in row.values():
+        raise SlideTableError(
+            f"got line {line} of slide table {table} with another number of values than its header → expected one a "
+            f"column → write decimals with a point, and quote values that hold a comma"
+        )
+    cells = {key: value.strip() for key, value in row.items()}
+    if not cells.get("path") and not cells.get("slide_id"):
+        raise SlideTableError(
+            f"got line {line} of slide table {table} without path and slide_id → fill one or remove it"
+        )
+    return cells
 
 
 def _from_row(row: dict[str, str], table: str | Path | None) -> SlideSource:
@@ -161,13 +181,19 @@ def _override(sources: list[SlideSource], rows: list[dict[str, str]], table: str
     """Apply the table's rows to the slides that they name, by path or by id."""
     by_path = {source.path.absolute().resolve(): i for i, source in enumerate(sources)}
     by_id = {source.slide_id: i for i, source in enumerate(sources)}
-    result = list(sources)
+    result, named = list(sources), set()
     for row in rows:
         path = (Path(table or ".").parent / row["path"]).resolve() if row.get("path") else None
         index = by_path.get(path) if path else by_id.get(row["slide_id"])
-        if index is not None:
-            source = result[index]
-            result[index] = replace(source, slide_id=row.get("slide_id") or source.slide_id, mpp=_mpp(row, table))
+        if index is None or index in named:
+            what = "that names none of the slides given" if index is None else "for a slide that has one already"
+            raise SlideTableError(
+                f"got a row {what} in slide table {table}: {row} → expected one row a slide, its path relative to the "
+                f"table → correct or remove it"
+            )
+        named.add(index)
+        source = result[index]
+        result[index] = replace(source, slide_id=row.get("slide_id") or source.slide_id, mpp=_mpp(row, table))
     return result
 
 

@@ -1,6 +1,8 @@
 """Tiles of one slide: the read plan, the tissue mask, the grid, and what of it is kept."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
@@ -58,12 +60,12 @@ def cut_slide(
     # what the thumbnail could not show may be tissue: its tiles are tried one by one
     mask |= ~readable
     fraction = tissue_fraction(mask, (coords - (x0, y0)) * scale, tile_px)
-    kept = fraction >= recipe.min_tissue_fraction
+    kept = (fraction >= recipe.min_tissue_fraction) | (recipe.tissue.method == "none")
     if not kept.any():
         raise NoTissueError(
-            f"got no tile with at least {recipe.min_tissue_fraction:.0%} tissue among {len(coords)} of "
-            f"slide {slide_id!r} "
-            f"(best {fraction.max():.0%}) → lower --min-tissue, or tile everything with --tissue none"
+            f"got at most {fraction.max():.0%} tissue in the {len(coords)} tiles of slide {slide_id!r} → expected "
+            f"{recipe.min_tissue_fraction:.0%} in one of them → lower --min-tissue, or tile everything "
+            f"with --tissue none"
         )
     record = {
         "mpp": {
@@ -83,11 +85,27 @@ def cut_slide(
         "shifted": _shifted(grid),
         "grid_tiles": len(coords),
         "thumbnail": {"origin_l0": [x0, y0], "downsample": [float(1 / scale[0]), float(1 / scale[1])]},
+        "synthetic": slide.synthetic,
         "thumbnail_unreadable": int((~readable).sum()),
         "tissue": _tissue_record(mask, threshold, scale, plan),
         "slide": asdict(SlideFingerprint.of(slide.path)),
     }
     return TilesUnit(slide_id, coords[kept], fraction[kept], picture, record)
+
+
+def recorded_plan(record: Mapping[str, Any]) -> ReadPlan:
+    """The read plan by which a committed slide was cut; a later run reads the same pixels, whatever it is told."""
+    mpp = record["mpp"]
+    return ReadPlan(
+        level=record["level"],
+        downsample=record["downsample"],
+        tile_px=record["tile_px"],
+        tile_level=record["tile_level"],
+        tile_l0=record["tile_l0"],
+        native_mpp=mpp["native"],
+        requested_mpp=mpp["requested"],
+        achieved_mpp=mpp["achieved"],
+    )
 
 
 def _grid(slide: Slide, recipe: TileRecipe, plan: ReadPlan) -> Grid:

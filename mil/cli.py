@@ -198,7 +198,7 @@ def train(
 ) -> None:
     """Cross-validate a head on cached bags, grouped by patient, and write a report.
 
-    Example: `mil train --store cohort.zarr --labels labels.csv --target subtype --out runs/abmil head=abmil folds=5 seeds=3`
+    Example: `mil train --store cohort.zarr --labels labels.csv --target subtype --out runs/abmil head=abmil`
     """
     from mil.config import compose_config
     from mil.crossval import run_training
@@ -211,7 +211,7 @@ def train(
     with _replica_progress(console, f"replicas of {settings.head.name}") as progress:
         run = run_training(settings, out, progress, overwrite)
     _print_run(console, run)
-    _report(console, run.folder, settings.store)
+    _report(console, run.folder or out, settings.store)
 
 
 @contextmanager
@@ -243,6 +243,10 @@ def _print_run(console: Console, run: Any) -> None:
     from mil.console import print_metrics, print_table
 
     metrics = run.metrics
+    if metrics["synthetic"]:
+        console.print(
+            "SYNTHETIC DATA: these slides were drawn by mil demo and say nothing about tumours.", style="bold"
+        )
     rows = [[reason, str(count), _shorten(ids)] for reason, count, ids in metrics["cohort"]["attrition"] if count]
     print_table(console, "where the rows and slides went", ["rows and slides", "count", "which"], rows)
     title = f"{metrics['target']} by {metrics['head']}: mean out-of-fold probability of {len(run.config.seeds)} seeds"
@@ -262,7 +266,7 @@ def _shorten(ids: list[str]) -> str:
     return ", ".join(ids[:4]) + (f", and {len(ids) - 4} more" if len(ids) > 4 else "")
 
 
-def _report(console: Console, folder: Path, store: Path | None, synthetic: bool = False) -> None:
+def _report(console: Console, folder: Path, store: Path | None) -> None:
     """Write the report, or say what is missing for it."""
     from extract.errors import ExtractError
     from extract.store import open_store
@@ -276,7 +280,7 @@ def _report(console: Console, folder: Path, store: Path | None, synthetic: bool 
             return None
 
     try:
-        path = write_report(folder, thumbnail, synthetic=synthetic)
+        path = write_report(folder, thumbnail)
     except MissingExtraError as error:
         console.print(f"results {folder}; no report: {error}", markup=False, soft_wrap=True, highlight=False)
     else:
@@ -368,7 +372,7 @@ def demo(
         )
     _print_demo(console, judge(store, out / "cohort", runs))
     for run in runs:
-        _report(console, run.folder, store, synthetic=True)
+        _report(console, run.folder or out, store)
     console.print(f"SYNTHETIC DATA. {time.monotonic() - started:.0f} s in all.", style="bold", highlight=False)
 
 

@@ -221,10 +221,15 @@ def _cross_validate(store: Store, cohort: Cohort, config: TrainConfig, progress:
         splits=splits,
         trained=tuple(trained),
         predictions=predictions,
-        metrics=_metrics(config, splits, trained, predictions, entry),
+        metrics=_metrics(config, splits, trained, predictions, entry) | {"synthetic": is_synthetic(store, cohort)},
         entry=entry,
         recipes=(to_dict(store.feature_recipe(entry)), to_dict(store.tile_recipe)),
     )
+
+
+def is_synthetic(store: Store, cohort: Cohort) -> bool:
+    """Whether any slide was drawn by `extract.synthetic`; what is made of it must say so."""
+    return any(store[slide_id].record.get("synthetic", False) for slide_id in cohort.slide_ids)
 
 
 def _metrics(

@@ -98,4 +98,3 @@ def out_of_fold_attention(run: Run, store: Store) -> dict[str, np.ndarray]:
         maps: Any = predict(run.folder, store, run.entry, slide_ids, replicas=names, attention=True).attention
         found |= {slide_id: weights.mean(axis=1) for slide_id, weights in maps.items()}
     return found
-

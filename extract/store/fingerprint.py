@@ -21,6 +21,14 @@ R = TypeVar("R")
 _SAMPLE_BYTES = 1 << 20
 
 
+def _as_floats(recipe: object, *names: str) -> None:
+    """Make 1 and 1.0 the same recipe: equal values must have equal fingerprints."""
+    for name in names:
+        value = getattr(recipe, name)
+        if value is not None:
+            object.__setattr__(recipe, name, float(value))
+
+
 def _check(valid: bool, what: str, got: object, expected: str) -> None:
     if not valid:
         raise RecipeError(f"got {what} {got!r} → expected {expected} → correct it")
@@ -51,6 +59,7 @@ class TissueRecipe:
     min_hole_tiles: float = 0.25
 
     def __post_init__(self) -> None:
+        _as_floats(self, "min_object_tiles", "min_hole_tiles")
         _check(self.method in ("default", "none"), "tissue method", self.method, "default or none")
 
 
@@ -79,6 +88,7 @@ class TileRecipe:
     tissue: TissueRecipe = field(default_factory=TissueRecipe)
 
     def __post_init__(self) -> None:
+        _as_floats(self, "mpp", "min_tissue_fraction")
         valid_mpp = self.mpp is None or (math.isfinite(self.mpp) and self.mpp > 0)
         _check(valid_mpp, "mpp", self.mpp, "µm per pixel above 0, such as 0.5")
         _check(self.tile_px > 0, "tile size", self.tile_px, "at least one pixel")
@@ -103,6 +113,10 @@ class TransformRecipe:
     interpolation: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -133,6 +147,9 @@ class FeatureRecipe:
     view: str = "identity"
     context_mpp: float | None = None
 
+    def __post_init__(self) -> None:
+        _as_floats(self, "context_mpp")
+
 
 @dataclass(frozen=True)
 class Execution:
@@ -160,7 +177,7 @@ def canonical_json(value: Any) -> str:
 
 def fingerprint(recipe: Any) -> str:
     """SHA-256 (hex) of the whole recipe, a dataclass or its `to_dict`."""
-    return hashlib.sha256(canonical_json(recipe).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(recipe).encode(errors="surrogatepass")).hexdigest()
 
 
 def from_dict(cls: type[R], values: Mapping[str, Any]) -> R:

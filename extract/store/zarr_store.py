@@ -17,6 +17,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -36,7 +37,7 @@ from extract.store.fingerprint import (
     to_dict,
 )
 
-_ENTRY_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*(@view-[0-9]+)?")
+_ENTRY_NAME = re.compile(r"(?!zarr\.json$)[a-z0-9][a-z0-9._-]*(@view-[0-9]+)?")
 _ZARR_TYPES = {"float16": "<f2", "float32": "<f4", "int32": "<i4"}
 
 
@@ -69,7 +70,7 @@ class ZarrSlide(SlideReader):
         """The features unit's commit record."""
         unit = self._feature_unit(entry)
         record = _record(unit)
-        if record["tiles_sha256"] != self.record["sha256"]["coords"]:
+        if record["tiles_sha256"] != fingerprint(self.record):
             raise UnitCorruptError(
                 f"got features {entry!r} of slide {self.slide_id!r} made from other tiles → the tiles were cut again "
                 f"since → run mil extract again; it makes these features anew"
@@ -125,21 +126,32 @@ class ZarrStore(Store):
                     f"got a tile recipe unlike that of store {path} (there → now): {'; '.join(changes)} → one store "
                     f"holds one recipe → repeat the settings of the store, or choose another --store"
                 )
+            store._add_groups()
             return store
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        strange = path.exists() and (not path.is_dir() or any(not name.startswith("~") for name in os.listdir(path)))
+        # another worker may just have made it
+        if strange and not (path / "zarr.json").is_file():
             raise StoreError(f"got {path} as store → it exists and is not a store → choose another --store")
         with _clear_when_full(path):
-            for group in (path, path / "tiles", path / "features"):
-                group.mkdir(parents=True, exist_ok=True)
-            for group in (path / "tiles", path / "features"):
-                _write_json(group / "zarr.json", _group({}))
+            path.mkdir(parents=True, exist_ok=True)
             record = {"format": FORMAT, "tile_recipe": to_dict(recipe), "fingerprint": fingerprint(recipe)}
             _replace_json(path / "zarr.json", _group(record))
-        return cls(path)
+        # whoever made it at the same moment, with whatever recipe: from here on it is like any other store
+        return cls.create(path, recipe)
+
+    def _add_groups(self) -> None:
+        """Make the two groups; whoever is killed before leaves this to the next."""
+        with _clear_when_full(self.path):
+            for name in ("tiles", "features"):
+                (self.path / name).mkdir(exist_ok=True)
+                if not (self.path / name / "zarr.json").is_file():
+                    _replace_json(self.path / name / "zarr.json", _group({}))
 
     def entries(self) -> list[str]:
         """Names of the features entries."""
-        return sorted(e.name for e in os.scandir(self.path / "features") if (Path(e.path) / "zarr.json").is_file())
+        return [
+            name for name in _members(self.path / "features") if (self.path / "features" / name / "zarr.json").is_file()
+        ]
 
     def feature_recipe(self, entry: str) -> FeatureRecipe:
         """The recipe of an entry."""
@@ -152,9 +164,9 @@ class ZarrStore(Store):
         if entry is not None:
             self.feature_recipe(entry)
         folder = self.path / "tiles" if entry is None else self.path / "features" / entry
-        names = [e.name for e in os.scandir(folder) if e.is_dir() and not e.name.endswith(".partial")]
-        complete = [name for name in names if (folder / name / "zarr.json").is_file()]
-        return sorted(decode_id(name) or _record(folder / name)["slide_id"] for name in complete)
+        complete = [name for name in _members(folder) if (folder / name / "zarr.json").is_file()]
+        ids = sorted(decode_id(name) or _record(folder / name)["slide_id"] for name in complete)
+        return ids if entry is None else [slide_id for slide_id in ids if self.has_features(slide_id, entry)]
 
     def __contains__(self, slide_id: object) -> bool:
         return isinstance(slide_id, str) and (self.path / "tiles" / encode_id(slide_id) / "zarr.json").is_file()
@@ -196,7 +208,6 @@ class ZarrStore(Store):
                 folder.mkdir(parents=True, exist_ok=True)
                 record = {"feature_recipe": to_dict(recipe), "fingerprint": fingerprint(recipe)}
                 _replace_json(folder / "zarr.json", _group(record))
-            return
         if changes := difference(self.feature_recipe(entry), recipe):
             raise RecipeMismatchError(
                 f"got a feature recipe unlike that of entry {entry!r} in {self.path} (there → now): "
@@ -256,11 +267,12 @@ class ZarrStore(Store):
                 f"got features {features.shape} {features.dtype} of slide {slide_id!r} → expected {expected}"
             )
         matrix = np.ascontiguousarray(features)
+        checksum = sha256_of(matrix)
         record = {
             "slide_id": slide_id,
             "n_tiles": len(matrix),
-            "sha256": sha256_of(matrix),
-            "tiles_sha256": tiles["sha256"]["coords"],
+            "sha256": checksum,
+            "tiles_sha256": fingerprint(tiles),
             "invalid_rows": sorted(invalid_rows),
             "execution": to_dict(execution),
             "execution_fingerprint": fingerprint(execution),
@@ -269,7 +281,7 @@ class ZarrStore(Store):
         def build(partial: Path) -> None:
             _write_array(partial, matrix, record)
             written = _map_array(partial)
-            _check_equal(written, record["sha256"], slide_id)
+            _check_equal(written, checksum, slide_id)
             if not np.isfinite(written).all():
                 raise StoreError(f"got features of slide {slide_id!r} that are not finite → they are not stored")
 
@@ -289,12 +301,13 @@ class RunLog:
     def __init__(self, folder: Path) -> None:
         started = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
-        folder.mkdir(exist_ok=True)
+        with _clear_when_full(folder):
+            folder.mkdir(exist_ok=True)
         self.path = folder / f"{started}-{host}-{os.getpid()}.jsonl"
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line and push it to the file."""
-        with _clear_when_full(self.path), open(self.path, "a", encoding="utf-8") as file:
+        with _clear_when_full(self.path), open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
@@ -303,17 +316,24 @@ def _group(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": {"tessera": dict(record)}}
 
 
+def _raw_layout(shape: tuple[int, ...], data_type: str) -> dict[str, Any]:
+    """How an array lies on disk: one uncompressed little-endian chunk in the file ``c/0/...``."""
+    return {
+        "data_type": data_type,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shape)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+    }
+
+
 def _array_metadata(array: np.ndarray, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata of a Zarr v3 array of one uncompressed little-endian chunk."""
+    """Metadata of a Zarr v3 array of one raw chunk, with our attributes."""
     return {
         "zarr_format": 3,
         "node_type": "array",
         "shape": list(array.shape),
-        "data_type": array.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(array.shape)}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        **_raw_layout(array.shape, array.dtype.name),
         "fill_value": 0,
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         "attributes": {"tessera": dict(record)},
     }
 
@@ -326,7 +346,7 @@ def _record(node: Path) -> dict[str, Any]:
             return record
     except FileNotFoundError as error:
         raise StoreError(f"got {node} → there is no zarr.json: not a store, or an incomplete unit") from error
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise UnitCorruptError(
             f"got {node / 'zarr.json'} → it is damaged or not ours ({error!r}) → extract again"
         ) from error
@@ -336,18 +356,17 @@ def _map_array(folder: Path) -> np.ndarray:
     """Map the array's single raw chunk; fall back to zarr-python when it is stored in any other way."""
     try:
         metadata = json.loads((folder / "zarr.json").read_bytes())
-    except (OSError, json.JSONDecodeError) as error:
+        shape = tuple(int(n) for n in metadata["shape"])
+        layout = {key: metadata[key] for key in ("data_type", "chunk_grid", "chunk_key_encoding", "codecs")}
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UnitCorruptError(
             f"got {folder / 'zarr.json'} → unreadable ({error}) → extract the slide again"
         ) from error
-    shape = tuple(metadata["shape"])
-    raw = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    one_chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"] == list(shape)
-    if not one_chunk or metadata["codecs"] != raw or metadata["data_type"] not in _ZARR_TYPES:
+    if layout["data_type"] not in _ZARR_TYPES or layout != _raw_layout(shape, layout["data_type"]):
         import zarr
 
         return np.asarray(zarr.open_array(folder, mode="r")[:])
-    dtype = np.dtype(_ZARR_TYPES[metadata["data_type"]])
+    dtype = np.dtype(_ZARR_TYPES[layout["data_type"]])
     chunk = folder / "/".join(["c", *("0" for _ in shape)])
     expected = int(np.prod(shape)) * dtype.itemsize
     size = chunk.stat().st_size if chunk.is_file() else -1
@@ -364,7 +383,10 @@ def _write_array(folder: Path, array: np.ndarray, record: Mapping[str, Any] | No
     """Write an array as one raw chunk, the metadata last."""
     chunk = folder / "/".join(["c", *("0" for _ in array.shape)])
     chunk.parent.mkdir(parents=True)
-    array.astype(array.dtype.newbyteorder("<"), copy=False).tofile(chunk)
+    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+    # not ndarray.tofile: its error on a full disk has no errno
+    with open(chunk, "wb") as file:
+        file.write(little.data.cast("B"))
     _write_json(folder / "zarr.json", _array_metadata(array, record or {}))
 
 
@@ -381,22 +403,25 @@ def _check_equal(array: np.ndarray, checksum: str, slide_id: str) -> None:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False), encoding="utf-8")
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
 def _replace_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file so that a reader sees the old one or the new one, never a part."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    _write_json(partial, value)
-    _sync(partial)
-    os.replace(partial, path)
+    partial = _partial(path)
+    try:
+        _write_json(partial, value)
+        _sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _commit(final: Path, build: Callable[[Path], None], needed_bytes: int) -> None:
     """Build a unit beside its final path and rename it into place; whoever comes second changes nothing."""
     if final.exists():
         return
-    partial = final.with_name(f"{final.name}.{uuid.uuid4().hex}.partial")
+    partial = _partial(final)
     try:
         with _clear_when_full(final, needed_bytes):
             partial.mkdir(parents=True)
@@ -417,9 +442,25 @@ def _commit(final: Path, build: Callable[[Path], None], needed_bytes: int) -> No
 
 def _discard(unit: Path) -> None:
     """Take a unit out of the store in one step, then delete it."""
-    aside = unit.with_name(f"{unit.name}.{uuid.uuid4().hex}.partial")
-    os.rename(unit, aside)
+    aside = _partial(unit)
+    # another writer may have been first
+    with suppress(FileNotFoundError):
+        os.rename(unit, aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _partial(final: Path) -> Path:
+    """A name beside ``final`` that no slide id is encoded to: encoded ids never begin with ``~``."""
+    return final.with_name(f"~{uuid.uuid4().hex}.partial")
+
+
+def _members(folder: Path) -> list[str]:
+    """Sorted names of the folders in ``folder``, without what is still being built; empty if it is absent."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if not entry.name.startswith("~") and entry.is_dir())
+    except FileNotFoundError:
+        return []
 
 
 def _sync(path: Path) -> None:

@@ -223,7 +223,6 @@ def test_a_weights_file_that_cannot_be_read_is_an_error_with_a_fix(tmp_path: Pat
     assert str(caught.value).count("→") >= 2
 
 
-@pytest.mark.xfail(strict=True, reason="_read_weights: IndexError of an empty message, KeyError of torch.load, no dict")
 @pytest.mark.parametrize("name", ["empty.pth", "text.pth", "tensor.pth", "list.pth"])
 def test_a_pytorch_file_that_holds_no_weights_is_an_error_with_a_fix(tmp_path: Path, name: str):
     (tmp_path / "empty.pth").touch()
@@ -244,7 +243,6 @@ def test_an_unknown_name_names_its_neighbours():
         load_backbone("qqqqqqqqqqqq")
 
 
-@pytest.mark.xfail(strict=True, reason="lite4 to lite1 are offered, not the registered one that works offline")
 def test_a_near_registered_name_is_offered_first():
     with pytest.raises(BackboneError, match=r"did you mean \['efficientnet_lite0'"):
         load_backbone("efficientnet_lite")
@@ -258,7 +256,6 @@ def test_unknown_choices_are_refused(keywords: dict[str, str]):
         load_backbone(**keywords)  # type: ignore[arg-type]
 
 
-@pytest.mark.xfail(strict=True, reason="torch's RuntimeError passes through")
 @pytest.mark.parametrize("device", ["gpu", "cpu:x", ""])
 def test_an_unknown_device_is_refused(device: str):
     with pytest.raises(BackboneError, match="device"):
@@ -350,7 +347,6 @@ def test_a_value_that_is_not_finite_is_refused(value: float, dtype: str):
         to_dtype(np.array([[0, value]], dtype=np.float32), dtype, "s")
 
 
-@pytest.mark.xfail(strict=True, reason="the largest value is compared as a float16: it overflows with a RuntimeWarning")
 def test_the_check_of_the_range_overflows_nothing(recwarn: pytest.WarningsRecorder):
     with pytest.raises(FeatureRangeError):
         to_dtype(np.array([[7e4]], dtype=np.float32), "float16", "s")

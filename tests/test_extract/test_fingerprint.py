@@ -129,7 +129,6 @@ def test_recipes_and_executions_are_pinned():
     assert fingerprint(feature_recipe())[:16] == "baf942ca2ff07a3b"
 
 
-@pytest.mark.xfail(strict=True, reason="1 and 1.0 are equal recipes with two fingerprints")
 def test_equal_recipes_have_equal_fingerprints():
     assert TileRecipe(mpp=1) == TileRecipe(mpp=1.0)
     assert fingerprint(TileRecipe(mpp=1)) == fingerprint(TileRecipe(mpp=1.0))

@@ -256,7 +256,6 @@ def test_values_that_do_not_fit_fail_with_the_flag_to_use(slides: Path, store: P
         assert wide.count("embedded") == 3
 
 
-@pytest.mark.xfail(strict=True, reason="the range is checked when the whole slide is embedded, not at its first batch")
 def test_a_value_that_does_not_fit_stops_its_slide_at_the_first_batch(
     tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -267,9 +266,6 @@ def test_a_value_that_does_not_fit_stops_its_slide_at_the_first_batch(
     assert sum(seen) < 150
 
 
-@pytest.mark.xfail(
-    strict=True, reason="encode_id raises UnicodeEncodeError again while the failure is noted: the run dies"
-)
 def test_a_file_name_that_is_not_utf_8_does_not_stop_the_others(slides: Path, store: Path):
     try:
         shutil.copy(slides / "a.tif", os.fsencode(slides) + b"/Pr\xe4parat.tif")
@@ -279,7 +275,6 @@ def test_a_file_name_that_is_not_utf_8_does_not_stop_the_others(slides: Path, st
     assert report.count("embedded") >= 3
 
 
-@pytest.mark.xfail(strict=True, reason="_note reads the damaged record again while it notes the failure: the run dies")
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]"])
 def test_a_damaged_tiles_record_of_one_slide_does_not_stop_the_others(slides: Path, store: Path, content: bytes):
     extract([slides / "a.tif"], store)
@@ -400,9 +395,6 @@ def test_a_changed_mpp_is_refused(slides: Path, store: Path, tmp_path: Path):
     assert "0.25" in reasons(report)["a"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_prepare plans anew from the file: the second entry reads other pixels than were cut"
-)
 @pytest.mark.parametrize("in_file", [0.5, None])
 def test_a_second_entry_reads_the_tiles_that_were_cut(tmp_path: Path, store: Path, in_file: float | None):
     """The slide table's mpp is given to the first run only; the second must read the same pixels, or refuse."""
@@ -434,7 +426,6 @@ def test_another_feature_recipe_is_refused_by_field_before_any_work(slides: Path
     assert tree(store, ()) == before
 
 
-@pytest.mark.xfail(strict=True, reason="--default-mpp is taken as it is: 0 divides, nan and negative ones pass on")
 @pytest.mark.parametrize("value", [0.0, -0.5, float("nan"), float("inf")])
 def test_a_senseless_default_mpp_is_refused_before_any_work(slides: Path, store: Path, value: float):
     with pytest.raises(ExtractError, match="default"):
@@ -495,9 +486,6 @@ def test_features_of_other_tiles_are_made_anew(slides: Path, store: Path):
     assert len(open_store(store)["b"].features("tiny")) == 3
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_recorded_batch_size reads the first slide's features and dies of what the run would mend"
-)
 def test_features_of_other_tiles_are_made_anew_for_the_first_slide_too(slides: Path, store: Path):
     extract(slides, store)
     recut(store, "a")
@@ -505,7 +493,6 @@ def test_features_of_other_tiles_are_made_anew_for_the_first_slide_too(slides: P
     assert outcomes(report)["a"] == "embedded"
 
 
-@pytest.mark.xfail(strict=True, reason="_recorded_batch_size looks up the tiles of the first slide: SlideNotFoundError")
 def test_deleted_tiles_are_cut_anew(slides: Path, store: Path):
     extract(slides, store)
     shutil.rmtree(store / "tiles" / "a")

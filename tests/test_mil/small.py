@@ -28,6 +28,7 @@ class MemorySlide:
     """One slide of a `MemoryStore`."""
 
     matrices: dict[str, np.ndarray]
+    record: dict[str, Any] = field(default_factory=dict)
 
     def features(self, entry: str) -> np.ndarray:
         """[n, dim]."""
