@@ -1,5 +1,6 @@
 """The whole job on a synthetic cohort: draw slides, embed them, train two heads, check what attention found."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from extract.store import Store, open_store
 from mil.config import compose_config
 from mil.crossval import Run, run_training
+from mil.errors import RunError
 from mil.inference import predict
 from mil.replicas import OnProgress
 from mil.statistics import PairedDifference, paired_difference
@@ -37,12 +39,21 @@ class DemoResult:
 
 
 def draw_cohort(folder: Path, seed: int) -> Path:
-    """Write the synthetic cohort into ``folder`` unless it is there; returns the folder of slides."""
+    """Write the synthetic cohort into ``folder`` unless it is there; returns the folder of slides.
+
+    Raises:
+        RunError: the folder holds the cohort of another seed.
+    """
     from extract.synthetic import make_cohort
 
     # the file written last; without it an interrupted drawing is drawn again
     if not (folder / "README.txt").is_file():
         make_cohort(folder, seed=seed)
+    drawn = json.loads((folder / "lesions.json").read_text(encoding="utf-8"))["seed"]
+    if drawn != seed:
+        raise RunError(
+            f"got seed {seed} for {folder} → it holds the cohort of seed {drawn} → give another folder with --out"
+        )
     return folder / "slides"
 
 

@@ -37,7 +37,18 @@ METRICS = {
 SPREAD_METRICS = ("macro_f1", "balanced_accuracy", "auroc")
 CLASS_METRICS = {"recall": "Recall", "precision": "Precision", "f1": "F1", "auroc": "AUROC"}
 COUNTS = {"tp": "TP", "fp": "FP", "fn": "FN", "tn": "TN"}
-METRICS_KEYS = ("target", "class_names", "head", "entry", "created", "versions", "cohort", "warnings", "looks")
+METRICS_KEYS = (
+    "target",
+    "class_names",
+    "head",
+    "entry",
+    "created",
+    "versions",
+    "cohort",
+    "warnings",
+    "looks",
+    "synthetic",
+)
 COLUMNS = {
     "oof.csv": ("slide_id", "patient_id", "target", "predicted"),
     "history.csv": ("replica", "fold", "seed", "epoch", "train_loss", "validation_loss"),
@@ -67,15 +78,13 @@ def write_report(
     run_folder: Path,
     thumbnails: Thumbnails | None = None,
     title: str | None = None,
-    synthetic: bool = False,
 ) -> Path:
     """Write `report.html` and `figures/*.svg` into a run folder and return the path of the page.
 
     Args:
-        run_folder: A finished run (see `mil train`).
+        run_folder: A finished run (see `mil train`). Where its metrics say `synthetic`, page and figures say so too.
         thumbnails: Gives a slide's thumbnail, uint8 [height, width, 3], or None where it has none.
         title: The heading; target and head by default.
-        synthetic: Say on the page and in every figure that the slides were generated.
 
     Raises:
         RunError: A file of the run is missing or lacks keys, columns or classes.
@@ -83,11 +92,13 @@ def write_report(
     """
     template = _load_template()
     run = _read_run(Path(run_folder))
-    svgs = _figures(run)
+    synthetic = bool(run.metrics["synthetic"])
+    # All of them before the first is written: without matplotlib nothing is left behind.
+    drawn = list(_figures(run))
     folder = Path(run_folder) / "figures"
     folder.mkdir(exist_ok=True)
     figures = {}
-    for name, figure in svgs:
+    for name, figure in drawn:
         svg = plotting.to_svg(figure, note="synthetic data" if synthetic else "").encode()
         write_atomically(folder / f"{name}.svg", svg)
         figures[name] = _data_uri(svg, "image/svg+xml")

@@ -3,6 +3,7 @@
 import base64
 import csv
 import hashlib
+import io
 import json
 import re
 import subprocess
@@ -12,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from mil.crossval import train
 from mil.errors import MissingExtraError, RunError
 from mil.report import write_report
 from mil.statistics import evaluate
+from tests.test_mil.small import make_cohort, make_store
 
 SUBTYPES = ("HER2(+)", "Luminal A", "Luminal B", "Triple negative")
 HOSTILE_IDS = (
@@ -95,6 +99,7 @@ def make_run(
         },
         "warnings": ["class 'HER2(+)' is absent from the test part of fold 1"],
         "looks": 1,
+        "synthetic": False,
         "out_of_fold": evaluate(labels, probabilities, patients, class_names, replicates=replicates),
         "per_replica": [
             {
@@ -115,3 +120,236 @@ def make_run(
     config = "head:\n  name: abmil\n  hidden_dim: 128\noptimizer:\n  name: adamw\n  learning_rate: 0.0001\n"
     (folder / "config.yaml").write_text(config, encoding="utf-8")
     return folder
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes, and its text outside style and script."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self.words.append(" ")
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] not in ("style", "script"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.words))
+
+    def attributes(self, name: str) -> list[str]:
+        """Every value of an attribute, in order."""
+        return [attributes[name] or "" for _, attributes in self.tags if name in attributes]
+
+
+def test_page_shows_all_of_the_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    text = Page(path).text
+    document = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    for key in ("macro_f1", "balanced_accuracy", "auroc", "accuracy"):
+        value, low, high = document["out_of_fold"][key].values()
+        assert f"{value:.3f} [{low:.3f}, {high:.3f}]" in text, key
+    for entry in document["out_of_fold"]["classes"].values():
+        for key in ("tp", "fp", "fn", "tn"):
+            assert f"{entry[key]['value']} [{entry[key]['low']:.0f}, {entry[key]['high']:.0f}]" in text
+        for key in ("recall", "precision", "f1", "auroc"):
+            assert f"{entry[key]['value']:.2f} [{entry[key]['low']:.2f}, {entry[key]['high']:.2f}]" in text
+    for expected in ("abmil", "efficientnet_lite0", "torch 2.15.0", "looked at once", *SUBTYPES, "fold2-seed1"):
+        assert expected in text
+    assert document["warnings"][0] in text
+    assert "without a slide in the store 2 site/lost_1, site/lost_2" in text
+    assert (folder / "config.yaml").read_text(encoding="utf-8") in Page(path).words
+    with (folder / "oof.csv").open(encoding="utf-8", newline="") as file:
+        assert all(row["slide_id"] in text for row in csv.DictReader(file))
+
+
+def test_figures_are_embedded_and_saved(tmp_path: Path) -> None:
+    path = write_report(make_run(tmp_path / "run", folds=3, seeds=2))
+    prefix = "data:image/svg+xml;base64,"
+    embedded = {base64.b64decode(source.removeprefix(prefix)) for source in Page(path).attributes("src")}
+    saved = {file.name: file.read_bytes() for file in (path.parent / "figures").iterdir()}
+    assert embedded == set(saved.values())
+    curves = {f"learning-fold{fold}-seed{seed}.svg" for fold in range(3) for seed in range(2)}
+    spread = {f"spread-{metric}.svg" for metric in ("macro_f1", "balanced_accuracy", "auroc")}
+    assert set(saved) == {"metrics.svg", "classes.svg", "confusion.svg"} | curves | spread
+
+
+def test_page_asks_the_network_for_nothing(tmp_path: Path) -> None:
+    path = write_report(make_run(tmp_path / "run"), thumbnails=lambda _: np.zeros((8, 8, 3), np.uint8))
+    page, source = Page(path), path.read_text(encoding="utf-8")
+    assert not {"link", "iframe", "object", "embed", "base", "form", "video", "audio"} & {tag for tag, _ in page.tags}
+    assert all(value.startswith("data:image/") for value in page.attributes("src"))
+    assert all(value.startswith("#") for value in page.attributes("href"))
+    assert "url(" not in source
+    assert "@import" not in source
+    for figure in (path.parent / "figures").iterdir():
+        svg = figure.read_text(encoding="utf-8")
+        assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', svg))
+        assert "@import" not in svg
+    policy = next(attributes["content"] for tag, attributes in page.tags if "http-equiv" in attributes)
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    (script,) = re.findall(r"<script>(.*?)</script>", source, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy, "the policy admits this script and no other"
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    evil = "</pre></td><script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7 * 7 }}"
+    tame, hostile = (
+        make_run(
+            tmp_path / folder,
+            slide_ids=ids,
+            class_names=classes,
+            **dict.fromkeys(("target", "head", "entry"), word),
+            warnings=[word],
+            versions={word: word[:9]},
+            cohort={"attrition": [[word, 1, [word]]]},
+        )
+        for folder, ids, classes, word in (
+            ("tame", (), SUBTYPES, "x" * len(evil)),
+            ("hostile", HOSTILE_IDS, ("</title><b>", "$a$", "'\"&", "Größe"), evil),
+        )
+    )
+    (hostile / "config.yaml").write_text(f"note: {evil}\n", encoding="utf-8")
+    pages = [Page(write_report(run, title=title)) for run, title in ((tame, "title"), (hostile, evil))]
+    shapes = [[(tag, list(attributes)) for tag, attributes in page.tags] for page in pages]
+    assert shapes[0] == shapes[1], "not a tag, not an attribute more than with harmless names"
+    ids = [a["data-sort"] for tag, a in pages[1].tags if tag == "th" and "data-sort" in a]
+    assert tuple(ids[: len(HOSTILE_IDS)]) == HOSTILE_IDS
+    assert pages[1].text.count(evil) >= 7
+    assert "<script>alert(1)</script>" in pages[1].text
+    assert "\ufffdgnp.exe" in pages[1].text, "a direction override is made visible"
+
+
+def test_nothing_undefined_is_shown_as_nan(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", n_slides=7, seeds=1)
+    document = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    document["out_of_fold"]["auroc"] = {"value": float("nan"), "low": None, "high": None}
+    document["per_replica"][0]["seconds"] = float("nan")
+    (folder / "metrics.json").write_text(json.dumps(document), encoding="utf-8")
+    history = (folder / "history.csv").read_text(encoding="utf-8").splitlines()
+    history[1] = "fold0-seed0,0,0,1,0.1,nan,,nan,1"
+    (folder / "history.csv").write_text("\n".join(history), encoding="utf-8")
+    page = Page(write_report(folder))
+    assert not re.search(r"\b(nan|none|null|undefined|inf)\b", page.text.split("Settings The")[0], re.IGNORECASE)
+    assert "AUROC – –" in page.text
+    for figure in (folder / "figures").iterdir():
+        assert "nan" not in figure.read_text(encoding="utf-8")
+
+
+def test_errors_are_marked_one_by_one(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    page = Page(write_report(folder))
+    with (folder / "oof.csv").open(encoding="utf-8", newline="") as file:
+        wrong = [row["predicted"] != row["target"] for row in csv.DictReader(file)]
+    rows = [
+        attributes.get("class") == "error"
+        for (tag, attributes), (_, first) in zip(page.tags, page.tags[1:], strict=False)
+        if tag == "tr" and "data-sort" in first
+    ]
+    assert any(wrong)
+    assert rows == wrong
+    assert page.text.count("✗") == sum(wrong)
+    assert f"{sum(wrong)} of {len(wrong)} slides are predicted wrong" in page.text
+
+
+def test_synthetic_is_said_on_the_page_and_in_every_figure(tmp_path: Path) -> None:
+    assert "synthetic" not in Page(write_report(make_run(tmp_path / "real"))).text.lower()
+    folder = make_run(tmp_path / "run", synthetic=True)
+    page = Page(write_report(folder))
+    assert "SYNTHETIC DATA" in page.text
+    assert "Synthetic data: subtype by abmil" in page.text
+    assert all("synthetic data" in file.read_text(encoding="utf-8") for file in (folder / "figures").iterdir())
+
+
+def test_classes_absent_from_a_fold_and_repeated_looks_are_pointed_out(tmp_path: Path) -> None:
+    page = Page(write_report(make_run(tmp_path / "run", n_slides=8, folds=4, looks=3)))
+    cells = [attributes for tag, attributes in page.tags if tag == "td" and attributes.get("class") == "none"]
+    assert len(cells) == 4 * 3, "each of four folds tests one of four classes"
+    assert page.text.count("3 times") == 3
+
+
+def test_thumbnails_are_small_and_may_be_missing(tmp_path: Path) -> None:
+    asked = []
+
+    def thumbnail(slide_id: str) -> np.ndarray | None:
+        asked.append(slide_id)
+        return np.full((900, 300, 3), 200, np.uint8) if len(asked) % 2 else None
+
+    page = Page(write_report(make_run(tmp_path / "run"), thumbnail))
+    pictures = [source for source in page.attributes("src") if source.startswith("data:image/jpeg;base64,")]
+    assert len(asked) == 24
+    assert len(pictures) == 12
+    picture = Image.open(io.BytesIO(base64.b64decode(pictures[0].partition(",")[2])))
+    assert picture.size == (37, 112)
+
+
+def test_same_run_same_bytes(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    assert write_report(folder).read_bytes() == write_report(folder).read_bytes()
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_reads_what_training_writes(tmp_path: Path) -> None:
+    cohort = make_cohort()
+    options = {"epochs": 2, "device": "cpu", "head": {"name": "abmil", "embed_dim": 8, "attention_dim": 4}}
+    run = train(make_store(cohort), cohort, folds=3, seeds=1, **options).save(tmp_path / "run")
+    text = Page(write_report(run.folder)).text
+    assert f"{run.metrics['out_of_fold']['macro_f1']['value']:.3f}" in text
+    assert all(slide_id in text for slide_id in cohort.slide_ids)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "oof.csv", "history.csv", "splits.csv", "config.yaml"])
+def test_unfinished_run_is_refused(tmp_path: Path, name: str) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / name).unlink()
+    with pytest.raises(RunError, match=rf"^got .*{name} → .* → "):
+        write_report(folder)
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("metrics.json", "{", "[[", "not JSON"),
+        ("metrics.json", '"looks"', '"glances"', "without looks"),
+        ("oof.csv", "predicted", "guess", "predicted"),
+        ("oof.csv", "p_Luminal A", "p_Luminal", "without p_Luminal A"),
+        ("oof.csv", ",Luminal B,", ",Luminal C,", "'Luminal C'"),
+        ("history.csv", "train_loss", "loss", "train_loss"),
+    ],
+)
+def test_strange_files_are_named(tmp_path: Path, name: str, old: str, new: str, message: str) -> None:
+    folder = make_run(tmp_path / "run")
+    content = (folder / name).read_text(encoding="utf-8").replace(old, new, 1)
+    (folder / name).write_text(content, encoding="utf-8")
+    with pytest.raises(RunError, match=r"^got .* → .* → ") as caught:
+        write_report(folder)
+    assert message in str(caught.value)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("package", ["jinja2", "matplotlib"])
+def test_without_the_extra_the_install_line_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    folder = make_run(tmp_path / "run")
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf'{package} → .* → .*pip install "tessera-mil\[report\]"'):
+        write_report(folder)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_import_is_light() -> None:
+    code = "import sys, mil.report; assert not {'matplotlib', 'jinja2'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
