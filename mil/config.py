@@ -18,7 +18,7 @@ from mil.errors import ConfigError, did_you_mean
 GROUPS = ("head", "optimizer", "scheduler")
 _PRIMARY = "train"
 _OPTIMIZERS: dict[str, dict[str, object]] = {
-    "adamw": {"lr": 3e-4, "weight_decay": 1e-2},
+    "adamw": {"lr": 5e-4, "weight_decay": 1e-2},
     "sgd": {"lr": 1e-2, "weight_decay": 1e-4},
 }
 _SCHEDULERS: dict[str, dict[str, object]] = {
@@ -72,7 +72,7 @@ class OptimizerConfig(_Checked):
     _where = "optimizer."
 
     name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = _number(3e-4, 0.0, above=True)
+    lr: float = _number(5e-4, 0.0, above=True)
     weight_decay: float = _number(1e-2, 0.0)
 
 
