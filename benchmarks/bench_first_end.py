@@ -137,7 +137,7 @@ def measure_epoch(store: Path, labels: Path, target: str, epochs: int) -> list[R
     run = mil.train(
         mil.open_store(store), mil.read_cohort(labels, target=target), head="abmil", folds=5, seeds=1, epochs=epochs
     )
-    seconds = [row["seconds"] for row in run.history if row["epoch"] > 0]
+    seconds = [record.seconds for each in run.trained for record in each.history[1:]]
     return [Result.of("glas", "training epoch, abmil, one replica", "s", seconds)]
 
 
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "large").mkdir()
-        make_large_slide(folder / "large" / "large.tif", size_px=options.size_px)
+        make_large_slide(folder / "large" / "large.tif", options.size_px, block_px=min(options.size_px, 2000))
         recipe = TileRecipe(mpp=0.5, tissue=TissueRecipe(method="none"))
         results += measure_extraction("large slide", folder / "large", recipe, backbone, folder, options.repeats)
         results += measure_bags("large slide", folder / "large slide-0.zarr", options.repeats)

@@ -2,8 +2,8 @@
 
 Each slide is a patchwork of ordinary tissues (collagen, fat, benign glands, lymphocytes, blood ...) whose mix varies
 strongly from slide to slide and has the same distribution in all four classes. The classes differ only by a lesion on
-about a tenth of the tissue. So an average over the tiles is swamped by the mix, and a head that attends finds the lesion.
-The lesion polygons are kept, so that attention can be scored against them.
+about a tenth of the tissue. So an average over the tiles is swamped by the mix, and a head that attends finds the
+lesion. The lesion polygons are kept, so that attention can be scored against them.
 
 Frames: `_l0` is level-0 pixels, x to the right, y down; `_low` is the same divided by `_LOW_PX`. Stain amounts are
 optical densities (natural logarithm); colour appears only in `_develop`.
@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -22,20 +23,22 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 from scipy import fft, ndimage, spatial
-from skimage.draw import polygon2mask
 
 from extract.errors import ExtractError
+from extract.slide import SYNTHETIC_SOFTWARE
 
 Float = NDArray[np.float32]
 Image = NDArray[np.uint8]
 Polygon = NDArray[np.float64]
 Window = tuple[slice, slice]
+Rng = np.random.Generator
 
 SUBTYPES = ("Luminal A", "Luminal B", "HER2(+)", "triple-negative")
 NOTICE = "SYNTHETIC: drawn by a program, not taken from any patient; of no diagnostic or scientific value."
 
 _LOW_PX = 16  # level-0 pixels a side of one cell of the low-resolution maps
 _PERIOD_PX = 1024  # the ground textures repeat after this many pixels
+_GLASS = 244  # grey level of the light that passes where there is no tissue
 _VARIANTS = 32  # drawings a kind of nucleus or gland, each shown in 8 orientations
 
 
@@ -114,11 +117,12 @@ _NORMAL = {
     "granulation": _Tissue(0.4, 0.14, "wisps", 0.5, (("plump", 27), ("lymphocyte", 48))),
 }
 
+# all lesions lie in a bluish stroma and shrink away from it; they differ in their cells and how these are arranged
 _LESIONS = {
-    "Luminal A": _Tissue(0.48, 0.05, "fibres", 0.4, (("spindle", 44),), "tubule", 62),
-    "Luminal B": _Tissue(0.44, 0.07, "fibres", 0.4, (("spindle", 40),), "nest", 66),
-    "HER2(+)": _Tissue(0.5, 0.08, "fibres", 0.3, (("spindle", 50),), "comb", 96),
-    "triple-negative": _Tissue(0.34, 0.3, "wisps", 0.35, (("giant", 33), ("debris", 70), ("lymphocyte", 74))),
+    "Luminal A": _Tissue(0.33, 0.22, "wisps", 0.4, (("plump", 50),), "tubule", 64),
+    "Luminal B": _Tissue(0.33, 0.22, "wisps", 0.4, (("plump", 50),), "nest", 72),
+    "HER2(+)": _Tissue(0.33, 0.22, "wisps", 0.4, (("plump", 50),), "comb", 82),
+    "triple-negative": _Tissue(0.33, 0.22, "wisps", 0.4, (("plump", 50),), "sheet", 102),
 }
 
 
@@ -138,51 +142,54 @@ def write_pyramid(
 ) -> None:
     """Write an image as a tiled JPEG pyramid that OpenSlide opens as `generic-tiff`.
 
-    Tiles are compressed as they are cut, so beside the image only the next level is held in memory. The bytes depend on the arguments alone.
+    Tiles are compressed as they are cut, so beside the image only the next level is held in memory. The bytes
+    depend on the arguments alone.
 
     Args:
         image: [height, width, 3] level 0.
         mpp: µm per level-0 px, stored as the resolution tag; None stores none.
         levels: Number of levels, level 0 included.
-        downsample: Nominal ratio of one level to the next. A side that it does not divide is rounded as `rounding` says,
-            as scanners do, so 9999 x 400 px by 4 with "ceil" has a level downsample of 3.9998.
+        downsample: Nominal ratio of one level to the next. A side that it does not divide is rounded as `rounding`
+            says, as scanners do, so 9999 x 400 px by 4 with "ceil" has a level downsample of 3.9998.
         photometric: How the JPEG tiles store colour: YCbCr with 2x2 subsampling, or plain RGB as in some Aperio files.
 
     Raises:
         SyntheticError: The image is not uint8 [h, w, 3], or the pyramid cannot have that many levels.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise SyntheticError(
-            f"got an image of {image.dtype} {list(image.shape)} → expected uint8 [height, width, 3] → convert it to RGB"
-        )
-    smallest = min(image.shape[:2]) // downsample ** (levels - 1)
-    if levels < 1 or downsample < 2 or smallest < 1:
-        raise SyntheticError(
-            f"got levels={levels}, downsample={downsample} for {image.shape[1]} x {image.shape[0]} px → expected "
-            "at least one pixel on the last level → use fewer levels or a smaller downsample"
-        )
-    subsampling = (2, 2) if photometric == "ycbcr" else (1, 1)
+    _check_pyramid(image, levels, downsample)
     with tifffile.TiffWriter(path) as writer:
         for level in range(levels):
             if level:
-                image = _halve(image, downsample, rounding)
-            resolution = 0.0 if mpp is None else 1e4 / (mpp * downsample**level)
+                image = _shrink(image, downsample, rounding)
+            resolution = None if mpp is None else 1e4 / (mpp * downsample**level)
             writer.write(
                 _tiles(image, tile_px),
                 shape=image.shape,
                 dtype=np.uint8,
                 tile=(tile_px, tile_px),
-                photometric="rgb",
+                photometric="rgb",  # of what is given; outcolorspace is that of the file
                 compression="jpeg",
                 compressionargs={"level": quality, "outcolorspace": photometric.upper()},
-                subsampling=subsampling,
+                subsampling=(2, 2) if photometric == "ycbcr" else (1, 1),
                 subfiletype=int(level > 0),
-                resolution=None if mpp is None else (resolution, resolution),
-                resolutionunit=None if mpp is None else "CENTIMETER",
+                resolution=None if resolution is None else (resolution, resolution),
+                resolutionunit=None if resolution is None else "CENTIMETER",
                 metadata=None,
-                software=False,
+                software=SYNTHETIC_SOFTWARE,
                 maxworkers=1,
             )
+
+
+def _check_pyramid(image: Image, levels: int, downsample: int) -> None:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise SyntheticError(
+            f"got an image of {image.dtype} {list(image.shape)} → expected uint8 [height, width, 3] → convert it to RGB"
+        )
+    if levels < 1 or downsample < 2 or min(image.shape[:2]) // downsample ** (levels - 1) < 1:
+        raise SyntheticError(
+            f"got levels={levels}, downsample={downsample} for {image.shape[1]} x {image.shape[0]} px → expected "
+            "at least one pixel on the last level → use fewer levels or a smaller downsample"
+        )
 
 
 def _tiles(image: Image, tile_px: int) -> Iterator[Image]:
@@ -195,7 +202,7 @@ def _tiles(image: Image, tile_px: int) -> Iterator[Image]:
             yield np.pad(tile, missing, mode="edge")
 
 
-def _halve(image: Image, downsample: int, rounding: Literal["floor", "ceil"]) -> Image:
+def _shrink(image: Image, downsample: int, rounding: Literal["floor", "ceil"]) -> Image:
     """Area average over downsample x downsample blocks, in strips so that a large level stays small in memory."""
     step = downsample
     height, width = ((n + (step - 1 if rounding == "ceil" else 0)) // step for n in image.shape[:2])
@@ -250,26 +257,29 @@ class _Bank:
     patches: dict[str, list[_Patch]]
 
 
-def _noise(rng: np.random.Generator, shape: tuple[int, int], sigma: tuple[float, float]) -> Float:
+def _noise(rng: Rng, shape: tuple[int, int], sigma: tuple[float, float]) -> Float:
     """Periodic Gaussian noise [h, w] of unit variance, smoothed by sigma (y, x) px."""
     spectrum = fft.rfft2(rng.standard_normal(shape, np.float32))
     fy = np.exp(-2 * (np.pi * sigma[0] * np.fft.fftfreq(shape[0])) ** 2).astype(np.float32)
     fx = np.exp(-2 * (np.pi * sigma[1] * np.fft.rfftfreq(shape[1])) ** 2).astype(np.float32)
     smooth: Float = fft.irfft2(spectrum * fy[:, None] * fx, s=shape)
-    return (smooth - smooth.mean()) / smooth.std()
+    smooth -= smooth.mean()
+    smooth /= smooth.std()
+    return smooth
 
 
-def _fibres(rng: np.random.Generator, thickness: float, length: float, waviness: float) -> Float:
+def _fibres(rng: Rng, thickness: float, length: float, waviness: float) -> Float:
     """Wavy strands: noise drawn out along x, bent by a slow displacement; values in about -1..1."""
     side = (_PERIOD_PX, _PERIOD_PX)
     strands = _noise(rng, side, (thickness, length))
     bend_y, bend_x = (waviness * _noise(rng, side, (70, 70)) for _ in range(2))
     y, x = np.mgrid[: side[0], : side[1]].astype(np.float32)
     bent: Float = ndimage.map_coordinates(strands, [y + bend_y, x + bend_x], order=1, mode="grid-wrap")
-    return np.tanh(bent)
+    np.tanh(bent, out=bent)
+    return bent
 
 
-def _fat_cells(rng: np.random.Generator, spacing: float) -> Float:
+def _fat_cells(rng: Rng, spacing: float) -> Float:
     """Septa between fat cells: 1 on the thin walls, 0 in the empty cells."""
     half = _PERIOD_PX // 2
     count = int((_PERIOD_PX / spacing) ** 2)
@@ -279,7 +289,8 @@ def _fat_cells(rng: np.random.Generator, spacing: float) -> Float:
     near, _ = spatial.cKDTree(centres, boxsize=half).query(points, k=2)
     gap = ((near[:, 1] - near[:, 0]).reshape(half, half) * 2).astype(np.float32)
     full = ndimage.zoom(gap, 2, order=1, mode="grid-wrap", grid_mode=True)
-    return np.clip(1.6 - full / 4.0, 0, 1).astype(np.float32)
+    septa: Float = np.clip(1.6 - full / 4.0, 0, 1).astype(np.float32)
+    return septa
 
 
 def _polar(side: int) -> tuple[Float, Float]:
@@ -288,16 +299,17 @@ def _polar(side: int) -> tuple[Float, Float]:
     return np.hypot(axis[:, None], axis), np.arctan2(axis[:, None], axis[None, :])
 
 
-def _wobble(rng: np.random.Generator, angle: Float, strength: float) -> Float:
+def _wobble(rng: Rng, angle: Float, strength: float) -> Float:
     """A closed outline's radius as a factor around 1: a few harmonics of the angle."""
     factor = np.ones_like(angle)
-    for order in range(2, 6):
+    for order in range(2, 7):
         factor += strength / order * rng.normal() * np.cos(order * angle + rng.uniform(0, 2 * np.pi))
-    return np.maximum(factor, 0.4)
+    np.maximum(factor, 0.4, out=factor)
+    return factor
 
 
 def _nucleus(
-    rng: np.random.Generator,
+    rng: Rng,
     length: float,
     width: float,
     density: float,
@@ -322,10 +334,11 @@ def _nucleus(
         y, x = rng.normal((side - 1) / 2, min(a, b) * 0.3, 2)
         axis = np.arange(side)
         tone += 1.1 * np.exp(-((axis[:, None] - y) ** 2 + (axis - x) ** 2) / (2 * (0.09 * length) ** 2))
-    return (density * inside * np.clip(tone, 0.1, 2)).astype(np.float32)
+    nucleus: Float = (density * inside * np.clip(tone, 0.1, 2)).astype(np.float32)
+    return nucleus
 
 
-def _nuclei_bank(rng: np.random.Generator) -> dict[str, list[Float]]:
+def _nuclei_bank(rng: Rng) -> dict[str, list[Float]]:
     """Drawings of every kind of nucleus; sizes are for 0.5 µm/px."""
     kinds: dict[str, Callable[[], Float]] = {
         "spindle": lambda: _nucleus(rng, 30, 6, 0.85, spread=0.2),
@@ -335,9 +348,9 @@ def _nuclei_bank(rng: np.random.Generator) -> dict[str, list[Float]]:
         "erythrocyte": lambda: _nucleus(rng, 13, 12, 0.6, rim=0.5, chromatin=0.05),
         "benign": lambda: _nucleus(rng, 15, 12, 0.95),
         "uniform": lambda: _nucleus(rng, 17, 15, 0.9, spread=0.06),
-        "crowded": lambda: _nucleus(rng, 22, 18, 1.15, rim=0.2, chromatin=0.35, irregular=0.1, spread=0.15),
+        "crowded": lambda: _nucleus(rng, 21, 17, 1.15, rim=0.5, chromatin=0.3, irregular=0.08, spread=0.15),
         "vesicular": lambda: _nucleus(rng, 25, 23, 0.7, rim=0.8, nucleoli=1, spread=0.12),
-        "giant": lambda: _nucleus(rng, 36, 28, 1.0, 0.7, 0.45, int(rng.integers(1, 4)), 0.14, 0.3),
+        "giant": lambda: _nucleus(rng, 38, 29, 0.9, 0.8, 0.4, int(rng.integers(1, 4)), 0.08, 0.3),
         "debris": lambda: _nucleus(rng, 6, 5, 1.5, spread=0.35),
         "mitosis": lambda: _nucleus(rng, 20, 8, 1.7, rim=0.0, chromatin=0.5, irregular=0.3),
     }
@@ -345,35 +358,44 @@ def _nuclei_bank(rng: np.random.Generator) -> dict[str, list[Float]]:
 
 
 def _put(canvas: Float, stamp: Float, y: float, x: float) -> None:
-    """Overlay a nucleus, cut at the canvas's edge; where two overlap the darker one shows."""
+    """Draw a nucleus, cut at the canvas's edge; it hides what lies under it, so that crowded ones show."""
     top, left = int(y) - stamp.shape[0] // 2, int(x) - stamp.shape[1] // 2
     y0, x0 = max(top, 0), max(left, 0)
     target = canvas[y0 : top + stamp.shape[0], x0 : left + stamp.shape[1]]
     if target.size:
         part = stamp[y0 - top :, x0 - left :][: target.shape[0], : target.shape[1]]
         np.maximum(target, part, out=target)
+        np.copyto(target, part, where=part > 0.3)
+
+
+def _lobes(rng: Rng, depth: Float, angle: Float, radius: float, cleft: float) -> tuple[Float, Float]:
+    """Coverage of a patch with its cleft, and of its body alone; the cleft is a crescent, widest on a random side."""
+    width = cleft * (0.5 + 0.5 * np.cos(angle - rng.uniform(0, 2 * np.pi)))
+    cover, inside = (np.clip((edge - depth) * radius / 2 + 0.5, 0, 1) for edge in (1 + width, 1))
+    return cover.astype(np.float32), inside.astype(np.float32)
 
 
 def _gland(
-    rng: np.random.Generator,
+    rng: Rng,
     nuclei: dict[str, list[Float]],
     radius: float,
     lumen: float,
     rings: Sequence[tuple[str, float, float]],
     eosin: float,
     secretion: float = 0.0,
+    cleft: float = 0.0,
 ) -> _Patch:
     """A tube cut across: epithelium around a lumen, with rings of nuclei.
 
-    radius is in px, lumen and the rings' (kind, radius, spacing px) radii are fractions of it; secretion is the optical density of
-    what the lumen holds.
+    radius is in px, lumen and the rings' (kind, radius, spacing px) radii are fractions of it; secretion is the
+    optical density of what the lumen holds; cleft, a fraction of the radius, is the width of the empty crescent beside.
     """
     radius *= float(np.exp(0.15 * rng.normal()))
-    side = int(2.6 * radius) + 8
+    side = int(2.8 * radius) + 8
     distance, angle = _polar(side)
     stretch = 1 + rng.uniform(0, 0.35) * np.cos(angle - rng.uniform(0, np.pi)) ** 2
     depth = distance / (radius * _wobble(rng, angle, 0.12)) * stretch
-    cover = np.clip((1 - depth) * radius / 2 + 0.5, 0, 1)
+    cover, inside = _lobes(rng, depth, angle, radius, cleft)
     open_ = np.clip((lumen - depth) * radius / 2 + 0.5, 0, 1)
     stain = np.zeros((side, side), np.float32)
     for kind, where, spacing in rings:
@@ -384,12 +406,12 @@ def _gland(
             stamp = nuclei[kind][rng.integers(_VARIANTS)]
             _put(stain, stamp, side / 2 + reach * np.sin(turn), side / 2 + reach * np.cos(turn))
     body = eosin * (1 - open_) + secretion * open_
-    clear = open_ * (1.0 if secretion == 0 else 0.0)
-    return _Patch(*(layer.astype(np.float32) for layer in (cover, body, stain * (1 - open_), clear)))
+    clear = 1 - inside + open_ * (secretion == 0)
+    return _Patch(*(layer.astype(np.float32) for layer in (cover, body, stain * (1 - open_) * inside, clear)))
 
 
 def _nest(
-    rng: np.random.Generator,
+    rng: Rng,
     nuclei: dict[str, list[Float]],
     radius: float,
     kind: str,
@@ -397,14 +419,21 @@ def _nest(
     eosin: float,
     membrane: float = 0.0,
     mitoses: float = 0.0,
+    haze: float = 0.12,
+    cleft: float = 0.16,
 ) -> _Patch:
-    """A solid nest of cells; membrane is the optical density of the lines between neighbouring cells."""
+    """A solid nest of cells with an empty cleft on one side.
+
+    membrane is the optical density of the lines between neighbouring cells, mitoses the share of dividing cells, haze
+    the haematoxylin of the cytoplasm, cleft a fraction of the radius.
+    """
     radius *= float(np.exp(0.15 * rng.normal()))
-    side = int(2.8 * radius) + 8
+    side = int(3.0 * radius) + 8
     distance, angle = _polar(side)
     stretch = 1 + rng.uniform(0, 0.6) * np.cos(angle - rng.uniform(0, np.pi)) ** 2
-    cover = np.clip((1 - distance / (radius * _wobble(rng, angle, 0.15)) * stretch) * radius / 2 + 0.5, 0, 1)
-    centres = _jittered_grid(rng, side, side, cell_px, jitter=0.22)
+    depth = distance / (radius * _wobble(rng, angle, 0.15)) * stretch
+    cover, inside = _lobes(rng, depth, angle, radius, cleft)
+    centres = _jittered_grid(rng, side, side, cell_px, jitter=0.16)
     body = np.full((side, side), eosin)
     if membrane:
         y, x = np.mgrid[:side, :side]
@@ -413,22 +442,23 @@ def _nest(
         body += membrane * np.exp(-((gap / 3.2) ** 2))
     stain = np.zeros((side, side), np.float32)
     for y_px, x_px in centres:
-        if cover[int(y_px), int(x_px)] > 0.9:
+        if depth[int(y_px), int(x_px)] < 1 - cell_px / 5 / radius:
             chosen = "mitosis" if rng.random() < mitoses else kind
             _put(stain, nuclei[chosen][rng.integers(_VARIANTS)], y_px, x_px)
-    layers = (cover, body, stain * cover, np.zeros((side, side)))
+    layers = (cover, body, np.maximum(stain, haze) * inside, 1 - inside)
     return _Patch(*(layer.astype(np.float32) for layer in layers))
 
 
-def _patch_bank(rng: np.random.Generator, nuclei: dict[str, list[Float]]) -> dict[str, list[_Patch]]:
+def _patch_bank(rng: Rng, nuclei: dict[str, list[Float]]) -> dict[str, list[_Patch]]:
     """Drawings of every kind of gland and nest: the benign ones first, then those of the lesions."""
     kinds: dict[str, Callable[[], _Patch]] = {
         "acinus": lambda: _gland(rng, nuclei, 23, 0.22, (("benign", 0.62, 12), ("benign", 0.95, 20)), 0.4, 0.15),
         "duct": lambda: _gland(rng, nuclei, 50, 0.55, (("benign", 0.72, 12), ("benign", 0.95, 17)), 0.42, 0.1),
         "apocrine": lambda: _gland(rng, nuclei, 42, 0.3, (("benign", 0.8, 22),), 1.0, 0.2),
-        "tubule": lambda: _gland(rng, nuclei, 30, 0.5, (("uniform", 0.76, 15),), 0.5),
-        "nest": lambda: _nest(rng, nuclei, 34, "crowded", 19, 0.4, mitoses=0.05),
-        "comb": lambda: _nest(rng, nuclei, 52, "vesicular", 36, 0.5, membrane=1.5),
+        "tubule": lambda: _gland(rng, nuclei, 30, 0.5, (("uniform", 0.76, 15),), 0.5, cleft=0.2),
+        "nest": lambda: _nest(rng, nuclei, 38, "crowded", 20, 0.4, mitoses=0.06),
+        "comb": lambda: _nest(rng, nuclei, 48, "vesicular", 35, 0.5, membrane=1.3, haze=0.04),
+        "sheet": lambda: _nest(rng, nuclei, 60, "giant", 32, 0.35, mitoses=0.06, haze=0.2),
     }
     return {kind: [draw() for _ in range(_VARIANTS)] for kind, draw in kinds.items()}
 
@@ -462,37 +492,44 @@ class _Canvas:
 
 @dataclass(frozen=True)
 class _Stain:
-    """Look of one slide: optical density of each stain in R, G, B [3, 3], blur weight and sensor noise (grey levels)."""
+    """Look of one slide: each stain's optical density in R, G, B [3, 3], blur weight and sensor noise (grey levels)."""
 
     colours: Float
     blur: float
     noise: float
 
 
-def _crop(texture: Float, rng: np.random.Generator, height: int, width: int) -> Float:
-    """A random window [height, width] of a periodic texture, randomly turned and mirrored."""
+def _turn(texture: Float, rng: Rng) -> Float:
+    """The periodic texture in a random orientation, moved at random."""
     if rng.random() < 0.5:
         texture = texture.T
-    steps = rng.choice([-1, 1], 2)
-    starts = rng.integers(_PERIOD_PX, size=2)
-    rows, columns = (
-        (start + step * np.arange(n)) % _PERIOD_PX
-        for start, step, n in zip(starts, steps, (height, width), strict=True)
-    )
-    return texture[rows][:, columns]
+    step_y, step_x = rng.choice([-1, 1], 2)
+    start_y, start_x = rng.integers(_PERIOD_PX, size=2)
+    return np.roll(texture[::step_y, ::step_x], (start_y, start_x), axis=(0, 1))
 
 
-def _enlarge(low: Float, height: int, width: int) -> Float:
-    """Bilinear enlargement by `_LOW_PX`, as two small matrix products."""
-
-    def weights(n_out: int, n_in: int) -> Float:
-        position = np.clip((np.arange(n_out) + 0.5) / _LOW_PX - 0.5, 0, n_in - 1)
-        return np.maximum(0, 1 - np.abs(position[:, None] - np.arange(n_in))).astype(np.float32)
-
-    return weights(height, low.shape[0]) @ low @ weights(width, low.shape[1]).T
+def _rows(texture: Float, top: int, bottom: int, width: int) -> Float:
+    """Rows top..bottom, `width` wide, of the plane that a periodic texture fills."""
+    band = texture[np.arange(top, bottom) % _PERIOD_PX]
+    return np.concatenate([band] * (-(-width // _PERIOD_PX)), axis=1)[:, :width]
 
 
-def _outline(rng: np.random.Generator, height: int, width: int) -> Float:
+def _strips(window: Window) -> Iterator[tuple[int, int]]:
+    """Few rows at a time, so that the intermediate arrays stay in the processor's cache."""
+    for top in range(window[0].start, window[0].stop, 64):
+        yield top, min(top + 64, window[0].stop)
+
+
+def _enlarge(low: Float, first: int, last: int) -> Float:
+    """Rows first..last of a low-resolution map enlarged by `_LOW_PX` along its first axis, linearly."""
+    position = np.clip((np.arange(first, last, dtype=np.float32) + 0.5) / _LOW_PX - 0.5, 0, len(low) - 1)
+    before = position.astype(int)
+    after = np.minimum(before + 1, len(low) - 1)
+    enlarged: Float = low[before] + (position - before).astype(np.float32)[:, None] * (low[after] - low[before])
+    return enlarged
+
+
+def _outline(rng: Rng, height: int, width: int) -> Float:
     """Tissue outline on the low-resolution grid: positive inside, about 0.1 a `_LOW_PX` cell at the edge."""
     y, x = (np.linspace(-1, 1, n, dtype=np.float32) for n in (height, width))
     angle = np.arctan2(y[:, None], x[None, :])
@@ -507,16 +544,17 @@ def _outline(rng: np.random.Generator, height: int, width: int) -> Float:
     return np.where(border < 2, -1, outline).astype(np.float32)
 
 
-def _mix(rng: np.random.Generator, height: int, width: int) -> Float:
+def _mix(rng: Rng, height: int, width: int) -> Float:
     """Share of each normal tissue [kinds, h, w] on the low-resolution grid; a slide holds few kinds, in regions."""
     share = rng.dirichlet(np.full(len(_NORMAL), 0.45)) + 1e-4
     field = np.stack([_noise(rng, (height, width), (6.5, 6.5)) for _ in share])
     logits = (field + np.log(share)[:, None, None]) / 0.15
     weight = np.exp(logits - logits.max(axis=0))
-    return (weight / weight.sum(axis=0)).astype(np.float32)
+    mix: Float = (weight / weight.sum(axis=0)).astype(np.float32)
+    return mix
 
 
-def _jittered_grid(rng: np.random.Generator, height: int, width: int, spacing: float, jitter: float = 0.35) -> Float:
+def _jittered_grid(rng: Rng, height: int, width: int, spacing: float, jitter: float = 0.24) -> Float:
     """Points (y, x) about `spacing` px apart: a triangular grid, each point moved at random, in row-major order."""
     rows, columns = int(height / (spacing * 0.87)) + 1, int(width / spacing) + 1
     y, x = np.mgrid[:rows, :columns].astype(np.float32)
@@ -524,24 +562,30 @@ def _jittered_grid(rng: np.random.Generator, height: int, width: int, spacing: f
     points = np.stack([y * 0.87, x], axis=-1).reshape(-1, 2) * spacing
     points += rng.normal(0, jitter * spacing, points.shape)
     inside = (points >= 0).all(axis=1) & (points < (height, width)).all(axis=1)
-    return points[inside].astype(np.float32)
+    kept: Float = points[inside].astype(np.float32)
+    return kept
 
 
 def _lay_ground(
-    canvas: _Canvas, window: Window, tissue: _Tissue, weight: Float, bank: _Bank, rng: np.random.Generator
+    canvas: _Canvas, window: Window, tissue: _Tissue, weight: Callable[[int, int], Float], bank: _Bank, rng: Rng
 ) -> None:
-    """Add one tissue's ground to the window; weight [h, w] is its share of each pixel."""
-    texture = _crop(bank.textures[tissue.texture], rng, *weight.shape)
-    if tissue.texture == "fat":
-        canvas.clear[window] += weight * (1 - texture)
-        canvas.eosin[window] += tissue.eosin * weight
-    else:
-        canvas.eosin[window] += tissue.eosin * weight * (1 + tissue.contrast * texture)
-    canvas.nuclei[window] += tissue.haze * weight
+    """Add one tissue's ground to the window; weight(top, bottom) is its share of the window's pixels in those rows."""
+    texture = _turn(bank.textures[tissue.texture], rng)
+    columns = window[1]
+    eosin, contrast, haze = (np.float32(n) for n in (tissue.eosin, tissue.contrast * tissue.eosin, tissue.haze))
+    for top, bottom in _strips(window):
+        share = weight(top, bottom)
+        drawn = _rows(texture, top, bottom, columns.stop - columns.start)
+        if tissue.texture == "fat":
+            canvas.clear[top:bottom, columns] += share * (1 - drawn)
+            canvas.eosin[top:bottom, columns] += eosin * share
+        else:
+            canvas.eosin[top:bottom, columns] += share * (eosin + contrast * drawn)
+        canvas.nuclei[top:bottom, columns] += haze * share
 
 
 def _scatter(
-    canvas: _Canvas, window: Window, tissue: _Tissue, inside: NDArray[np.bool_], bank: _Bank, rng: np.random.Generator
+    canvas: _Canvas, window: Window, tissue: _Tissue, inside: NDArray[np.bool_], bank: _Bank, rng: Rng
 ) -> None:
     """Draw nuclei and patches whose centre lies inside; `inside` covers the window at any resolution."""
     top, left = window[0].start, window[1].start
@@ -551,7 +595,8 @@ def _scatter(
         points = _jittered_grid(rng, height, width, spacing)
         cells = (points * (inside.shape[0] / height, inside.shape[1] / width)).astype(int)
         kept = inside[cells[:, 0], cells[:, 1]] & (rng.random(len(points)) < 0.9)
-        return points[kept] + np.array([top, left], np.float32)
+        moved: Float = points[kept] + np.array([top, left], np.float32)
+        return moved
 
     for kind, spacing in tissue.nuclei:
         layer = canvas.blood if kind == "erythrocyte" else canvas.nuclei
@@ -582,64 +627,92 @@ def _put_patch(canvas: _Canvas, patch: _Patch, y: int, x: int, orientation: int)
     canvas.blood[window] *= 1 - cover
 
 
-def _paint_normal(height: int, width: int, bank: _Bank, rng: np.random.Generator) -> _Canvas:
+def _paint_normal(height: int, width: int, bank: _Bank, rng: Rng) -> _Canvas:
     """A sheet of ordinary tissue [height, width] without outline or lesion."""
     canvas = _Canvas(*(np.zeros((height, width), np.float32) for _ in range(4)))
     mix = _mix(rng, -(-height // _LOW_PX), -(-width // _LOW_PX))
-    window = (slice(0, height), slice(0, width))
-    present = [(tissue, weight) for tissue, weight in zip(_NORMAL.values(), mix, strict=True) if weight.max() > 0.05]
-    for tissue, weight in present:
-        _lay_ground(canvas, window, tissue, _enlarge(weight, height, width), bank, rng)
+    present = [(tissue, low) for tissue, low in zip(_NORMAL.values(), mix, strict=True) if low.max() > 0.05]
+    for tissue, low in present:
+        # most tissues fill a part of the slide only
+        top, bottom = _extent(low.max(axis=1), height)
+        left, right = _extent(low.max(axis=0), width)
+        wide = np.ascontiguousarray(_enlarge(low.T, left, right).T)
+        window = (slice(top, bottom), slice(left, right))
+        _lay_ground(canvas, window, tissue, partial(_enlarge, wide), bank, rng)
     # every ground comes before any drawing: a ground is added, a drawing replaces what is there
-    for tissue, weight in present:
-        _scatter(canvas, window, tissue, weight > 0.5, bank, rng)
+    for tissue, low in present:
+        _scatter(canvas, (slice(0, height), slice(0, width)), tissue, low > 0.5, bank, rng)
     return canvas
 
 
-def _paint_lesion(canvas: _Canvas, polygon: Polygon, subtype: str, bank: _Bank, rng: np.random.Generator) -> None:
+def _extent(share_low: Float, size_px: int) -> tuple[int, int]:
+    """First and last level-0 px, with a margin for the interpolation, where a low-resolution profile is not zero."""
+    filled = np.flatnonzero(share_low > 1e-3)
+    return max(int(filled[0]) - 1, 0) * _LOW_PX, min((int(filled[-1]) + 2) * _LOW_PX, size_px)
+
+
+def _paint_lesion(canvas: _Canvas, polygon: Polygon, subtype: str, bank: _Bank, rng: Rng) -> None:
     """Replace the tissue inside a polygon (x, y in level-0 px) by the subtype's lesion."""
     height, width = canvas.eosin.shape
     x0, y0 = np.maximum(np.floor(polygon.min(axis=0)).astype(int), 0)
     x1, y1 = np.minimum(np.ceil(polygon.max(axis=0)).astype(int), (width, height))
     window = (slice(int(y0), int(y1)), slice(int(x0), int(x1)))
-    inside = polygon2mask((y1 - y0, x1 - x0), polygon[:, ::-1] - (y0, x0))
+    inside = _filled(polygon - (x0, y0), y1 - y0, x1 - x0)
     weight = ndimage.gaussian_filter(inside.astype(np.float32), 2.0)
     for layer in (canvas.eosin, canvas.nuclei, canvas.blood, canvas.clear):
         layer[window] *= 1 - weight
-    _lay_ground(canvas, window, _LESIONS[subtype], weight, bank, rng)
+    _lay_ground(canvas, window, _LESIONS[subtype], lambda a, b: weight[a - y0 : b - y0], bank, rng)
     _scatter(canvas, window, _LESIONS[subtype], inside, bank, rng)
 
 
-def _develop(canvas: _Canvas, tissue: Float, stain: _Stain, bank: _Bank, rng: np.random.Generator) -> Image:
-    """Stains to colour [h, w, 3] by the law of Beer and Lambert, then blur and noise; tissue [h, w] is 0 on bare glass."""
-    height, width = tissue.shape
-    uneven = 1 + 0.12 * _crop(bank.textures["cloud"], rng, height, width) * 0.4
-    present = tissue * np.clip(1 - canvas.clear, 0, 1) * uneven
-    eosin = canvas.eosin * (1 - 0.55 * np.minimum(canvas.nuclei, 1)) * present
-    nuclei = canvas.nuclei * present
-    blood = canvas.blood * present
-    grain = stain.noise * _crop(bank.textures["grain"], rng, height, width)
+def _filled(polygon: Polygon, height: int, width: int) -> NDArray[np.bool_]:
+    """Mask [height, width] of the pixels whose centre lies inside a polygon, by the even-odd rule."""
+    crossings = np.zeros((height, width + 1), np.int32)
+    rows = np.arange(height) + 0.5
+    for (xa, ya), (xb, yb) in pairwise([*polygon, polygon[0]]):
+        crossed = np.flatnonzero((rows >= min(ya, yb)) & (rows < max(ya, yb)))
+        if len(crossed):
+            x = xa + (rows[crossed] - ya) * (xb - xa) / (yb - ya)
+            crossings[crossed, np.clip(np.ceil(x - 0.5), 0, width).astype(int)] += 1
+    inside: NDArray[np.bool_] = np.cumsum(crossings[:, :width], axis=1) % 2 == 1
+    return inside
+
+
+def _develop(canvas: _Canvas, outline_low: Float, stain: _Stain, bank: _Bank, rng: Rng) -> Image:
+    """Stains to colour [h, w, 3] by the law of Beer and Lambert, then blur and noise; outside the outline is glass."""
+    height, width = canvas.eosin.shape
+    uneven, grain = (_turn(bank.textures[name], rng) for name in ("cloud", "grain"))
+    wide = np.ascontiguousarray(_enlarge(outline_low.T, 0, width).T)
     image = np.empty((height, width, 3), np.uint8)
-    for channel, (h, e, b) in enumerate(stain.colours.T.tolist()):
-        light = 244 * np.exp(-(h * nuclei + e * eosin + b * blood))
-        for axis in (light, light.T):
-            axis[1:-1] += stain.blur * (axis[2:] + axis[:-2] - 2 * axis[1:-1])
-        image[..., channel] = np.clip(light + grain, 0, 255)
+    for top, bottom in _strips((slice(0, height), slice(0, width))):
+        first, last = max(top - 1, 0), min(bottom + 1, height)  # one row more on each side for the blur
+        rows = slice(first, last)
+        cloud = _rows(uneven, first, last, width)
+        present = np.clip(12 * _enlarge(wide, first, last) + 0.7 * cloud + 0.5, 0, 1)
+        present *= np.clip(1 - canvas.clear[rows], 0, 1) * (1 + 0.05 * cloud)
+        eosin = canvas.eosin[rows] * (1 - 0.55 * np.minimum(canvas.nuclei[rows], 1)) * present
+        nuclei, blood = canvas.nuclei[rows] * present, canvas.blood[rows] * present
+        noise = stain.noise * _rows(grain, first, last, width)
+        for channel, (h, e, b) in enumerate(stain.colours.T.tolist()):
+            light = _GLASS * np.exp(-(h * nuclei + e * eosin + b * blood))
+            for axis in (light, light.T):
+                axis[1:-1] += stain.blur * (axis[2:] + axis[:-2] - 2 * axis[1:-1])
+            image[top:bottom, :, channel] = np.clip(light + noise, 0, 255)[top - first : bottom - first]
     return image
 
 
-def _draw_stain(patient_rng: np.random.Generator, rng: np.random.Generator) -> _Stain:
+def _draw_stain(patient_rng: Rng, rng: Rng) -> _Stain:
     """The laboratory and day (patient) and the single slide each move strength and hue of the stains."""
-    colours = np.array([[1.12, 1.22, 0.52], [0.16, 0.78, 0.42], [0.2, 1.1, 1.0]])
+    colours = np.array([[0.96, 1.28, 0.54], [0.16, 0.78, 0.42], [0.22, 1.1, 0.92]])
     colours *= np.exp(0.16 * patient_rng.normal(size=(3, 1)) + 0.07 * patient_rng.normal(size=(3, 3)))
     colours *= np.exp(0.08 * rng.normal(size=(3, 1)) + 0.03 * rng.normal(size=(3, 3)))
-    return _Stain(colours.astype(np.float32), rng.uniform(0.04, 0.2), rng.uniform(1.5, 4))
+    return _Stain(colours.astype(np.float32), float(rng.uniform(0.04, 0.2)), float(rng.uniform(1.5, 4)))
 
 
 # ---------------------------------------------------------------- lesions
 
 
-def _place_lesions(tissue_low: NDArray[np.bool_], rng: np.random.Generator) -> list[Polygon]:
+def _place_lesions(tissue_low: NDArray[np.bool_], rng: Rng) -> list[Polygon]:
     """One or two disjoint outlines inside the tissue that cover 8 to 14 % of it, as (x, y) in level-0 px."""
     target_low = rng.uniform(0.08, 0.14) * tissue_low.sum()
     shares = [1.0] if rng.random() < 0.5 else [0.6, 0.4]
@@ -648,7 +721,7 @@ def _place_lesions(tissue_low: NDArray[np.bool_], rng: np.random.Generator) -> l
     polygons = []
     for share in shares:
         angle = np.linspace(0, 2 * np.pi, 48, endpoint=False, dtype=np.float32)
-        radius = _wobble(rng, angle, 0.12)
+        radius = _wobble(rng, angle, 0.2)
         radius *= np.sqrt(share * target_low / (0.5 * np.sin(2 * np.pi / 48) * np.sum(radius * np.roll(radius, 1))))
         room = ndimage.distance_transform_edt(np.pad(free, 1))[1:-1, 1:-1]
         fits = np.argwhere(room >= min(float(radius.max()) + 1, 0.999 * room.max()))
@@ -736,7 +809,7 @@ def make_cohort(
     seed: int = 0,
     patients_per_class: int = 8,
     slides_per_patient: int = 2,
-    size_l0: tuple[int, int] = (1792, 1568),
+    size_l0: tuple[int, int] = (1792, 1344),
     mpp: float = 0.5,
     mpp_missing_every: int = 8,
     broken_tile: bool = True,
@@ -763,24 +836,15 @@ def make_cohort(
         )
     folder = Path(folder)
     (folder / "slides").mkdir(parents=True, exist_ok=True)
-    subtypes = np.random.default_rng([seed, 1]).permutation(np.repeat(SUBTYPES, patients_per_class)).tolist()
-    count = len(subtypes) * slides_per_patient
-    missing = {i for i in range(count) if mpp_missing_every and (i + 1) % mpp_missing_every == 0}
-    with_mpp = [i for i in range(count) if i not in missing] or [0]
-    broken = with_mpp[len(with_mpp) // 2] if broken_tile else -1
-    plans = [
-        _Plan(
-            index=i,
-            patient=i // slides_per_patient,
-            subtype=subtypes[i // slides_per_patient],
-            path=folder / "slides" / f"SYN-{i // slides_per_patient + 1:03d}-{i % slides_per_patient + 1}.tif",
-            size_l0=size_l0,
-            mpp=mpp,
-            mpp_in_file=i not in missing,
-            broken=i == broken,
-        )
-        for i in range(count)
-    ]
+    patients = np.random.default_rng([seed, 1]).permutation(np.repeat(SUBTYPES, patients_per_class)).tolist()
+    subtypes = [subtype for subtype in patients for _ in range(slides_per_patient)]
+    has_mpp = [not mpp_missing_every or (i + 1) % mpp_missing_every > 0 for i in range(len(subtypes))]
+    broken = len(subtypes) // 2 if broken_tile else -1
+    plans = []
+    for i, subtype in enumerate(subtypes):
+        patient, number = divmod(i, slides_per_patient)
+        path = folder / "slides" / f"SYN-{patient + 1:03d}-{number + 1}.tif"
+        plans.append(_Plan(i, patient, subtype, path, size_l0, mpp, has_mpp[i], i == broken))
     bank = _make_bank(seed)
     with ThreadPoolExecutor(workers) as pool:
         slides = tuple(pool.map(lambda plan: _make_slide(plan, seed, bank), plans))
@@ -801,8 +865,7 @@ def _make_slide(plan: _Plan, seed: int, bank: _Bank) -> SyntheticSlide:
     polygons = _place_lesions(outline_low > 0, lesion_rng)
     for polygon in polygons:
         _paint_lesion(canvas, polygon, plan.subtype, bank, lesion_rng)
-    edge = _enlarge(outline_low, height, width) + 0.06 * _crop(bank.textures["cloud"], rng, height, width)
-    image = _develop(canvas, np.clip(edge * 12 + 0.5, 0, 1), stain, bank, rng)
+    image = _develop(canvas, outline_low, stain, bank, rng)
     write_pyramid(plan.path, image, plan.mpp if plan.mpp_in_file else None)
     broken = _break_tile(plan.path, *_pick_tile(outline_low, polygons)) if plan.broken else None
     cells = sum(_area_within(polygon, np.zeros(2), float(max(plan.size_l0))) for polygon in polygons) / _LOW_PX**2
@@ -865,8 +928,9 @@ def _write_tables(cohort: SyntheticCohort) -> None:
 def _readme(cohort: SyntheticCohort) -> str:
     return f"""{NOTICE}
 
-These {len(cohort.slides)} slides, the patients and the labels are invented (seed {cohort.seed}). The class names are those of breast cancer
-subtypes so that the example reads like a real one; the drawings teach nothing about the disease.
+These {len(cohort.slides)} slides, the patients and the labels are invented (seed {cohort.seed}).
+The class names are those of breast cancer subtypes so that the example reads like
+a real one; the drawings teach nothing about the disease.
 
 slides/        pyramidal TIFF files; some carry no micrometres per pixel, and one has a tile that cannot be decoded
 labels.csv     slide_id, patient_id, subtype
@@ -875,23 +939,29 @@ lesions.json   the true lesion outlines in level-0 pixels, and the broken tile
 """
 
 
-def make_large_slide(path: str | Path, size_px: int = 8000, seed: int = 0, mpp: float = 0.5) -> None:
-    """Write one square slide, nearly all tissue, for benchmarks; mirrored copies of one drawn block fill it.
+def make_large_slide(
+    path: str | Path, size_px: int = 8000, seed: int = 0, mpp: float = 0.5, block_px: int = 2000
+) -> None:
+    """Write one square slide, nearly all tissue, for benchmarks.
+
+    Mirrored copies of one drawn block of block_px fill it, so that drawing takes no longer than for a small slide.
 
     Raises:
-        SyntheticError: size_px is below 384.
+        SyntheticError: The block is below 384 px or larger than the slide.
     """
-    if size_px < 384:
-        raise SyntheticError(f"got size_px={size_px} → expected at least 384 → ask for a larger slide")
+    if not 384 <= block_px <= size_px:
+        raise SyntheticError(
+            f"got size_px={size_px}, block_px={block_px} → expected 384 <= block_px <= size_px → change either"
+        )
     rng = np.random.default_rng([seed, 5])
     bank = _make_bank(seed)
-    side = min(2000, size_px)
-    canvas = _paint_normal(side, side, bank, rng)
-    block = _develop(canvas, np.ones((side, side), np.float32), _draw_stain(rng, rng), bank, rng)
-    repeat = -(-size_px // side)
-    row = np.concatenate([block[:, :: 1 if i % 2 == 0 else -1] for i in range(repeat)], axis=1)[:, :size_px]
-    image = np.concatenate([row[:: 1 if i % 2 == 0 else -1] for i in range(repeat)], axis=0)[:size_px]
+    canvas = _paint_normal(block_px, block_px, bank, rng)
+    block = _develop(canvas, np.ones((1, 1), np.float32), _draw_stain(rng, rng), bank, rng)
+    # reflected at each seam, so that none is seen
+    position = np.arange(size_px) % (2 * block_px)
+    position = np.minimum(position, 2 * block_px - 1 - position)
+    image = block[position][:, position]
     margin = size_px // 40
     for glass in (image[:margin], image[-margin:], image[:, :margin], image[:, -margin:]):
-        glass[:] = 244
+        glass[:] = _GLASS
     write_pyramid(path, image, mpp, levels=4)

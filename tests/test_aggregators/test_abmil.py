@@ -48,7 +48,7 @@ def test_training_from_scratch_finds_the_witnesses_at_any_feature_scale(scale):
     offsets = torch.arange(0, 49) * 60
     head = create_aggregator("abmil", in_dim=16, n_classes=2).train()
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
-    for _ in range(60):
+    for _ in range(120):
         optimizer.zero_grad()
         functional.cross_entropy(head(bags[:48].flatten(0, 1), offsets).logits, labels[:48]).backward()
         optimizer.step()

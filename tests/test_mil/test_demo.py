@@ -53,7 +53,7 @@ def test_a_finished_cohort_is_not_drawn_again(
 ) -> None:
     monkeypatch.setattr("extract.synthetic.make_cohort", lambda *_, **__: pytest.fail("drawn again"))
     assert demo.draw_cohort(finished[0] / "cohort", seed=3) == finished[0] / "cohort" / "slides"
-    with pytest.raises(RunError, match="seed 4 .* seed 3"):
+    with pytest.raises(RunError, match=r"seed 4 .* seed 3"):
         demo.draw_cohort(finished[0] / "cohort", seed=4)
 
 
