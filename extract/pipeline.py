@@ -85,8 +85,8 @@ class Progress(Protocol):
     def start(self, n_slides: int) -> None:
         """The run begins."""
 
-    def tiles_done(self, n: int) -> None:
-        """``n`` more tiles are embedded."""
+    def tiles_done(self, n: int, bottleneck: str) -> None:
+        """``n`` more tiles are embedded; ``bottleneck`` is the stage that the others wait for."""
 
     def slide_done(self, outcome: SlideOutcome) -> None:
         """A slide is finished."""
@@ -98,7 +98,7 @@ class Silent:
     def start(self, n_slides: int) -> None:
         """Nothing."""
 
-    def tiles_done(self, n: int) -> None:
+    def tiles_done(self, n: int, bottleneck: str) -> None:
         """Nothing."""
 
     def slide_done(self, outcome: SlideOutcome) -> None:
@@ -205,7 +205,11 @@ class _Run:
         started = time.monotonic()
         self._sources = {source.slide_id: source for source in sources}
         self._progress.start(len(sources))
-        stream = Stream(self._backbone, self._batch_size, self._write, self._progress.tiles_done)
+
+        def tiles_done(n: int) -> None:
+            self._progress.tiles_done(n, stream.stats.bottleneck)
+
+        stream = Stream(self._backbone, self._batch_size, self._write, tiles_done)
         stream.run(self._jobs(sources))
         seconds = time.monotonic() - started
         summary = {

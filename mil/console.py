@@ -77,9 +77,9 @@ class ExtractionProgress:
         """The run begins."""
         self._count.begin(n_slides)
 
-    def tiles_done(self, n: int) -> None:
-        """``n`` more tiles are embedded."""
-        self._count.add(units=n)
+    def tiles_done(self, n: int, bottleneck: str) -> None:
+        """``n`` more tiles are embedded; ``bottleneck`` is the stage that the others wait for."""
+        self._count.add(units=n, note=f"waiting for {bottleneck}")
 
     def slide_done(self, outcome: Any) -> None:
         """A slide is finished."""
@@ -88,10 +88,6 @@ class ExtractionProgress:
         elif outcome.n_invalid and outcome.outcome == "embedded":
             self._count.say(f"{outcome.slide_id}: {outcome.n_invalid} of {outcome.n_tiles} tiles cannot be decoded")
         self._count.add(done=1)
-
-    def bottleneck(self, name: str) -> None:
-        """Which stage the others wait for."""
-        self._count.add(note=f"waiting for {name}")
 
     def end(self) -> None:
         """The run is over."""

@@ -108,7 +108,8 @@ def test_progress_hears_of_every_slide_and_tile(slides: Path, store: Path):
         def start(self, n_slides: int) -> None:
             heard["start"].append(n_slides)
 
-        def tiles_done(self, n: int) -> None:
+        def tiles_done(self, n: int, bottleneck: str) -> None:
+            assert bottleneck in ("reading", "backbone")
             heard["tiles_done"].append(n)
 
         def slide_done(self, outcome: SlideOutcome) -> None:

@@ -1,0 +1,84 @@
+"""What commands show: rates on a terminal, plain lines elsewhere, and names that cannot break the layout."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from mil import console as shown
+from mil.console import ExtractionProgress, LiveCount, print_metrics, print_table
+
+
+def plain() -> Console:
+    return Console(file=io.StringIO(), width=100)
+
+
+def text(console: Console) -> str:
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_elsewhere_than_on_a_terminal_a_line_comes_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(shown.time, "monotonic", lambda: now[0])
+    console = plain()
+    count = LiveCount(console, "slides")
+    count.begin(9)
+    for _ in range(25):
+        now[0] += 1
+        count.add(units=10, note="waiting for reading")
+    count.end()
+    lines = text(console).splitlines()
+    assert len(lines) == 2
+    assert lines[0] == "slides 0/9  10.0 tiles/s  waiting for reading"
+
+
+def test_a_terminal_shows_one_live_line() -> None:
+    console = Console(file=io.StringIO(), width=100, force_terminal=True)
+    count = LiveCount(console, "slides")
+    count.begin(3)
+    count.add(done=1, note="[red]a note[/red]")
+    count.end()
+    assert "slides" in text(console)
+    assert "1/3" in text(console)
+
+
+def test_failures_are_said_as_they_come() -> None:
+    from extract.pipeline import SlideOutcome
+
+    console = plain()
+    progress = ExtractionProgress(console)
+    progress.start(3)
+    progress.slide_done(SlideOutcome("a [b]", "a.tif", "failed", "got nothing → expected tissue"))
+    progress.slide_done(SlideOutcome("c", "c.tif", "embedded", n_tiles=9, n_invalid=2))
+    progress.slide_done(SlideOutcome("d", "d.tif", "embedded", n_tiles=9))
+    progress.end()
+    lines = text(console).splitlines()
+    assert lines == ["failed: a [b]: got nothing → expected tissue", "c: 2 of 9 tiles cannot be decoded"]
+
+
+def test_names_are_not_read_as_markup() -> None:
+    console = plain()
+    print_table(console, "[bold]title", ["slide", "reason"], [["[red]a[/red]", "x [/] y"]])
+    assert "[bold]title" in text(console)
+    assert "[red]a[/red]" in text(console)
+    assert "x [/] y" in text(console)
+
+
+def test_metrics_show_a_dash_where_nothing_can_be_claimed() -> None:
+    known, unknown = {"value": 0.5, "low": 0.25, "high": 0.75}, {"value": None, "low": None, "high": None}
+    no_interval = {"value": 3.0, "low": None, "high": None}
+    rates = dict.fromkeys(("recall", "auroc"), known)
+    counts = dict.fromkeys(("tp", "fp", "fn", "tn"), no_interval)
+    evaluation = {
+        "macro_f1": known,
+        "balanced_accuracy": no_interval,
+        "auroc": unknown,
+        "accuracy": known,
+        "classes": {"HER2(+)": {"support": 4, "n_patients": 1, **rates, **counts}},
+    }
+    console = plain()
+    print_metrics(console, "title", evaluation)
+    rows = {line.split("  ")[0].strip(): line.split() for line in text(console).splitlines() if line.strip()}
+    assert rows["macro-F1"][1:] == ["0.500", "[0.250", "0.750]"]
+    assert rows["AUROC"][1:] == ["–", "–"]
+    assert rows["HER2(+)"][1:] == ["4", "1", "3", "3", "3", "3", "0.50", "0.50"]
