@@ -210,6 +210,8 @@ def choose_device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise BackboneError(f"got device {device!r} → expected auto, cpu, cuda or cuda:N → correct it") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise BackboneError(f"got device {device!r} → expected auto, cpu, cuda or cuda:N → correct it")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise BackboneError(
             f"got device {device!r} → torch {torch.__version__} sees no usable CUDA device → check the "

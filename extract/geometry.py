@@ -21,7 +21,13 @@ SAME_SCALE_TOLERANCE = 0.01
 
 
 def magnification_to_mpp(magnification: float) -> float:
-    """Micrometres per pixel of an objective magnification: 20 gives 0.5."""
+    """Micrometres per pixel of an objective magnification: 20 gives 0.5.
+
+    Raises:
+        ScaleError: the magnification is not above 0.
+    """
+    if not (math.isfinite(magnification) and magnification > 0):
+        raise ScaleError(f"got magnification {magnification:g} → expected one above 0, such as 20 → correct it")
     return MPP_AT_MAGNIFICATION_1 / magnification
 
 

@@ -183,10 +183,15 @@ class Slide:
             return openslide.OpenSlide(self.path)
         except openslide.OpenSlideUnsupportedFormatError as error:
             raise SlideUnreadableError(
-                f"got {self.path} → not a whole-slide format that OpenSlide reads → convert it to a pyramidal TIFF"
+                f"got {self.path} → no whole slide that OpenSlide reads: another kind of file, or cut "
+                f"short → compare its size "
+                f"with the source's, or convert it to a pyramidal TIFF"
             ) from error
         except (openslide.OpenSlideError, OSError) as error:
-            raise SlideUnreadableError(f"got {self.path} → it does not open ({error}) → copy it again") from error
+            raise SlideUnreadableError(
+                f"got {self.path} → it does not open ({error}) → copy it again if it is damaged, else "
+                f"convert it to a pyramidal TIFF"
+            ) from error
 
     @contextmanager
     def _borrow(self) -> Iterator[Any]:

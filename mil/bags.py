@@ -34,6 +34,10 @@ class SlideFeatures(Protocol):
         """[n_valid, dim], float16 or float32."""
         ...
 
+    def verify_features(self, entry: str) -> None:
+        """Raise if they are not the bytes that were written."""
+        ...
+
 
 class FeatureStore(Protocol):
     """A store, as bags need it; `extract.store.Store` is one."""
@@ -184,6 +188,7 @@ def open_bags(store: FeatureStore, slide_ids: Sequence[str], entry: str, memory:
 
     Raises:
         BagError: a slide without complete features in ``entry``, or without a valid tile.
+        UnitCorruptError: features that do not match their checksum; every bag is read once to see.
     """
     missing = sorted(set(slide_ids) - set(store.slide_ids(entry)))
     if missing:
@@ -191,7 +196,10 @@ def open_bags(store: FeatureStore, slide_ids: Sequence[str], entry: str, memory:
             f"got {len(missing)} slides without features in entry {entry!r} of {store.path}: {listed(missing)} → "
             f"expected complete features → run mil extract on them, or leave them out"
         )
-    return Bags(slide_ids, [store[slide_id].features(entry) for slide_id in slide_ids], memory)
+    slides = [store[slide_id] for slide_id in slide_ids]
+    for slide in slides:
+        slide.verify_features(entry)
+    return Bags(slide_ids, [slide.features(entry) for slide in slides], memory)
 
 
 def choose_entry(store: FeatureStore, entry: str | None = None) -> str:

@@ -34,6 +34,10 @@ def main() -> None:
     except (ExtractError, MilError, AggregatorError) as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        Console(stderr=True).print(f"error: {what}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
 
 
 @app.command()
@@ -60,7 +64,8 @@ def extract(
     tile_px: Annotated[int, typer.Option(help="Side of a tile in pixels.", min=16)] = 224,
     overlap_px: Annotated[int, typer.Option("--overlap-px", help="Pixels that neighbouring tiles share.", min=0)] = 0,
     edge: Annotated[
-        Literal["shift", "drop"], typer.Option(help="The last row and column move inwards, or are left out.")
+        Literal["shift", "drop"],
+        typer.Option(help="What sticks out at the right and bottom: shift moves it inwards, drop leaves it out."),
     ] = "shift",
     tissue: Annotated[
         Literal["default", "none"], typer.Option(help="How tissue is found; none tiles everything.")
@@ -68,7 +73,11 @@ def extract(
     min_tissue: Annotated[float, typer.Option(help="Smallest part of a tile that is tissue.", min=0.0, max=1.0)] = 0.25,
     table: Annotated[
         Path | None,
-        typer.Option("--slides", help="Slide table: path[, slide_id, patient_id, mpp].", show_default=False),
+        typer.Option(
+            "--slides",
+            help="Slide table: path[, slide_id, mpp]; a patient_id column is allowed and not used.",
+            show_default=False,
+        ),
     ] = None,
     default_mpp: Annotated[
         float | None, typer.Option(help="µm per pixel of slides that name none.", show_default=False)
@@ -80,7 +89,8 @@ def extract(
         Path | None, typer.Option(help="Local weights of the backbone (safetensors or .pth).", show_default=False)
     ] = None,
     pooling: Annotated[
-        Literal["model", "avg", "cls", "cls+avg"], typer.Option(help="model is the backbone's own.")
+        Literal["model", "avg", "cls", "cls+avg"],
+        typer.Option(help="model: the backbone's own; avg: mean of the patches; cls: class token."),
     ] = "model",
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="How embeddings are stored.")] = "float16",
     device: DeviceOption = "auto",
@@ -106,9 +116,9 @@ def extract(
         )
     if not slides and table is None:
         raise typer.BadParameter("got no slides → name files or folders, or a --slides table", param_hint="SLIDES")
-    scale = (
-        None if native else magnification_to_mpp(magnification) if magnification else mpp if mpp is not None else 0.5
-    )
+    if magnification is not None:
+        mpp = magnification_to_mpp(magnification)
+    scale = None if native else 0.5 if mpp is None else mpp
     recipe = TileRecipe(
         scale, tile_px, overlap_px, edge, min_tissue, allow_upsampling, tissue=TissueRecipe(method=tissue)
     )
@@ -157,7 +167,7 @@ def _print_extraction(console: Console, report: Any) -> None:
         else ""
     )
     console.print(
-        f"{len(report.outcomes)} slides: {report.count('embedded')} embedded, {report.count('complete')} "
+        f"{_count(len(report.outcomes), 'slide')}: {report.count('embedded')} embedded, {report.count('complete')} "
         f"complete before, "
         f"{len(report.failed)} failed; {tiles} tiles in {report.seconds:.1f} s{rate}",
         soft_wrap=True,
@@ -183,10 +193,14 @@ def train(
         typer.Argument(help="Settings: head=abmil folds=5 seeds=3 optimizer.lr=1e-4 ...", show_default=False),
     ] = None,
     *,
-    store: Annotated[Path | None, typer.Option(help="The embedding store.", show_default=False)] = None,
-    labels: Annotated[Path | None, typer.Option(help="Label table (CSV).", show_default=False)] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="The embedding store; required without --config.", show_default=False)
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Label table (CSV); required without --config.", show_default=False)
+    ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Column of the label table to predict.", show_default=False)
+        str | None, typer.Option(help="Column to predict; required without --config.", show_default=False)
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results; must be new or empty.")],
     slide_column: Annotated[str | None, typer.Option(help="Column of slide ids.", show_default=False)] = None,
@@ -208,8 +222,12 @@ def train(
     given = {name: str(value) for name, value in values.items() if value is not None}
     settings = compose_config(overrides or [], config, given)
     console = Console()
-    with _replica_progress(console, f"replicas of {settings.head.name}") as progress:
-        run = run_training(settings, out, progress, overwrite)
+    try:
+        with _replica_progress(console, f"replicas of {settings.head.name}") as progress:
+            run = run_training(settings, out, progress, overwrite)
+    except KeyboardInterrupt:
+        console.print(f"stopped. Nothing was written to {out}; training starts anew.", markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
     _print_run(console, run)
     _report(console, run.folder or out, settings.store)
 
@@ -249,7 +267,8 @@ def _print_run(console: Console, run: Any) -> None:
         )
     rows = [[reason, str(count), _shorten(ids)] for reason, count, ids in metrics["cohort"]["attrition"] if count]
     print_table(console, "where the rows and slides went", ["rows and slides", "count", "which"], rows)
-    title = f"{metrics['target']} by {metrics['head']}: mean out-of-fold probability of {len(run.config.seeds)} seeds"
+    seeds = _count(len(run.config.seeds), "seed")
+    title = f"{metrics['target']} by {metrics['head']}: mean out-of-fold probability over {seeds}"
     print_metrics(console, title, metrics["out_of_fold"])
     for warning in metrics["warnings"]:
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True, highlight=False)
@@ -260,6 +279,10 @@ def _print_run(console: Console, run: Any) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _shorten(ids: list[str]) -> str:
@@ -273,10 +296,13 @@ def _report(console: Console, folder: Path, store: Path | None) -> None:
     from mil.errors import MissingExtraError
     from mil.report import write_report
 
+    slides = open_store(store) if store is not None else None
+
     def thumbnail(slide_id: str) -> Any:
         try:
-            return open_store(store)[slide_id].thumbnail if store is not None else None
+            return None if slides is None else slides[slide_id].thumbnail
         except ExtractError:
+            # a slide that has left the store since costs its picture, not the report
             return None
 
     try:
@@ -292,7 +318,7 @@ def predict(
     *,
     run: RunOption,
     store: StoreOption,
-    out: Annotated[Path, typer.Option(help="CSV to write: slide_id, predicted, p_<class>...")],
+    out: Annotated[Path, typer.Option(help="CSV to write: slide_id, predicted, and the probability of each class.")],
     entry: Annotated[
         str | None, typer.Option("--as", help="Features entry.  [default: the one that fits]", show_default=False)
     ] = None,
@@ -303,11 +329,19 @@ def predict(
     Example: `mil predict --run runs/abmil --store new.zarr --out predictions.csv`
     """
     from extract.store import open_store
+    from mil.crossval import is_synthetic
     from mil.inference import predict as predict_store
 
-    predictions = predict_store(run, open_store(store), entry, device=device)
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise typer.BadParameter(
+            f"got {out} → expected a file in a folder that exists → correct it", param_hint="--out"
+        )
+    reader = open_store(store)
+    predictions = predict_store(run, reader, entry, device=device)
     predictions.write_csv(out)
     console = Console()
+    if is_synthetic(reader, predictions.slide_ids):
+        console.print("SYNTHETIC DATA: these slides were drawn by mil demo.", style="bold", highlight=False)
     counts = ", ".join(f"{name} {predictions.predicted.count(name)}" for name in predictions.class_names)
     console.print(
         f"{len(predictions.slide_ids)} slides by the mean of {len(predictions.replicas)} replicas: "

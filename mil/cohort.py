@@ -189,7 +189,14 @@ def join_store(cohort: Cohort, available_slide_ids: Iterable[str]) -> Cohort:
         no_row=tuple(name for name in available if name not in has_row),
     )
     result = replace(cohort.subset(joined), slide_ids=tuple(joined.values()), attrition=attrition)
-    _refuse_small_classes(result, f"slides of column {cohort.target!r} that the store holds")
+    where = f"slides of column {cohort.target!r} that the store holds"
+    if attrition.no_slide:
+        where = (
+            f"{where} ({len(attrition.no_slide)} rows name slides that it lacks, such as "
+            f"{listed(attrition.no_slide, 3)}; it "
+            f"has {listed(available, 3)}; were leading zeros lost?)"
+        )
+    _refuse_small_classes(result, where)
     return result
 
 
@@ -391,7 +398,7 @@ def _refuse_small_classes(cohort: Cohort, where: str) -> None:
     if len(patients) < 2:
         raise CohortError(
             f"{where}: got {len(patients)} class(es), {listed(cohort.class_names) or 'no labelled slide'} → expected "
-            f"two or more → check the target column and classes="
+            f"two or more → check the target column"
         )
     small = [
         f"{cohort.class_names[at]!r} ({listed(sorted(who)) or 'none'})" for at, who in patients.items() if len(who) < 2
@@ -400,7 +407,7 @@ def _refuse_small_classes(cohort: Cohort, where: str) -> None:
         raise CohortError(
             f"{where}: got fewer than 2 patients for class {', '.join(small)} → expected 2 or more in every class, so "
             f"that one can be trained on while another is tested → add slides of other patients, merge the class with "
-            f"another in the table, or leave it out with classes="
+            f"another in the table, or empty its cells, which leaves it out"
         )
 
 

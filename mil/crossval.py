@@ -21,7 +21,7 @@ from mil.bags import choose_entry, open_bags
 from mil.checkpoint import CheckpointRecord, package_versions, save_checkpoint
 from mil.cohort import Cohort, join_store, read_cohort
 from mil.config import TrainConfig, compose_config
-from mil.errors import ConfigError, RunError
+from mil.errors import ConfigError, RunError, listed
 from mil.evaluation import resolve_device
 from mil.files import Row, probability_text, write_atomically, write_csv
 from mil.metrics import auroc, balanced_accuracy, confusion, macro_f1
@@ -30,6 +30,10 @@ from mil.splits import Splits, make_splits, write_splits
 from mil.training import EpochRecord, PartArray, Replica, TrainedReplica
 
 LEDGER = "looks.jsonl"
+RUN_FILES = frozenset(
+    "config.yaml splits.csv predictions.csv history.csv oof.csv metrics.json checkpoints figures report.html".split()  # noqa: SIM905
+)
+"""What a run folder holds, the report included; nothing else is ever deleted."""
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -81,7 +85,8 @@ class Run:
         splits: their parts.
         trained: the replicas, with their heads on the CPU.
         predictions: of every replica for every slide.
-        metrics: the content of ``metrics.json``.
+        metrics: the content of ``metrics.json``; its ``looks`` counts this run alone until it is saved, and then the
+            saved runs of the same cohort beside it.
         entry: the features entry.
         recipes: feature and tile recipe as plain values.
         folder: where the run was saved, or None.
@@ -184,7 +189,8 @@ def check_folder(folder: Path, overwrite: bool) -> None:
     """Refuse a run folder that is taken or cannot be written; its parent is made.
 
     Raises:
-        RunError: ``folder`` is a file, holds anything while ``overwrite`` is False, or its parent takes no files.
+        RunError: ``folder`` is a file, holds anything while ``overwrite`` is False, holds anything besides a finished
+            run (which replacing would delete), or its parent takes no files.
     """
     if folder.exists() and not folder.is_dir():
         raise RunError(f"got {folder} as run folder → it is a file → give another folder with --out")
@@ -193,6 +199,11 @@ def check_folder(folder: Path, overwrite: bool) -> None:
             f"got {folder} as run folder → it exists and is not empty → give another folder with --out, or add "
             f"--overwrite to replace it"
         )
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    foreign = names - RUN_FILES
+    if foreign or (names and "metrics.json" not in names):
+        what = f"besides a run it holds {listed(sorted(foreign))}" if foreign else "it holds no finished run"
+        raise RunError(f"got {folder} to overwrite → {what} → only a run is replaced; give another folder with --out")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder.parent):
@@ -221,15 +232,16 @@ def _cross_validate(store: Store, cohort: Cohort, config: TrainConfig, progress:
         splits=splits,
         trained=tuple(trained),
         predictions=predictions,
-        metrics=_metrics(config, splits, trained, predictions, entry) | {"synthetic": is_synthetic(store, cohort)},
+        metrics=_metrics(config, splits, trained, predictions, entry)
+        | {"synthetic": is_synthetic(store, cohort.slide_ids)},
         entry=entry,
         recipes=(to_dict(store.feature_recipe(entry)), to_dict(store.tile_recipe)),
     )
 
 
-def is_synthetic(store: Store, cohort: Cohort) -> bool:
+def is_synthetic(store: Store, slide_ids: Sequence[str]) -> bool:
     """Whether any slide was drawn by `extract.synthetic`; what is made of it must say so."""
-    return any(store[slide_id].record.get("synthetic", False) for slide_id in cohort.slide_ids)
+    return any(store[slide_id].record.get("synthetic", False) for slide_id in slide_ids)
 
 
 def _metrics(

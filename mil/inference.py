@@ -1,5 +1,6 @@
 """Applying a run to slides without labels: the mean probability of its replicas."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,7 @@ def _load_run(folder: Path, replicas: Sequence[str] | None) -> tuple[list[Aggreg
             f"got {folder} as run folder → there are no metrics.json and checkpoints in it → give the --out folder of "
             f"a finished mil train"
         )
+    _check_complete(folder, list(paths))
     for name in replicas or ():
         if name not in paths:
             raise RunError(
@@ -124,6 +126,19 @@ def _load_run(folder: Path, replicas: Sequence[str] | None) -> tuple[list[Aggreg
                 f"expected those of one run → do not copy checkpoints between runs"
             )
     return [head for head, _ in loaded], [record for _, record in loaded]
+
+
+def _check_complete(folder: Path, names: Sequence[str]) -> None:
+    """All the replicas that the run trained must be there, and no others."""
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    expected = [each["replica"] for each in metrics["per_replica"]]
+    odd = sorted(set(names) ^ set(expected))
+    if odd:
+        raise RunError(
+            f"got {len(names)} checkpoints in {folder} → the run trained {len(expected)}; missing or "
+            f"foreign: {listed(odd)} "
+            f"→ bring the missing back from a copy of the run, or train again"
+        )
 
 
 def _fitting_entry(store: Store, records: Sequence[CheckpointRecord], entry: str | None) -> str:

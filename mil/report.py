@@ -169,7 +169,7 @@ def _read_metrics(folder: Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise RunError(
             f"got {folder / 'metrics.json'} that is not JSON ({error}) → expected the file that "
-            "`mil train` wrote → run `mil evaluate` or `mil train` again"
+            "`mil train` wrote → run `mil train` again"
         ) from error
     keys = (*METRICS_KEYS, "out_of_fold", "per_replica")
     missing = [key for key in keys if not isinstance(metrics, dict) or key not in metrics]

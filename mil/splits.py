@@ -314,7 +314,7 @@ def _no_split(
     return SplitError(
         f"got {len(patients.ids)} patients for {folds} folds, where class {', '.join(names)} cannot stay in every "
         f"training part → expected every class in every training part beside a test and a validation part; {tried} → "
-        f"raise folds, add patients of that class, merge it with another, or leave it out with classes="
+        f"raise folds, add patients of that class, merge it with another, or empty its cells, which leaves it out"
     )
 
 

@@ -14,8 +14,8 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from extract.errors import EntryNotFoundError, SlideNotFoundError, StoreError
-from extract.store.fingerprint import FeatureRecipe, TileRecipe
+from extract.errors import EntryNotFoundError, SlideNotFoundError, StoreError, UnitCorruptError
+from extract.store.fingerprint import FeatureRecipe, TileRecipe, sha256_of
 
 FORMAT = 1
 _SAFE_NAME_BYTES = 200
@@ -110,6 +110,23 @@ class SlideReader(ABC):
         if self.feature_record(entry)["invalid_rows"]:
             return np.asarray(matrix[self.valid(entry)])
         return matrix
+
+    def verify_features(self, entry: str) -> None:
+        """Compare the features with the checksum of their record; reads them once.
+
+        Raises:
+            UnitCorruptError: they are not the bytes that were written.
+        """
+        if sha256_of(np.ascontiguousarray(self._all_features(entry))) != self.feature_record(entry)["sha256"]:
+            raise UnitCorruptError(
+                f"got features {entry!r} of slide {self.slide_id!r} that do not match their checksum → "
+                f"the file was damaged "
+                f"or changed after it was written → delete {self.feature_path(entry)} and run mil extract again"
+            )
+
+    @abstractmethod
+    def feature_path(self, entry: str) -> Path:
+        """Where the features unit lies."""
 
     def coords(self, entry: str | None = None) -> np.ndarray:
         """Tile corners int32 [n, 2] in level-0 px; with ``entry``, row for row those of ``features(entry)``."""

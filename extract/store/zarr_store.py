@@ -68,7 +68,7 @@ class ZarrSlide(SlideReader):
 
     def feature_record(self, entry: str) -> Mapping[str, Any]:
         """The features unit's commit record."""
-        unit = self._feature_unit(entry)
+        unit = self.feature_path(entry)
         record = _record(unit)
         if record["tiles_sha256"] != fingerprint(self.record):
             raise UnitCorruptError(
@@ -77,7 +77,8 @@ class ZarrSlide(SlideReader):
             )
         return record
 
-    def _feature_unit(self, entry: str) -> Path:
+    def feature_path(self, entry: str) -> Path:
+        """Where the features unit lies."""
         unit = self._store.path / "features" / entry / encode_id(self.slide_id)
         if not (unit / "zarr.json").is_file():
             self._store.feature_recipe(entry)
@@ -88,7 +89,7 @@ class ZarrSlide(SlideReader):
         return _map_array(self._tiles / "coords")
 
     def _all_features(self, entry: str) -> np.ndarray:
-        return _map_array(self._feature_unit(entry))
+        return _map_array(self.feature_path(entry))
 
 
 class ZarrStore(Store):
@@ -121,7 +122,12 @@ class ZarrStore(Store):
         """
         if (path / "zarr.json").is_file():
             store = cls(path)
-            if changes := difference(store.tile_recipe, recipe):
+            changes = difference(store.tile_recipe, recipe)
+            if changes and not _members(path / "tiles"):
+                # nothing was cut yet, as when every slide was refused: the first slide decides
+                _replace_json(path / "zarr.json", _group(_root_record(recipe)))
+                return cls.create(path, recipe)
+            if changes:
                 raise RecipeMismatchError(
                     f"got a tile recipe unlike that of store {path} (there → now): {'; '.join(changes)} → one store "
                     f"holds one recipe → repeat the settings of the store, or choose another --store"
@@ -133,9 +139,8 @@ class ZarrStore(Store):
         if strange and not (path / "zarr.json").is_file():
             raise StoreError(f"got {path} as store → it exists and is not a store → choose another --store")
         with _clear_when_full(path):
-            path.mkdir(parents=True, exist_ok=True)
-            record = {"format": FORMAT, "tile_recipe": to_dict(recipe), "fingerprint": fingerprint(recipe)}
-            _replace_json(path / "zarr.json", _group(record))
+            _make_folder(path)
+            _replace_json(path / "zarr.json", _group(_root_record(recipe)))
         # whoever made it at the same moment, with whatever recipe: from here on it is like any other store
         return cls.create(path, recipe)
 
@@ -314,6 +319,19 @@ class RunLog:
 def _group(record: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata of a Zarr v3 group with our attributes."""
     return {"zarr_format": 3, "node_type": "group", "attributes": {"tessera": dict(record)}}
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError, PermissionError) as error:
+        raise StoreError(
+            f"got {path} as store → it cannot be made ({error.strerror}) → choose another --store"
+        ) from error
+
+
+def _root_record(recipe: TileRecipe) -> dict[str, Any]:
+    return {"format": FORMAT, "tile_recipe": to_dict(recipe), "fingerprint": fingerprint(recipe)}
 
 
 def _raw_layout(shape: tuple[int, ...], data_type: str) -> dict[str, Any]:

@@ -235,6 +235,7 @@ def test_a_store_of_another_format_or_edited_by_hand_is_refused(store: ZarrStore
     [({"mpp": 0.25}, "mpp: 0.5 → 0.25"), ({"tissue": TissueRecipe(closing_px=3)}, "tissue.closing_px: 2 → 3")],
 )
 def test_another_tile_recipe_is_refused_by_field(store: ZarrStore, change: dict, field: str):
+    store.write_tiles(tiles_unit("a"))
     before = tree(store.path)
     with pytest.raises(RecipeMismatchError, match=field):
         ZarrStore.create(store.path, replace(RECIPE, **change))
@@ -602,3 +603,26 @@ def test_a_run_log_is_one_json_line_per_slide(store: ZarrStore):
         log.append(line)
     assert [json.loads(line) for line in log.path.read_text(encoding="utf-8").splitlines()] == lines
     assert log.path.parent == store.path / "runs"
+
+
+def test_one_flipped_byte_is_found_when_features_are_verified(tmp_path: Path):
+    store = ZarrStore.create(tmp_path / "s.zarr", RECIPE)
+    store.create_entry("tiny", feature_recipe())
+    store.write_tiles(tiles_unit("a"))
+    store.write_features("tiny", "a", matrix(), [], EXECUTION)
+    store["a"].verify_features("tiny")
+    chunk = store["a"].feature_path("tiny") / "c" / "0" / "0"
+    content = bytearray(chunk.read_bytes())
+    content[3] ^= 1
+    chunk.write_bytes(content)
+    with pytest.raises(UnitCorruptError, match=r"slide 'a'.*checksum"):
+        store["a"].verify_features("tiny")
+
+
+def test_a_store_in_which_nothing_was_cut_takes_another_recipe(tmp_path: Path):
+    ZarrStore.create(tmp_path / "s.zarr", RECIPE)
+    other = ZarrStore.create(tmp_path / "s.zarr", replace(RECIPE, mpp=9.0))
+    assert open_store(tmp_path / "s.zarr").tile_recipe == other.tile_recipe == replace(RECIPE, mpp=9.0)
+    other.write_tiles(tiles_unit("a"))
+    with pytest.raises(RecipeMismatchError, match="mpp"):
+        ZarrStore.create(tmp_path / "s.zarr", RECIPE)

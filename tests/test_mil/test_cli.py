@@ -100,7 +100,9 @@ def test_extract_reports_failures_and_resumes(mil: Mil, tmp_path: Path) -> None:
     (tmp_path / "slides" / "text.tif").write_text("not a slide")
     first = mil("extract", tmp_path / "slides", "--store", tmp_path / "s.zarr", *TILING)
     assert first.code == 1
-    assert first.says("4 slides: 1 embedded", "3 failed", "--default-mpp", "0 bytes", "not a whole-slide format")
+    assert first.says(
+        "4 slides: 1 embedded", "3 failed", "--default-mpp", "0 bytes", "no whole slide that OpenSlide reads"
+    )
     second = mil("extract", tmp_path / "slides", "--store", tmp_path / "s.zarr", *TILING, "--default-mpp", "0.5")
     assert second.code == 1
     assert second.says("1 embedded, 1 complete before, 2 failed")
@@ -224,6 +226,30 @@ def test_train_names_a_missing_column_store_and_table(mil: Mil, store: Path, coh
     assert column.says("subtyp", "did you mean", "subtype")
     assert table.says("none.csv")
     assert nothing.says("none.zarr", "mil extract")
+
+
+def test_predict_refuses_a_run_that_lost_a_checkpoint_and_a_missing_folder(
+    mil: Mil, cohort: Path, store: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = ("--store", store, "--labels", cohort / "labels.csv", "--target", "subtype", "--out", run)
+    assert mil("train", *settings, "head=mean", *FAST[1:]).code == 0
+    predict = ("predict", "--run", run, "--store", store)
+    assert mil(*predict, "--out", tmp_path / "none" / "p.csv").says("a folder that exists")
+    for file in (run / "checkpoints").glob("fold0*"):
+        file.unlink()
+    result = mil(*predict, "--out", tmp_path / "p.csv")
+    assert result.code == 2
+    assert result.says("fold0-seed0", "trained 2")
+
+
+def test_an_impossible_magnification_or_store_is_an_error(mil: Mil, cohort: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    zero = mil("extract", cohort / "slides", "--store", tmp_path / "s.zarr", "--magnification", "0")
+    inside = mil("extract", cohort / "slides", "--store", tmp_path / "file" / "s.zarr")
+    assert zero.code == inside.code == 2
+    assert zero.says("magnification 0", "→")
+    assert inside.says("error:", "cannot be made", "--store")
 
 
 def test_predict_refuses_features_of_another_recipe(mil: Mil, cohort: Path, store: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from mil.cohort import Cohort
 from mil.config import compose_config
-from mil.crossval import LEDGER, Run, run_training, train
+from mil.crossval import LEDGER, Run, check_folder, run_training, train
 from mil.errors import BagError, ConfigError, RunError
 from mil.splits import read_splits
 from mil.statistics import evaluate
@@ -131,8 +131,13 @@ def test_a_folder_that_is_taken_is_refused_and_kept(run: Run, tmp_path: Path) ->
     with pytest.raises(RunError, match="overwrite"):
         run.save(tmp_path / "run")
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    with pytest.raises(RunError, match=r"notes\.txt"):
+        run.save(tmp_path / "run", overwrite=True)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    (tmp_path / "run" / "notes.txt").unlink()
+    (tmp_path / "run" / "report.html").write_text("old")
     run.save(tmp_path / "run", overwrite=True)
-    assert not (tmp_path / "run" / "notes.txt").exists()
+    assert not (tmp_path / "run" / "report.html").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="file"):
         run.save(tmp_path / "file", overwrite=True)
@@ -148,7 +153,7 @@ def test_a_killed_save_leaves_no_run_that_looks_whole(
     folder = tmp_path / "run"
     if older:
         run.save(folder)
-        (folder / "mark").write_text("old")
+        (folder / "report.html").write_text("old")
 
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
@@ -156,7 +161,7 @@ def test_a_killed_save_leaves_no_run_that_looks_whole(
     monkeypatch.setattr(f"mil.crossval.{at}", killed)
     with pytest.raises(KeyboardInterrupt):
         run.save(folder, overwrite=True)
-    assert (folder / "mark").exists() == older == folder.exists()
+    assert (folder / "report.html").exists() == older == folder.exists()
     assert {path.name for path in tmp_path.iterdir()} <= {"run", LEDGER}
 
 
@@ -203,3 +208,18 @@ def test_an_unknown_option_and_a_store_of_several_entries_are_errors(store: Memo
     with pytest.raises(BagError, match="backbone="):
         train(several, COHORT)
     assert train(several, COHORT, **_overrides(backbone="uni2", folds=2, seeds=1, epochs=1)).entry == "uni2"
+
+
+@pytest.mark.parametrize("foreign", ["thesis.txt", "cohort.zarr"])
+def test_overwriting_replaces_a_run_and_nothing_else(tmp_path, foreign):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / foreign).write_text("mine")
+    with pytest.raises(RunError, match=foreign):
+        check_folder(run, overwrite=True)
+    (run / "metrics.json").write_text("{}")
+    with pytest.raises(RunError, match=foreign):
+        check_folder(run, overwrite=True)
+    (run / foreign).unlink()
+    check_folder(run, overwrite=True)
+    assert (run / "metrics.json").is_file()
