@@ -5,6 +5,7 @@ does not depend on how the run was cut. On a CPU every core runs whole batches w
 nothing on waiting inside operators; on a GPU one thread feeds the device while the others read.
 """
 
+import ctypes
 import os
 import threading
 import time
@@ -23,10 +24,27 @@ from extract.slide import Slide
 CPU_BATCH_SIZE = 4
 GPU_BATCH_SIZE = 128
 
+# option numbers of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+
 
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks of up to 32 MiB for the next forward, 256 MiB in all, instead of unmapping them.
+
+    By default every intermediate of a forward is mapped and unmapped, and since threads share one address space they
+    queue for it: two cores embedded 35 tiles/s instead of 104. Holds for the process; does nothing without glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for option, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 256 << 20), (_M_TOP_PAD, 16 << 20)):
+        mallopt(option, value)
 
 
 @dataclass
@@ -123,6 +141,7 @@ class Stream:
         threads = torch.get_num_threads()
         per_worker = 1 if self._backbone.device.type == "cpu" else threads
         torch.set_num_threads(per_worker)
+        keep_freed_memory()
         try:
             with (
                 ThreadPoolExecutor(1, "writer") as self._writer,

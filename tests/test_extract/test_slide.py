@@ -241,8 +241,8 @@ def test_four_threads_on_a_broken_slide_get_the_pixels_of_the_whole_one(tmp_path
     [
         ("absent.svs", None, "no such file"),
         ("empty.svs", b"", "empty"),
-        ("text.svs", b"not a slide at all", "not a whole-slide format"),
-        ("häß lich 切片.tif", b"II*\0", "not a whole-slide format|does not open"),
+        ("text.svs", b"not a slide at all", "no whole slide that OpenSlide reads"),
+        ("häß lich 切片.tif", b"II*\0", "no whole slide that OpenSlide reads|does not open"),
     ],
 )
 def test_what_is_not_a_slide_is_an_error_with_a_fix(tmp_path: Path, name: str, content: bytes | None, message: str):
