@@ -54,7 +54,7 @@ class LiveCount:
 
     def say(self, line: str, style: str | None = None) -> None:
         """Print a line above the live line."""
-        self._console.print(line, style=style, markup=False)
+        self._console.print(line, style=style, markup=False, soft_wrap=True, highlight=False)
 
     def end(self) -> None:
         """Remove the live line."""
