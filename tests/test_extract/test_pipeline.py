@@ -164,7 +164,7 @@ def test_slides_that_fail_do_not_stop_the_others_and_say_why(tmp_path: Path, sli
     assert {name for name, outcome in outcomes(report).items() if outcome == "embedded"} == {"a", "b", "sité 2/c d"}
     expected = {
         "empty": "0 bytes",
-        "text": "not a whole-slide format",
+        "text": "no whole slide that OpenSlide reads",
         "no mpp": "--default-mpp",
         "small": "--tile-px",
         "coarse": "upsampling",
