@@ -50,7 +50,7 @@ def test_an_unknown_name_is_answered_with_near_matches_and_all_names():
 
 
 def test_an_unknown_keyword_is_answered_with_near_matches_and_valid_keywords():
-    message = r"got keyword 'gate' for head 'abmil' .*attention_dim=128.* did you mean gated\?"
+    message = r"got keyword 'gate' for head 'abmil' .*attention_dim=64.* did you mean gated\?"
     with pytest.raises(UnknownKeywordError, match=message) as caught:
         create_aggregator("abmil", gate=True)
     assert isinstance(caught.value, TypeError)
