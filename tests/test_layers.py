@@ -17,6 +17,8 @@ ORDER = {
         "geometry",
         "store.fingerprint",
         "store.base",
+        "store.files",
+        "store.nodes",
         "store.zarr_store",
         "store",
         "slide",

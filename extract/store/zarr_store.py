@@ -8,24 +8,21 @@ Layout (any Zarr v3 reader opens it):
     cohort.zarr/runs/<started>-<host>-<pid>.jsonl
 """
 
-import errno
 import json
 import os
 import re
-import shutil
 import socket
 import time
-import uuid
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from extract.errors import RecipeMismatchError, StoreError, StoreFullError, UnitCorruptError
+from extract.errors import RecipeMismatchError, StoreError, UnitCorruptError
 from extract.store.base import FORMAT, SlideReader, Store, TilesUnit, decode_id, encode_id
+from extract.store.files import clear_when_full, commit, discard, members, replace_json, write_json
 from extract.store.fingerprint import (
     Execution,
     FeatureRecipe,
@@ -36,9 +33,9 @@ from extract.store.fingerprint import (
     sha256_of,
     to_dict,
 )
+from extract.store.nodes import check_equal, group_metadata, map_array, read_record, write_array
 
 _ENTRY_NAME = re.compile(r"(?!zarr\.json$)[a-z0-9][a-z0-9._-]*(@view-[0-9]+)?")
-_ZARR_TYPES = {"float16": "<f2", "float32": "<f4", "int32": "<i4"}
 
 
 class ZarrSlide(SlideReader):
@@ -52,12 +49,12 @@ class ZarrSlide(SlideReader):
     @cached_property
     def record(self) -> Mapping[str, Any]:
         """The tiles unit's record."""
-        return _record(self._tiles)
+        return read_record(self._tiles)
 
     @property
     def tissue_fraction(self) -> np.ndarray:
         """float32 [n_tiles]."""
-        return _map_array(self._tiles / "tissue_fraction")
+        return map_array(self._tiles / "tissue_fraction")
 
     @property
     def thumbnail(self) -> np.ndarray:
@@ -69,7 +66,7 @@ class ZarrSlide(SlideReader):
     def feature_record(self, entry: str) -> Mapping[str, Any]:
         """The features unit's commit record."""
         unit = self.feature_path(entry)
-        record = _record(unit)
+        record = read_record(unit)
         if record["tiles_sha256"] != fingerprint(self.record):
             raise UnitCorruptError(
                 f"got features {entry!r} of slide {self.slide_id!r} made from other tiles → the tiles were cut again "
@@ -86,10 +83,10 @@ class ZarrSlide(SlideReader):
         return unit
 
     def _all_coords(self) -> np.ndarray:
-        return _map_array(self._tiles / "coords")
+        return map_array(self._tiles / "coords")
 
     def _all_features(self, entry: str) -> np.ndarray:
-        return _map_array(self.feature_path(entry))
+        return map_array(self.feature_path(entry))
 
 
 class ZarrStore(Store):
@@ -100,7 +97,7 @@ class ZarrStore(Store):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        attributes = _record(path)
+        attributes = read_record(path)
         if attributes.get("format") != FORMAT:
             raise StoreError(
                 f"got store format {attributes.get('format')!r} in {path} → this version reads format {FORMAT} → "
@@ -123,9 +120,9 @@ class ZarrStore(Store):
         if (path / "zarr.json").is_file():
             store = cls(path)
             changes = difference(store.tile_recipe, recipe)
-            if changes and not _members(path / "tiles"):
+            if changes and not members(path / "tiles"):
                 # nothing was cut yet, as when every slide was refused: the first slide decides
-                _replace_json(path / "zarr.json", _group(_root_record(recipe)))
+                replace_json(path / "zarr.json", group_metadata(_root_record(recipe)))
                 return cls.create(path, recipe)
             if changes:
                 raise RecipeMismatchError(
@@ -138,39 +135,39 @@ class ZarrStore(Store):
         # another worker may just have made it
         if strange and not (path / "zarr.json").is_file():
             raise StoreError(f"got {path} as store → it exists and is not a store → choose another --store")
-        with _clear_when_full(path):
+        with clear_when_full(path):
             _make_folder(path)
-            _replace_json(path / "zarr.json", _group(_root_record(recipe)))
+            replace_json(path / "zarr.json", group_metadata(_root_record(recipe)))
         # whoever made it at the same moment, with whatever recipe: from here on it is like any other store
         return cls.create(path, recipe)
 
     def _add_groups(self) -> None:
         """Make the two groups; whoever is killed before leaves this to the next."""
-        with _clear_when_full(self.path):
+        with clear_when_full(self.path):
             for name in ("tiles", "features"):
                 (self.path / name).mkdir(exist_ok=True)
                 if not (self.path / name / "zarr.json").is_file():
-                    _replace_json(self.path / name / "zarr.json", _group({}))
+                    replace_json(self.path / name / "zarr.json", group_metadata({}))
 
     def entries(self) -> list[str]:
         """Names of the features entries."""
         return [
-            name for name in _members(self.path / "features") if (self.path / "features" / name / "zarr.json").is_file()
+            name for name in members(self.path / "features") if (self.path / "features" / name / "zarr.json").is_file()
         ]
 
     def feature_recipe(self, entry: str) -> FeatureRecipe:
         """The recipe of an entry."""
         if not _ENTRY_NAME.fullmatch(entry) or not (self.path / "features" / entry / "zarr.json").is_file():
             raise self._no_entry(entry)
-        return from_dict(FeatureRecipe, _record(self.path / "features" / entry)["feature_recipe"])
+        return from_dict(FeatureRecipe, read_record(self.path / "features" / entry)["feature_recipe"])
 
     def slide_ids(self, entry: str | None = None) -> list[str]:
         """Sorted ids of the slides with complete tiles, or with complete features in ``entry``."""
         if entry is not None:
             self.feature_recipe(entry)
         folder = self.path / "tiles" if entry is None else self.path / "features" / entry
-        complete = [name for name in _members(folder) if (folder / name / "zarr.json").is_file()]
-        ids = sorted(decode_id(name) or _record(folder / name)["slide_id"] for name in complete)
+        complete = [name for name in members(folder) if (folder / name / "zarr.json").is_file()]
+        ids = sorted(decode_id(name) or read_record(folder / name)["slide_id"] for name in complete)
         return ids if entry is None else [slide_id for slide_id in ids if self.has_features(slide_id, entry)]
 
     def __contains__(self, slide_id: object) -> bool:
@@ -209,10 +206,10 @@ class ZarrStore(Store):
             )
         folder = self.path / "features" / entry
         if not (folder / "zarr.json").is_file():
-            with _clear_when_full(folder):
+            with clear_when_full(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 record = {"feature_recipe": to_dict(recipe), "fingerprint": fingerprint(recipe)}
-                _replace_json(folder / "zarr.json", _group(record))
+                replace_json(folder / "zarr.json", group_metadata(record))
         if changes := difference(self.feature_recipe(entry), recipe):
             raise RecipeMismatchError(
                 f"got a feature recipe unlike that of entry {entry!r} in {self.path} (there → now): "
@@ -236,13 +233,13 @@ class ZarrStore(Store):
 
         def build(partial: Path) -> None:
             for name, array in arrays.items():
-                _write_array(partial / name, array)
-                _check_equal(_map_array(partial / name), checksums[name], unit.slide_id)
+                write_array(partial / name, array)
+                check_equal(map_array(partial / name), checksums[name], unit.slide_id)
             _write_thumbnail(partial / "thumbnail", thumbnail)
-            _write_json(partial / "zarr.json", _group(record))
+            write_json(partial / "zarr.json", group_metadata(record))
 
         needed = thumbnail.nbytes + sum(array.nbytes for array in arrays.values())
-        _commit(self.path / "tiles" / encode_id(unit.slide_id), build, needed)
+        commit(self.path / "tiles" / encode_id(unit.slide_id), build, needed)
 
     def write_features(
         self,
@@ -284,16 +281,16 @@ class ZarrStore(Store):
         }
 
         def build(partial: Path) -> None:
-            _write_array(partial, matrix, record)
-            written = _map_array(partial)
-            _check_equal(written, checksum, slide_id)
+            write_array(partial, matrix, record)
+            written = map_array(partial)
+            check_equal(written, checksum, slide_id)
             if not np.isfinite(written).all():
                 raise StoreError(f"got features of slide {slide_id!r} that are not finite → they are not stored")
 
         final = self.path / "features" / entry / encode_id(slide_id)
         if final.exists() and not self.has_features(slide_id, entry):
-            _discard(final)
-        _commit(final, build, matrix.nbytes)
+            discard(final)
+        commit(final, build, matrix.nbytes)
 
     def start_run(self) -> "RunLog":
         """Open a new log of this run under ``runs/``."""
@@ -306,19 +303,14 @@ class RunLog:
     def __init__(self, folder: Path) -> None:
         started = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
-        with _clear_when_full(folder):
+        with clear_when_full(folder):
             folder.mkdir(exist_ok=True)
         self.path = folder / f"{started}-{host}-{os.getpid()}.jsonl"
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line and push it to the file."""
-        with _clear_when_full(self.path), open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        with clear_when_full(self.path), open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _group(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata of a Zarr v3 group with our attributes."""
-    return {"zarr_format": 3, "node_type": "group", "attributes": {"tessera": dict(record)}}
 
 
 def _make_folder(path: Path) -> None:
@@ -334,178 +326,8 @@ def _root_record(recipe: TileRecipe) -> dict[str, Any]:
     return {"format": FORMAT, "tile_recipe": to_dict(recipe), "fingerprint": fingerprint(recipe)}
 
 
-def _raw_layout(shape: tuple[int, ...], data_type: str) -> dict[str, Any]:
-    """How an array lies on disk: one uncompressed little-endian chunk in the file ``c/0/...``."""
-    return {
-        "data_type": data_type,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shape)}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-    }
-
-
-def _array_metadata(array: np.ndarray, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata of a Zarr v3 array of one raw chunk, with our attributes."""
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(array.shape),
-        **_raw_layout(array.shape, array.dtype.name),
-        "fill_value": 0,
-        "attributes": {"tessera": dict(record)},
-    }
-
-
-def _record(node: Path) -> dict[str, Any]:
-    """Our attributes of a Zarr node."""
-    try:
-        with open(node / "zarr.json", encoding="utf-8") as file:
-            record: dict[str, Any] = json.load(file)["attributes"]["tessera"]
-            return record
-    except FileNotFoundError as error:
-        raise StoreError(f"got {node} → there is no zarr.json: not a store, or an incomplete unit") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise UnitCorruptError(
-            f"got {node / 'zarr.json'} → it is damaged or not ours ({error!r}) → extract again"
-        ) from error
-
-
-def _map_array(folder: Path) -> np.ndarray:
-    """Map the array's single raw chunk; fall back to zarr-python when it is stored in any other way."""
-    try:
-        metadata = json.loads((folder / "zarr.json").read_bytes())
-        shape = tuple(int(n) for n in metadata["shape"])
-        layout = {key: metadata[key] for key in ("data_type", "chunk_grid", "chunk_key_encoding", "codecs")}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UnitCorruptError(
-            f"got {folder / 'zarr.json'} → unreadable ({error}) → extract the slide again"
-        ) from error
-    if layout["data_type"] not in _ZARR_TYPES or layout != _raw_layout(shape, layout["data_type"]):
-        import zarr
-
-        return np.asarray(zarr.open_array(folder, mode="r")[:])
-    dtype = np.dtype(_ZARR_TYPES[layout["data_type"]])
-    chunk = folder / "/".join(["c", *("0" for _ in shape)])
-    expected = int(np.prod(shape)) * dtype.itemsize
-    size = chunk.stat().st_size if chunk.is_file() else -1
-    if size != expected:
-        raise UnitCorruptError(
-            f"got {max(size, 0)} bytes in {chunk} → its record says {expected} → the file is damaged; "
-            f"delete the folder "
-            f"{folder} and run mil extract again"
-        )
-    return np.memmap(chunk, dtype=dtype, mode="r", shape=shape).view(np.ndarray)
-
-
-def _write_array(folder: Path, array: np.ndarray, record: Mapping[str, Any] | None = None) -> None:
-    """Write an array as one raw chunk, the metadata last."""
-    chunk = folder / "/".join(["c", *("0" for _ in array.shape)])
-    chunk.parent.mkdir(parents=True)
-    little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-    # not ndarray.tofile: its error on a full disk has no errno
-    with open(chunk, "wb") as file:
-        file.write(little.data.cast("B"))
-    _write_json(folder / "zarr.json", _array_metadata(array, record or {}))
-
-
 def _write_thumbnail(folder: Path, thumbnail: np.ndarray) -> None:
     """Write the thumbnail compressed: it is looked at, not trained on."""
     import zarr
 
     zarr.create_array(folder, data=thumbnail, chunks=thumbnail.shape, compressors=zarr.codecs.ZstdCodec(level=3))
-
-
-def _check_equal(array: np.ndarray, checksum: str, slide_id: str) -> None:
-    if sha256_of(array) != checksum:
-        raise UnitCorruptError(f"got other bytes back than were written for slide {slide_id!r} → check the disk")
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
-
-
-def _replace_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file so that a reader sees the old one or the new one, never a part."""
-    partial = _partial(path)
-    try:
-        _write_json(partial, value)
-        _sync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _commit(final: Path, build: Callable[[Path], None], needed_bytes: int) -> None:
-    """Build a unit beside its final path and rename it into place; whoever comes second changes nothing."""
-    if final.exists():
-        return
-    partial = _partial(final)
-    try:
-        with _clear_when_full(final, needed_bytes):
-            partial.mkdir(parents=True)
-            build(partial)
-            for folder, _, files in os.walk(partial, topdown=False):
-                for name in files:
-                    _sync(Path(folder, name))
-                _sync(Path(folder))
-            try:
-                os.rename(partial, final)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-            _sync(final.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _discard(unit: Path) -> None:
-    """Take a unit out of the store in one step, then delete it."""
-    aside = _partial(unit)
-    # another writer may have been first
-    with suppress(FileNotFoundError):
-        os.rename(unit, aside)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _partial(final: Path) -> Path:
-    """A name beside ``final`` that no slide id is encoded to: encoded ids never begin with ``~``."""
-    return final.with_name(f"~{uuid.uuid4().hex}.partial")
-
-
-def _members(folder: Path) -> list[str]:
-    """Sorted names of the folders in ``folder``, without what is still being built; empty if it is absent."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith("~") and entry.is_dir())
-    except FileNotFoundError:
-        return []
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class _clear_when_full:
-    """Turn 'no space left' into a message that says how much is needed."""
-
-    def __init__(self, path: Path, needed_bytes: int = 0) -> None:
-        self._path, self._needed = path, needed_bytes
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return
-        folder = next(parent for parent in (self._path, *self._path.parents) if parent.exists())
-        free = shutil.disk_usage(folder).free
-        raise StoreFullError(
-            f"got no space left while writing {self._path.name} ({free / 1e6:.1f} MB free) → this unit needs about "
-            f"{self._needed / 1e6:.1f} MB → free some space or move the store, then run the same command "
-            f"again: the store is "
-            f"valid and finished slides are kept"
-        ) from error

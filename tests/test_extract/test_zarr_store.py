@@ -496,7 +496,7 @@ def test_a_store_whose_making_was_killed_can_be_made_again(tmp_path: Path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("extract.store.zarr_store._replace_json", killed)
+        patch.setattr("extract.store.zarr_store.replace_json", killed)
         with pytest.raises(KeyboardInterrupt):
             ZarrStore.create(path, RECIPE)
     store = ZarrStore.create(path, RECIPE)
