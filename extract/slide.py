@@ -1,17 +1,20 @@
-"""One slide file: its levels, its scale, and pixels read from it through OpenSlide."""
+"""One slide file: its levels, its scale, and its pixels, read through OpenSlide or directly where that is the same."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Empty, LifoQueue
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 from PIL import Image
 
-from extract.errors import MissingMppError, ScaleError, SlideUnreadableError, TileDecodeError
+from extract.direct import DirectReader, NotDirectError
+from extract.errors import MissingMppError, RecipeError, ScaleError, SlideUnreadableError, TileDecodeError
 from extract.geometry import ReadPlan, resample_area
 
 SYNTHETIC_SOFTWARE = "Tessera synthetic slide"
@@ -21,6 +24,12 @@ _PRINTING_MPP = 40.0
 """A plain TIFF whose resolution tag says more than this (635 dpi or less) carries a printing default, not a scale."""
 
 _BLOCK_PX = 1024
+
+READERS = ("auto", "direct", "openslide")
+"""Ways to read tiles; ``auto`` reads directly where that was seen to give the same pixels as OpenSlide."""
+
+_COMPARE_SECONDS = 0.3
+"""Time for comparing the two ways of reading a slide, at its first tile; the first tile of each level always is."""
 
 
 class Slide:
@@ -38,6 +47,7 @@ class Slide:
         level_sizes: width and height of each level.
         vendor: OpenSlide's name of the format.
         synthetic: whether `extract.synthetic` drew it.
+        background: colour (r, g, b) of what lies outside the scanned area.
 
     Example:
         >>> with Slide("slides/a.svs") as slide:                   # doctest: +SKIP
@@ -45,12 +55,21 @@ class Slide:
         (46000, 32914) (0.499, 'openslide.mpp')
     """
 
-    def __init__(self, path: str | Path, name: str | None = None) -> None:
+    def __init__(self, path: str | Path, name: str | None = None, reader: str = "auto") -> None:
         """Open ``path``.
 
+        Args:
+            path: the file.
+            name: how messages call the slide; the file's name by default.
+            reader: one of `READERS`. ``auto`` and ``direct`` compare a sample of tiles with OpenSlide's.
+
         Raises:
-            SlideUnreadableError: the file is absent, empty, not a slide, or damaged.
+            SlideUnreadableError: the file is absent, empty, not a slide, or damaged; or ``direct`` was asked for and
+                does not give OpenSlide's pixels.
+            RecipeError: there is no such reader.
         """
+        if reader not in READERS:
+            raise RecipeError(f"got reader={reader!r} → expected one of {', '.join(READERS)} → choose one of them")
         self.path = Path(path)
         self.name = name or self.path.name
         self._idle: LifoQueue[Any] = LifoQueue()
@@ -62,8 +81,19 @@ class Slide:
         self.vendor: str = self._properties.get("openslide.vendor", "unknown")
         self.synthetic = self._properties.get("tiff.Software") == SYNTHETIC_SOFTWARE
         self.bounds_l0 = self._bounds()
-        self._background = _parse_colour(self._properties.get("openslide.background-color", "ffffff"))
+        self.background = _parse_colour(self._properties.get("openslide.background-color", "ffffff"))
         self._idle.put(handle)
+        self._choice: tuple[DirectReader | None, str] | None = None
+        self._choosing = Lock()
+        self._same_levels: set[int] = set()
+        if reader == "openslide":
+            self._choice = None, "OpenSlide was asked for"
+        elif reader == "direct" and self.reader != "direct":
+            self.close()
+            raise SlideUnreadableError(
+                f"got reader='direct' for slide {self.name!r}: {self.reader_note} → expected a slide whose tiles can "
+                f"be read directly → use reader='auto', which reads this one through OpenSlide"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -74,12 +104,24 @@ class Slide:
         self.close()
 
     def close(self) -> None:
-        """Close every idle handle."""
+        """Close every idle handle and the direct reader."""
+        if self._choice is not None and self._choice[0] is not None:
+            self._choice[0].close()
         while True:
             try:
                 self._idle.get_nowait().close()
             except Empty:
                 return
+
+    @property
+    def reader(self) -> str:
+        """How tiles are read: "direct" (OpenSlide where that is not the same) or "openslide"."""
+        return "direct" if self._choose()[0] is not None else "openslide"
+
+    @property
+    def reader_note(self) -> str:
+        """Why tiles are not read directly; empty where they are."""
+        return self._choose()[1]
 
     def native_mpp(self, override: float | None = None, default: float | None = None) -> tuple[float | None, str]:
         """µm/px of level 0 and where it comes from; (None, "missing") when nothing says it.
@@ -113,22 +155,48 @@ class Slide:
             f"is with --native"
         )
 
-    def read_tile(self, x_l0: int, y_l0: int, plan: ReadPlan) -> np.ndarray:
+    def read_tile(self, x_l0: int, y_l0: int, plan: ReadPlan, out: np.ndarray | None = None) -> np.ndarray:
         """Read one tile uint8 [tile_px, tile_px, 3] whose top-left corner is at (x, y) in level-0 px.
+
+        Args:
+            x_l0: left edge in level-0 px.
+            y_l0: upper edge in level-0 px.
+            plan: the read plan of the slide.
+            out: uint8 [tile_px, tile_px, 3] to read into; its content is undefined after an error.
 
         Raises:
             TileDecodeError: the tile cannot be decoded.
         """
         side = int(np.ceil(plan.tile_level - 1e-6))
-        pixels = self.read_region(x_l0, y_l0, plan.level, (side, side))
-        return resample_area(pixels, plan.tile_level, plan.tile_px) if plan.resampled else pixels
+        if not plan.resampled:
+            return self.read_region(x_l0, y_l0, plan.level, (side, side), out)
+        pixels = resample_area(self.read_region(x_l0, y_l0, plan.level, (side, side)), plan.tile_level, plan.tile_px)
+        return _placed(pixels, out)
 
-    def read_region(self, x_l0: int, y_l0: int, level: int, size: tuple[int, int]) -> np.ndarray:
+    def read_region(
+        self, x_l0: int, y_l0: int, level: int, size: tuple[int, int], out: np.ndarray | None = None
+    ) -> np.ndarray:
         """Read a region uint8 [h, w, 3]; what lies outside the slide has the slide's background colour.
+
+        Args:
+            x_l0: left edge in level-0 px.
+            y_l0: upper edge in level-0 px.
+            level: index of the level.
+            size: width and height in pixels of the level.
+            out: uint8 [h, w, 3] to read into; its content is undefined after an error.
 
         Raises:
             TileDecodeError: the region cannot be decoded.
         """
+        direct, _ = self._choose()
+        if direct is not None and level in self._same_levels:
+            pixels = direct.read_region(x_l0, y_l0, level, size, out)
+            if pixels is not None:
+                return pixels
+        return _placed(self._read_openslide(x_l0, y_l0, level, size), out)
+
+    def _read_openslide(self, x_l0: int, y_l0: int, level: int, size: tuple[int, int]) -> np.ndarray:
+        """Read a region through OpenSlide."""
         from openslide import OpenSlideError
 
         try:
@@ -139,8 +207,51 @@ class Slide:
         if rgba[..., 3].min() == 255:
             return np.ascontiguousarray(rgba[..., :3])
         alpha = rgba[..., 3:].astype(np.uint16)
-        mixed = rgba[..., :3] * alpha + np.array(self._background, dtype=np.uint16) * (255 - alpha)
+        mixed = rgba[..., :3] * alpha + np.array(self.background, dtype=np.uint16) * (255 - alpha)
         return ((mixed + 127) // 255).astype(np.uint8)
+
+    def _choose(self) -> tuple[DirectReader | None, str]:
+        """The direct reader or None, and why not; decided at the first tile, since comparing takes time."""
+        if self._choice is None:
+            with self._choosing:
+                if self._choice is None:
+                    self._choice = self._try_direct()
+        return self._choice
+
+    def _try_direct(self) -> tuple[DirectReader | None, str]:
+        try:
+            direct = DirectReader.open(self)
+        except NotDirectError as error:
+            return None, str(error)
+        note = self._compare(direct)
+        if note:
+            direct.close()
+        return (None, note) if note else (direct, "")
+
+    def _compare(self, direct: DirectReader) -> str:
+        """Read a sample of tiles both ways; what speaks against the direct one, or nothing.
+
+        A damaged tile is left out of the sample. A level of which nothing could be compared stays with OpenSlide.
+        """
+        deadline = time.monotonic() + _COMPARE_SECONDS
+        for place in direct.sample():
+            level = place[2]
+            if time.monotonic() > deadline and level in self._same_levels:
+                continue
+            try:
+                expected = self._read_openslide(*place)
+            except TileDecodeError:
+                continue
+            try:
+                got = direct.read_region(*place)
+            except TileDecodeError as error:
+                return f"OpenSlide decodes a tile that the direct reader does not: {error}"
+            if got is None:
+                continue
+            if not np.array_equal(got, expected):
+                return f"the pixels differ from OpenSlide's at {place[:2]} of level {level}"
+            self._same_levels.add(level)
+        return "" if 0 in self._same_levels else "no tile of level 0 could be compared with OpenSlide's"
 
     def read_thumbnail(self, downsample: float) -> tuple[np.ndarray, np.ndarray]:
         """A small picture of the bounds, area-averaged, read in blocks so that memory stays bounded.
@@ -165,7 +276,7 @@ class Slide:
                 size = (columns * scale_x / self.downsamples[level], rows * scale_y / self.downsamples[level])
                 target = (slice(row, row + rows), slice(column, column + columns))
                 try:
-                    pixels = self.read_region(*corner, level, (max(round(size[0]), 1), max(round(size[1]), 1)))
+                    pixels = self._read_openslide(*corner, level, (max(round(size[0]), 1), max(round(size[1]), 1)))
                 except TileDecodeError:
                     readable[target] = False
                 else:
@@ -228,3 +339,11 @@ def _positive(text: str | None) -> float | None:
 def _parse_colour(text: str) -> tuple[int, int, int]:
     """The colour of ``openslide.background-color`` (RRGGBB)."""
     return int(text[0:2], 16), int(text[2:4], 16), int(text[4:6], 16)
+
+
+def _placed(pixels: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+    """The pixels, in ``out`` if there is one."""
+    if out is None:
+        return pixels
+    out[:] = pixels
+    return out

@@ -1,14 +1,15 @@
-"""The command line: ``mil extract``, ``mil train``, ``mil predict``, ``mil report``, ``mil demo``."""
+"""The command line ``mil``."""
 
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from mil import cli_extract, cli_models, cli_plan, cli_sheet
 
 app = typer.Typer(
     name="mil",
@@ -40,147 +41,11 @@ def main() -> None:
         sys.exit(2)
 
 
-@app.command()
-def extract(
-    slides: Annotated[
-        list[str] | None, typer.Argument(help="Slide files and folders of slides.", show_default=False)
-    ] = None,
-    *,
-    store: StoreOption,
-    backbone: Annotated[
-        str, typer.Option(help="A registered name, any timm model, or hf-hub:owner/model.")
-    ] = "efficientnet_lite0",
-    entry: Annotated[
-        str | None,
-        typer.Option("--as", help="Name of the features entry.  [default: the backbone's]", show_default=False),
-    ] = None,
-    mpp: Annotated[
-        float | None, typer.Option(help="Scale of the tiles in µm per pixel.  [default: 0.5]", show_default=False)
-    ] = None,
-    magnification: Annotated[
-        float | None, typer.Option(help="The same as a magnification: 20 is 0.5 µm/px.", show_default=False)
-    ] = None,
-    native: Annotated[bool, typer.Option("--native", help="Tile every slide at its own resolution.")] = False,
-    tile_px: Annotated[int, typer.Option(help="Side of a tile in pixels.", min=16)] = 224,
-    overlap_px: Annotated[int, typer.Option("--overlap-px", help="Pixels that neighbouring tiles share.", min=0)] = 0,
-    edge: Annotated[
-        Literal["shift", "drop"],
-        typer.Option(help="What sticks out at the right and bottom: shift moves it inwards, drop leaves it out."),
-    ] = "shift",
-    tissue: Annotated[
-        Literal["default", "none"], typer.Option(help="How tissue is found; none tiles everything.")
-    ] = "default",
-    min_tissue: Annotated[float, typer.Option(help="Smallest part of a tile that is tissue.", min=0.0, max=1.0)] = 0.25,
-    table: Annotated[
-        Path | None,
-        typer.Option(
-            "--slides",
-            help="Slide table: path[, slide_id, mpp]; a patient_id column is allowed and not used.",
-            show_default=False,
-        ),
-    ] = None,
-    default_mpp: Annotated[
-        float | None, typer.Option(help="µm per pixel of slides that name none.", show_default=False)
-    ] = None,
-    allow_upsampling: Annotated[
-        bool, typer.Option("--allow-upsampling", help="Permit a scale finer than the slide's.")
-    ] = False,
-    weights: Annotated[
-        Path | None, typer.Option(help="Local weights of the backbone (safetensors or .pth).", show_default=False)
-    ] = None,
-    pooling: Annotated[
-        Literal["model", "avg", "cls", "cls+avg"],
-        typer.Option(help="model: the backbone's own; avg: mean of the patches; cls: class token."),
-    ] = "model",
-    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="How embeddings are stored.")] = "float16",
-    device: DeviceOption = "auto",
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="Tiles per forward.  [default: 4 a core, 128 on a GPU]", min=1, show_default=False),
-    ] = None,
-) -> None:
-    """Cut slides into tissue tiles and store their embeddings.
-
-    Resumes where an earlier run stopped. Slides that fail are listed with the reason, and the exit code is 1.
-
-    Example: `mil extract slides/ --store cohort.zarr --mpp 0.5`
-    """
-    from extract.geometry import magnification_to_mpp
-    from extract.pipeline import run_extraction
-    from extract.store import TileRecipe, TissueRecipe
-    from mil.console import ExtractionProgress
-
-    if sum((mpp is not None, magnification is not None, native)) > 1:
-        raise typer.BadParameter(
-            "got more than one of --mpp, --magnification and --native → they say the same thing → give one"
-        )
-    if not slides and table is None:
-        raise typer.BadParameter("got no slides → name files or folders, or a --slides table", param_hint="SLIDES")
-    if magnification is not None:
-        mpp = magnification_to_mpp(magnification)
-    scale = None if native else 0.5 if mpp is None else mpp
-    recipe = TileRecipe(
-        scale, tile_px, overlap_px, edge, min_tissue, allow_upsampling, tissue=TissueRecipe(method=tissue)
-    )
-    console = Console()
-    progress = ExtractionProgress(console)
-    try:
-        report = run_extraction(
-            slides or [],
-            store,
-            backbone,
-            entry,
-            recipe,
-            table,
-            default_mpp,
-            weights,
-            pooling,
-            dtype,
-            device,
-            batch_size,
-            progress,
-        )
-    except KeyboardInterrupt:
-        raise _stopped() from None
-    finally:
-        progress.end()
-    _print_extraction(console, report)
-    if report.failed:
-        raise typer.Exit(1)
-
-
-def _stopped() -> typer.Exit:
-    """Say that nothing is lost and how to go on; exit as a shell expects after Ctrl-C."""
-    again = shlex.join(["mil", *sys.argv[1:]])
-    Console(stderr=True).print(f"stopped. What was finished is kept. To go on: {again}", markup=False, soft_wrap=True)
-    return typer.Exit(130)
-
-
-def _print_extraction(console: Console, report: Any) -> None:
-    from mil.console import print_table
-
-    tiles = sum(o.n_tiles for o in report.outcomes)
-    invalid = [o for o in report.outcomes if o.n_invalid]
-    rate = (
-        f", {report.stats.tiles / report.seconds:.1f} tiles/s, waiting for {report.stats.bottleneck}"
-        if report.stats.tiles
-        else ""
-    )
-    console.print(
-        f"{_count(len(report.outcomes), 'slide')}: {report.count('embedded')} embedded, {report.count('complete')} "
-        f"complete before, "
-        f"{len(report.failed)} failed; {tiles} tiles in {report.seconds:.1f} s{rate}",
-        soft_wrap=True,
-        highlight=False,
-    )
-    if invalid:
-        rows = [[o.slide_id, str(o.n_invalid), str(o.n_tiles)] for o in invalid]
-        print_table(console, "tiles that cannot be decoded (left out)", ["slide", "invalid", "tiles"], rows)
-    if report.failed:
-        print_table(console, "slides that failed", ["slide", "reason"], [[o.slide_id, o.reason] for o in report.failed])
-    console.print(
-        f"store {report.store}, entry {report.entry}, log {report.log}", markup=False, soft_wrap=True, highlight=False
-    )
+app.command()(cli_plan.doctor)
+app.command()(cli_plan.plan)
+app.command()(cli_extract.extract)
+app.command()(cli_sheet.sheet)
+app.add_typer(cli_models.app, name="models")
 
 
 RunOption = Annotated[Path, typer.Option("--run", help="The folder that mil train wrote with --out.")]
@@ -390,12 +255,14 @@ def demo(
     slides = draw_cohort(out / "cohort", seed)
     store, progress = out / "cohort.zarr", ExtractionProgress(console)
     try:
-        extraction = run_extraction(slides, store, table=out / "cohort" / "slides.csv", mpp=0.5, progress=progress)
+        extraction = run_extraction(
+            slides, store, table=out / "cohort" / "slides.csv", mpp=0.5, progress=progress, runtime="torch"
+        )
     except KeyboardInterrupt:
-        raise _stopped() from None
+        raise cli_extract.stopped() from None
     finally:
         progress.end()
-    _print_extraction(console, extraction)
+    cli_extract.print_extraction(console, extraction)
     with ExitStack() as stack:
         runs = train_heads(
             store,

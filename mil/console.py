@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 _PLAIN_EVERY_S = 10.0
-_TEXT_COLUMNS = ("which", "reason")
+_TEXT_COLUMNS = ("which", "reason", "licence")
+_WHOLE_COLUMNS = ("class", "name")
 
 
 class LiveCount:
@@ -77,9 +78,9 @@ class ExtractionProgress:
         """The run begins."""
         self._count.begin(n_slides)
 
-    def tiles_done(self, n: int, bottleneck: str) -> None:
-        """``n`` more tiles are embedded; ``bottleneck`` is the stage that the others wait for."""
-        self._count.add(units=n, note=f"waiting for {bottleneck}")
+    def tiles_done(self, n: int, stats: Any) -> None:
+        """``n`` more tiles are embedded; ``stats`` is an `extract.engine.StreamStats`."""
+        self._count.add(units=n, note=f"device busy {stats.device_busy:.0%}  waiting for {stats.bottleneck}")
 
     def slide_done(self, outcome: Any) -> None:
         """A slide is finished."""
@@ -88,6 +89,10 @@ class ExtractionProgress:
         elif outcome.n_invalid and outcome.outcome == "embedded":
             self._count.say(f"{outcome.slide_id}: {outcome.n_invalid} of {outcome.n_tiles} tiles cannot be decoded")
         self._count.add(done=1)
+
+    def warn(self, text: str) -> None:
+        """Something that the user should know and that stops nothing."""
+        self._count.say(f"warning: {text}", style="yellow")
 
     def end(self) -> None:
         """The run is over."""
@@ -101,7 +106,7 @@ def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequ
     for i, column in enumerate(columns):
         left = i == 0 or column in _TEXT_COLUMNS
         table.add_column(
-            column, justify="left" if left else "right", overflow="fold", no_wrap=not left or column == "class"
+            column, justify="left" if left else "right", overflow="fold", no_wrap=not left or column in _WHOLE_COLUMNS
         )
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_demo, bench_first_end
+from benchmarks import bench_demo, bench_first_end, bench_reading, bench_runtimes
 from tests.test_extract.small import write_slide
 
 
@@ -46,3 +46,25 @@ def test_demo_summarises_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert summary.median == pytest.approx(sum(gains) / 2)
     assert summary.low <= summary.median <= summary.high
     assert len(rows_of(tmp_path / "d.csv")) == len(rows)
+
+
+def test_runtimes_are_timed_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_runtimes, "INPUT_PX", 64)
+    arguments = ["--models", "test_resnet", "--batch-sizes", "2", "--repeats", "1", "--seconds", "0.01"]
+    bench_runtimes.main([*arguments, "--out", str(tmp_path / "r.csv")])
+    medians = {row["metric"]: float(row["median"]) for row in rows_of(tmp_path / "r.csv")}
+    assert {"torch, batch 2", "torch, batch 2, CPU time", "torch, smallest cosine with torch"} <= set(medians)
+    assert all(value > 0 for value in medians.values())
+    assert min(value for metric, value in medians.items() if "cosine" in metric) > 0.9999
+
+
+def test_reading_compares_pixels_and_rates(tmp_path: Path) -> None:
+    slide = write_slide(tmp_path / "small.tif", 640, 448)
+    arguments = ["--size-px", "1500", "--tiles", "4", "--repeats", "1", "--out", str(tmp_path / "r.csv"), str(slide)]
+    bench_reading.main(arguments)
+    rows = rows_of(tmp_path / "r.csv")
+    same = [float(row["median"]) for row in rows if "identical" in row["metric"]]
+    assert same == [100] * 4
+    assert {row["subject"] for row in rows} == {"large SVS", "small.tif"}
+    assert sum(row["metric"].endswith("direct / OpenSlide") for row in rows) == 4
+    assert all(float(row["median"]) > 0 for row in rows)

@@ -15,8 +15,11 @@ EXPORTS = {
         "run_extraction",
     ],
     "extract.store": [
+        "AugmentRecipe",
         "Execution",
         "FeatureRecipe",
+        "PenRecipe",
+        "QualityRecipe",
         "SlideFingerprint",
         "SlideReader",
         "Store",

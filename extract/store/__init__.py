@@ -5,8 +5,11 @@ from pathlib import Path
 from extract.errors import StoreError
 from extract.store.base import SlideReader, Store, TilesUnit
 from extract.store.fingerprint import (
+    AugmentRecipe,
     Execution,
     FeatureRecipe,
+    PenRecipe,
+    QualityRecipe,
     SlideFingerprint,
     TileRecipe,
     TissueRecipe,
@@ -19,8 +22,11 @@ from extract.store.fingerprint import (
 from extract.store.zarr_store import ZarrStore
 
 __all__ = [
+    "AugmentRecipe",
     "Execution",
     "FeatureRecipe",
+    "PenRecipe",
+    "QualityRecipe",
     "SlideFingerprint",
     "SlideReader",
     "Store",

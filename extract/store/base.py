@@ -53,6 +53,7 @@ class TilesUnit:
         tissue_fraction: float32 [n_tiles], part of each tile's area that is tissue.
         thumbnail: uint8 [h, w, 3].
         record: plain JSON values: mpp and its source, sizes, frames, the slide's fingerprint.
+        tissue_mask: bool [h, w] on the thumbnail; None where it is not known, as in imported units.
     """
 
     slide_id: str
@@ -60,6 +61,7 @@ class TilesUnit:
     tissue_fraction: np.ndarray
     thumbnail: np.ndarray
     record: Mapping[str, Any]
+    tissue_mask: np.ndarray | None = None
 
 
 class SlideReader(ABC):
@@ -81,6 +83,18 @@ class SlideReader(ABC):
     @abstractmethod
     def thumbnail(self) -> np.ndarray:
         """uint8 [h, w, 3]; ``record["thumbnail"]`` holds its frame."""
+
+    @property
+    def tissue_mask(self) -> np.ndarray:
+        """bool [h, w] on the thumbnail: what was taken for tissue.
+
+        Raises:
+            StoreError: the unit holds none, as imported ones and those of earlier versions.
+        """
+        raise StoreError(
+            f"got no tissue mask for slide {self.slide_id!r} → imported slides, and those cut by earlier versions, "
+            f"have none → extract the slide into a new store to get one"
+        )
 
     @abstractmethod
     def feature_record(self, entry: str) -> Mapping[str, Any]:

@@ -35,18 +35,62 @@ def _check(valid: bool, what: str, got: object, expected: str) -> None:
 
 
 @dataclass(frozen=True)
+class PenRecipe:
+    """Which pixels are ink or black rather than stain; ranges and values are 0 to 255, the others parts of one.
+
+    The range of a pixel is its largest minus its smallest channel, its saturation is range / largest.
+
+    Attributes:
+        cool_tilt: blue, cyan and green ink: red is above the smallest channel by at most this part of the range.
+        green_range: and, where green is at least blue, the range is at least this.
+        green_saturation: and the saturation at least this.
+        blue_range: and, where blue is larger, the range is at least this.
+        blue_saturation: and the saturation at least this.
+        red_tilt: red ink: green and blue differ by at most this part of the range.
+        red_range: and the range is at least this.
+        red_saturation: and the saturation at least this.
+        black_value: black: the largest channel is at most this.
+        black_range: and the range at most this.
+    """
+
+    cool_tilt: float = 0.15
+    green_range: int = 30
+    green_saturation: float = 0.25
+    blue_range: int = 45
+    blue_saturation: float = 0.55
+    red_tilt: float = 0.2
+    red_range: int = 130
+    red_saturation: float = 0.75
+    black_value: int = 80
+    black_range: int = 16
+
+    def __post_init__(self) -> None:
+        shares = ("cool_tilt", "green_saturation", "blue_saturation", "red_tilt", "red_saturation")
+        _as_floats(self, *shares)
+        for name in shares:
+            _check(0 <= getattr(self, name) <= 1, f"pen {name}", getattr(self, name), "0 to 1")
+        for name in ("green_range", "blue_range", "red_range", "black_value", "black_range"):
+            _check(0 <= getattr(self, name) <= 255, f"pen {name}", getattr(self, name), "0 to 255")
+
+
+@dataclass(frozen=True)
 class TissueRecipe:
     """How tissue is told from background, on a thumbnail whose pixel is ``tile / pixels_per_tile`` wide.
 
     Attributes:
-        method: ``default`` (channel range, Otsu, morphology) or ``none`` (everything is tissue).
+        method: ``default`` (channel range, Otsu, morphology), ``saturation`` (the same with HSV saturation), ``mask``
+            (every slide comes with one) or ``none`` (everything is tissue). A mask given for a slide is used whatever
+            the method, as an mpp from the slide table is.
         pixels_per_tile: thumbnail pixels along a tile's side, at least.
         thumbnail_px: thumbnail pixels along the slide's longer side, at least.
-        threshold_low: smallest channel range that Otsu may choose as threshold, 0 to 255.
+        threshold_low: smallest channel range, or saturation times 255, that Otsu may choose as threshold, 0 to 255.
         threshold_high: largest one; keeps Otsu from splitting pale from dark tissue on a field without background.
         closing_px: radius of the morphological closing and opening in thumbnail pixels.
-        min_object_tiles: smaller pieces of tissue are dropped, in tile areas.
+        min_object_tiles: smaller pieces of tissue are dropped, and smaller pen marks ignored, in tile areas.
         min_hole_tiles: smaller holes are filled, in tile areas.
+        exclude_pen: pen marks, black ink and black borders are no tissue; not applied to given masks.
+        pen_margin_px: thumbnail pixels around a pen mark that go with it, for its pale rim.
+        pen: which colours are ink.
     """
 
     method: str = "default"
@@ -57,10 +101,46 @@ class TissueRecipe:
     closing_px: int = 2
     min_object_tiles: float = 0.25
     min_hole_tiles: float = 0.25
+    exclude_pen: bool = True
+    pen_margin_px: int = 3
+    pen: PenRecipe = field(default_factory=PenRecipe)
 
     def __post_init__(self) -> None:
         _as_floats(self, "min_object_tiles", "min_hole_tiles")
-        _check(self.method in ("default", "none"), "tissue method", self.method, "default or none")
+        methods = ("default", "saturation", "mask", "none")
+        _check(self.method in methods, "tissue method", self.method, "default, saturation, mask or none")
+        _check(self.pen_margin_px >= 0, "pen margin", self.pen_margin_px, "0 pixels or more")
+
+
+@dataclass(frozen=True)
+class QualityRecipe:
+    """When a tile is flagged; flags inform, no tile is dropped for one.
+
+    Attributes:
+        sampling_px: colours are looked at on every so many-th row and column.
+        blur_threshold: blurred where the mean squared second difference of green, divided by its standard deviation, is
+            below this (in grey levels).
+        blur_mpp: second differences are taken over pixels about this many µm apart.
+        empty_range: a pixel is stained if its channel range is above this, 0 to 255.
+        empty_fraction: empty where less than this part of the pixels is stained.
+        pen_fraction: pen where at least this part of the pixels is ink or black.
+        pen: which colours are ink.
+    """
+
+    sampling_px: int = 8
+    blur_threshold: float = 0.25
+    blur_mpp: float = 0.5
+    empty_range: int = 10
+    empty_fraction: float = 0.05
+    pen_fraction: float = 0.1
+    pen: PenRecipe = field(default_factory=PenRecipe)
+
+    def __post_init__(self) -> None:
+        _as_floats(self, "blur_threshold", "blur_mpp", "empty_fraction", "pen_fraction")
+        _check(self.sampling_px > 0, "quality sampling", self.sampling_px, "every pixel (1) or fewer")
+        _check(self.blur_mpp > 0, "blur scale", self.blur_mpp, "µm per pixel above 0, such as 0.5")
+        for name in ("empty_fraction", "pen_fraction"):
+            _check(0 <= getattr(self, name) <= 1, name.replace("_", " "), getattr(self, name), "0 to 1")
 
 
 @dataclass(frozen=True)
@@ -76,6 +156,10 @@ class TileRecipe:
         allow_upsampling: whether a scale finer than level 0 was permitted.
         resampling: filter for scales between levels.
         tissue: how tissue is found.
+        gap_px: pixels left out between neighbouring tiles (the stride is ``tile_px + gap_px``).
+        jitter_px: each slide's grid is moved right and down by 0 to this many pixels, drawn at random; 0 is no jitter.
+        jitter_seed: seed of that draw; with the slide's id it decides the shift.
+        quality: when a tile is flagged as blurred, empty or pen.
     """
 
     mpp: float | None = 0.5
@@ -86,6 +170,10 @@ class TileRecipe:
     allow_upsampling: bool = False
     resampling: str = "area"
     tissue: TissueRecipe = field(default_factory=TissueRecipe)
+    gap_px: int = 0
+    jitter_px: int = 0
+    jitter_seed: int = 0
+    quality: QualityRecipe = field(default_factory=QualityRecipe)
 
     def __post_init__(self) -> None:
         _as_floats(self, "mpp", "min_tissue_fraction")
@@ -96,6 +184,11 @@ class TileRecipe:
         _check(self.edge in ("shift", "drop"), "edge", self.edge, "shift or drop")
         _check(0 <= self.min_tissue_fraction <= 1, "tissue fraction", self.min_tissue_fraction, "0 to 1")
         _check(self.resampling == "area", "resampling", self.resampling, "area")
+        _check(self.gap_px >= 0, "gap", self.gap_px, "0 pixels or more")
+        _check(not (self.gap_px and self.overlap_px), "gap", self.gap_px, "no gap where tiles overlap")
+        stride = self.tile_px + self.gap_px - self.overlap_px
+        _check(0 <= self.jitter_px < stride, "jitter", self.jitter_px, f"0 to {stride - 1} pixels (below the stride)")
+        _check(self.jitter_seed >= 0, "jitter seed", self.jitter_seed, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -119,6 +212,37 @@ class TransformRecipe:
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
 
 
+AUGMENT_POLICIES = ("flip", "colour", "hed", "blur", "randaugment", "trivialaugment", "pathology")
+"""Names of the augmentation policies; `extract.views` says what each does."""
+
+
+@dataclass(frozen=True)
+class AugmentRecipe:
+    """How the tiles of an augmented view are changed before they are embedded.
+
+    The draws for a tile depend on this recipe, the number of the view and the tile, and on nothing else.
+
+    Attributes:
+        policy: one of `AUGMENT_POLICIES`.
+        strength: 0 (nothing but flips) to 1 (as far as the policy goes).
+        seed: starts the draws; another seed gives other views.
+        revision: counts changes of what the policies do to a pixel. The version of torchvision is part of how a view
+            was computed, not of what it is: it stands with the other versions in `Execution`.
+    """
+
+    policy: str = "pathology"
+    strength: float = 0.5
+    seed: int = 0
+    revision: int = 1
+
+    def __post_init__(self) -> None:
+        _as_floats(self, "strength")
+        _check(self.policy in AUGMENT_POLICIES, "augmentation policy", self.policy, ", ".join(AUGMENT_POLICIES))
+        _check(0 <= self.strength <= 1, "augmentation strength", self.strength, "0 to 1")
+        _check(self.seed >= 0, "augmentation seed", self.seed, "a whole number from 0")
+        _check(self.revision >= 1, "augmentation revision", self.revision, "a whole number from 1")
+
+
 @dataclass(frozen=True)
 class FeatureRecipe:
     """What a row of an entry's feature matrix is.
@@ -134,6 +258,7 @@ class FeatureRecipe:
         dtype: ``float16`` or ``float32``.
         view: ``identity``, or the name of an augmented view.
         context_mpp: µm/px of a context view, or None.
+        augment: how the tiles of an augmented view are changed, or None.
     """
 
     backbone: str
@@ -146,6 +271,7 @@ class FeatureRecipe:
     dtype: str = "float16"
     view: str = "identity"
     context_mpp: float | None = None
+    augment: AugmentRecipe | None = None
 
     def __post_init__(self) -> None:
         _as_floats(self, "context_mpp")
@@ -186,7 +312,13 @@ def from_dict(cls: type[R], values: Mapping[str, Any]) -> R:
     Raises:
         RecipeMismatchError: a field is missing or unknown, as when a newer version wrote it.
     """
-    nested = {"tissue": TissueRecipe, "transform": TransformRecipe}
+    nested = {
+        "tissue": TissueRecipe,
+        "pen": PenRecipe,
+        "quality": QualityRecipe,
+        "transform": TransformRecipe,
+        "augment": AugmentRecipe,
+    }
     names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     if set(values) != names:
         odd = sorted(set(values) ^ names)
@@ -194,10 +326,12 @@ def from_dict(cls: type[R], values: Mapping[str, Any]) -> R:
             f"got a {cls.__name__} whose fields differ in {odd} → this version knows {sorted(names)} → "
             f"read the store with the version that wrote it"
         )
-    arguments = {
-        key: from_dict(nested[key], value) if key in nested else tuple(value) if isinstance(value, list) else value
-        for key, value in values.items()
-    }
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in nested and value is not None:
+            arguments[key] = from_dict(nested[key], value)
+        else:
+            arguments[key] = tuple(value) if isinstance(value, list) else value
     return cls(**arguments)
 
 

@@ -3,7 +3,7 @@
 Layout (any Zarr v3 reader opens it):
 
     cohort.zarr/zarr.json                               attributes.tessera: format, tile recipe, fingerprint
-    cohort.zarr/tiles/<slide>/{coords,tissue_fraction,thumbnail}
+    cohort.zarr/tiles/<slide>/{coords,tissue_fraction,thumbnail,tissue_mask}
     cohort.zarr/features/<entry>/<slide>                one uncompressed chunk
     cohort.zarr/runs/<started>-<host>-<pid>.jsonl
 """
@@ -22,6 +22,7 @@ import numpy as np
 
 from extract.errors import RecipeMismatchError, StoreError, UnitCorruptError
 from extract.store.base import FORMAT, SlideReader, Store, TilesUnit, decode_id, encode_id
+from extract.store.draft import Draft, is_claimed
 from extract.store.files import clear_when_full, commit, discard, members, replace_json, write_json
 from extract.store.fingerprint import (
     Execution,
@@ -35,7 +36,7 @@ from extract.store.fingerprint import (
 )
 from extract.store.nodes import check_equal, group_metadata, map_array, read_record, write_array
 
-_ENTRY_NAME = re.compile(r"(?!zarr\.json$)[a-z0-9][a-z0-9._-]*(@view-[0-9]+)?")
+_ENTRY_NAME = re.compile(r"(?!zarr\.json$)[a-z0-9][a-z0-9._-]*(@(view-[0-9]+|context-[0-9.]+))?")
 
 
 class ZarrSlide(SlideReader):
@@ -62,6 +63,15 @@ class ZarrSlide(SlideReader):
         import zarr
 
         return np.asarray(zarr.open_array(self._tiles / "thumbnail", mode="r")[:])
+
+    @property
+    def tissue_mask(self) -> np.ndarray:
+        """bool [h, w] on the thumbnail."""
+        import zarr
+
+        if not (self._tiles / "tissue_mask" / "zarr.json").is_file():
+            return super().tissue_mask
+        return np.asarray(zarr.open_array(self._tiles / "tissue_mask", mode="r")[:], dtype=bool)
 
     def feature_record(self, entry: str) -> Mapping[str, Any]:
         """The features unit's commit record."""
@@ -198,7 +208,7 @@ class ZarrStore(Store):
 
         Raises:
             RecipeMismatchError: it was not; the message names the fields.
-            StoreError: the name is not ``[a-z0-9._-]`` with an optional ``@view-k``.
+            StoreError: the name is not ``[a-z0-9._-]`` with an optional ``@view-k`` or ``@context-mpp``.
         """
         if not _ENTRY_NAME.fullmatch(entry):
             raise StoreError(
@@ -227,18 +237,21 @@ class ZarrStore(Store):
             "coords": np.ascontiguousarray(unit.coords, dtype=np.int32),
             "tissue_fraction": np.ascontiguousarray(unit.tissue_fraction, dtype=np.float32),
         }
-        thumbnail = np.ascontiguousarray(unit.thumbnail, dtype=np.uint8)
-        checksums = {name: sha256_of(array) for name, array in arrays.items()} | {"thumbnail": sha256_of(thumbnail)}
+        pictures = {"thumbnail": np.ascontiguousarray(unit.thumbnail, dtype=np.uint8)}
+        if unit.tissue_mask is not None:
+            pictures["tissue_mask"] = np.ascontiguousarray(unit.tissue_mask, dtype=np.uint8)
+        checksums = {name: sha256_of(array) for name, array in (arrays | pictures).items()}
         record = {**unit.record, "slide_id": unit.slide_id, "n_tiles": len(unit.coords), "sha256": checksums}
 
         def build(partial: Path) -> None:
             for name, array in arrays.items():
                 write_array(partial / name, array)
                 check_equal(map_array(partial / name), checksums[name], unit.slide_id)
-            _write_thumbnail(partial / "thumbnail", thumbnail)
+            for name, picture in pictures.items():
+                _write_picture(partial / name, picture)
             write_json(partial / "zarr.json", group_metadata(record))
 
-        needed = thumbnail.nbytes + sum(array.nbytes for array in arrays.values())
+        needed = sum(array.nbytes for array in (arrays | pictures).values())
         commit(self.path / "tiles" / encode_id(unit.slide_id), build, needed)
 
     def write_features(
@@ -248,6 +261,7 @@ class ZarrStore(Store):
         features: np.ndarray,
         invalid_rows: list[int],
         execution: Execution,
+        flagged_rows: Mapping[str, list[int]] | None = None,
     ) -> None:
         """Commit a slide's embeddings. A unit of the same tiles that is already there stays as it is.
 
@@ -257,6 +271,7 @@ class ZarrStore(Store):
             features: [n_tiles, dim] in the entry's dtype, finite, invalid rows zero.
             invalid_rows: rows whose tile could not be decoded.
             execution: how they were computed.
+            flagged_rows: rows of each quality flag (blurred, empty, pen), where they were looked for.
 
         Raises:
             StoreFullError: no space left; the store is as it was.
@@ -276,6 +291,7 @@ class ZarrStore(Store):
             "sha256": checksum,
             "tiles_sha256": fingerprint(tiles),
             "invalid_rows": sorted(invalid_rows),
+            "flagged_rows": dict(flagged_rows or {}),
             "execution": to_dict(execution),
             "execution_fingerprint": fingerprint(execution),
         }
@@ -291,6 +307,30 @@ class ZarrStore(Store):
         if final.exists() and not self.has_features(slide_id, entry):
             discard(final)
         commit(final, build, matrix.nbytes)
+
+    def draft(self, entry: str, slide_id: str, execution: Execution) -> Draft:
+        """Begin to compute a slide's embeddings, or go on where a killed run stopped.
+
+        Args:
+            entry: name of an entry made by `create_entry`.
+            slide_id: a slide whose tiles are committed.
+            execution: how they will be computed; rows that were computed otherwise are not taken over.
+
+        Raises:
+            SlideClaimedError: another process is at work on it.
+            StoreFullError: no space left.
+        """
+        recipe = self.feature_recipe(entry)
+        subject = {
+            "features": fingerprint(recipe),
+            "tiles": fingerprint(self[slide_id].record),
+            "execution": fingerprint(execution),
+        }
+        return Draft.open(self.path / "features" / entry / encode_id(slide_id), subject, recipe.dim, recipe.dtype)
+
+    def is_claimed(self, slide_id: str, entry: str) -> bool:
+        """Whether another process is at work on a slide's embeddings."""
+        return is_claimed(self.path / "features" / entry / encode_id(slide_id))
 
     def start_run(self) -> "RunLog":
         """Open a new log of this run under ``runs/``."""
@@ -326,8 +366,8 @@ def _root_record(recipe: TileRecipe) -> dict[str, Any]:
     return {"format": FORMAT, "tile_recipe": to_dict(recipe), "fingerprint": fingerprint(recipe)}
 
 
-def _write_thumbnail(folder: Path, thumbnail: np.ndarray) -> None:
-    """Write the thumbnail compressed: it is looked at, not trained on."""
+def _write_picture(folder: Path, picture: np.ndarray) -> None:
+    """Write the thumbnail or its mask compressed: they are looked at, not trained on."""
     import zarr
 
-    zarr.create_array(folder, data=thumbnail, chunks=thumbnail.shape, compressors=zarr.codecs.ZstdCodec(level=3))
+    zarr.create_array(folder, data=picture, chunks=picture.shape, compressors=zarr.codecs.ZstdCodec(level=3))

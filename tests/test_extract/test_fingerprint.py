@@ -20,10 +20,11 @@ from extract.store import (
     from_dict,
     to_dict,
 )
-from extract.store.fingerprint import canonical_json, sha256_of
+from extract.store.fingerprint import AugmentRecipe, PenRecipe, QualityRecipe, canonical_json, sha256_of
 from tests.test_extract.small import EXECUTION, feature_recipe
 
-RECIPES = [TileRecipe(), feature_recipe(), EXECUTION, SlideFingerprint(10, "ab")]
+AUGMENTED = feature_recipe(view="view-0", augment=AugmentRecipe())
+RECIPES = [TileRecipe(), feature_recipe(), AUGMENTED, EXECUTION, SlideFingerprint(10, "ab")]
 
 
 def leaves(recipe: Any, prefix: str = "") -> list[str]:
@@ -86,11 +87,14 @@ def test_every_field_changes_the_fingerprint_and_is_named(recipe: Any, dotted: s
 
 
 def test_the_walk_over_the_fields_sees_nested_recipes():
-    assert {"mpp", "tissue.method", "tissue.min_hole_tiles"} <= set(leaves(TileRecipe()))
-    assert {"transform.mean", "weights_sha256"} <= set(leaves(feature_recipe()))
+    assert {"mpp", "tissue.method", "tissue.pen.red_range", "quality.blur_mpp"} <= set(leaves(TileRecipe()))
+    assert {"transform.mean", "weights_sha256", "augment"} <= set(leaves(feature_recipe()))
+    assert {"augment.policy", "augment.strength", "augment.seed"} <= set(leaves(AUGMENTED))
 
 
-@pytest.mark.parametrize("recipe", [TileRecipe(), TileRecipe(mpp=None, edge="drop"), feature_recipe(), TissueRecipe()])
+@pytest.mark.parametrize(
+    "recipe", [TileRecipe(), TileRecipe(mpp=None, edge="drop"), feature_recipe(), AUGMENTED, TissueRecipe()]
+)
 def test_a_recipe_comes_back_from_json(recipe: Any):
     plain = json.loads(json.dumps(to_dict(recipe)))
     back = from_dict(type(recipe), plain)
@@ -125,8 +129,8 @@ def test_canonical_json_is_compact_sorted_and_keeps_floats_and_letters():
 
 def test_recipes_and_executions_are_pinned():
     """A changed value here means that stores made before are refused: change FORMAT or explain it in the changelog."""
-    assert fingerprint(TileRecipe())[:16] == "e60ca9f9691f1add"
-    assert fingerprint(feature_recipe())[:16] == "baf942ca2ff07a3b"
+    assert fingerprint(TileRecipe())[:16] == "2a9fee0fa1183c17"
+    assert fingerprint(feature_recipe())[:16] == "9c1a18b5637a4fe3"
 
 
 def test_equal_recipes_have_equal_fingerprints():
@@ -145,6 +149,12 @@ def test_equal_recipes_have_equal_fingerprints():
         {"mpp": float("nan")},
         {"min_tissue_fraction": 1.5},
         {"resampling": "lanczos"},
+        {"gap_px": -1},
+        {"gap_px": 10, "overlap_px": 10},
+        {"jitter_px": 224},
+        {"jitter_px": 200, "overlap_px": 24},
+        {"jitter_px": -1},
+        {"jitter_seed": -1},
     ],
     ids=str,
 )
@@ -153,6 +163,49 @@ def test_a_senseless_tile_recipe_is_refused(values: dict[str, Any]):
         TileRecipe(**values)
     with pytest.raises(RecipeError, match="othsu"):
         TissueRecipe(method="othsu")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "values"),
+    [
+        (TissueRecipe, {"pen_margin_px": -1}),
+        (PenRecipe, {"cool_tilt": 1.5}),
+        (PenRecipe, {"black_value": 256}),
+        (QualityRecipe, {"sampling_px": 0}),
+        (QualityRecipe, {"blur_mpp": 0}),
+        (QualityRecipe, {"pen_fraction": 2}),
+    ],
+    ids=str,
+)
+def test_a_senseless_nested_recipe_is_refused(recipe: Any, values: dict[str, Any]):
+    with pytest.raises(RecipeError, match=r"got .* → expected .* → "):
+        recipe(**values)
+
+
+@pytest.mark.parametrize("method", ["default", "saturation", "mask", "none"])
+def test_the_tissue_methods(method: str):
+    assert TissueRecipe(method=method).method == method
+
+
+def test_a_gap_allows_more_jitter():
+    assert TileRecipe(gap_px=100, jitter_px=323).jitter_px == 323
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"policy": "stain"},
+        {"strength": -0.1},
+        {"strength": 1.1},
+        {"strength": float("nan")},
+        {"seed": -1},
+        {"revision": 0},
+    ],
+    ids=str,
+)
+def test_a_senseless_augment_recipe_is_refused(values: dict[str, Any]):
+    with pytest.raises(RecipeError, match=r"got augmentation .* → expected .* → "):
+        AugmentRecipe(**values)
 
 
 def test_recipes_are_frozen():

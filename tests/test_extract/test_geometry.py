@@ -13,7 +13,10 @@ from extract.geometry import (
     Grid,
     ReadPlan,
     area_mm2,
+    area_weights,
+    context_coords,
     magnification_to_mpp,
+    plan_context,
     plan_read,
     resample_area,
     tile_grid,
@@ -69,6 +72,40 @@ def test_whole_factors_give_the_block_mean(factor: int):
     blocks = pixels.reshape(7, factor, 7, factor, 3).astype(np.int64).sum(axis=(1, 3))
     expected = (2 * blocks + factor**2) // (2 * factor**2)
     assert np.abs(resample_area(pixels, 7.0 * factor, 7).astype(int) - expected).max() == 0
+
+
+def tap_by_tap(pixels: np.ndarray, length: float, n_out: int) -> np.ndarray:
+    """The definition in float32: rows first, then columns, one tap after another."""
+    mixed = pixels
+    for axis in (0, 1):
+        index, weight = area_weights(length, n_out, pixels.shape[axis])
+        shape = (n_out, 1, 1) if axis == 0 else (1, n_out, 1)
+        mixed = sum(np.take(mixed, i, axis) * w.reshape(shape) for i, w in zip(index, weight, strict=True))
+    return (mixed + np.float32(0.5)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4, 5, 7, 8, 9, 16, 0.7, 1.613, 2.0001, 3.9998])
+def test_the_fast_ways_give_the_pixels_of_the_definition(ratio: float):
+    length = 40 * ratio
+    side = math.ceil(length - 1e-6)
+    for seed in range(5):
+        # a larger image, as where a region is rounded up
+        pixels = np.random.default_rng(seed).integers(0, 256, (side + seed, side + 2 * seed, 3), dtype=np.uint8)
+        got = resample_area(pixels, length, 40)
+        assert np.array_equal(got, tap_by_tap(pixels, length, 40))
+        assert got.flags.c_contiguous
+
+
+@pytest.mark.parametrize("factor", [2, 4, 6, 10, 12, 16])
+def test_a_tie_is_rounded_up(factor: int):
+    """Blocks whose sum is n and a half times the area; float32 taps get a few wrong from 6 on. No sum overflows."""
+    pixels = np.zeros((8 * factor, 8 * factor, 3), dtype=np.uint8)
+    blocks = pixels.reshape(8, factor, 8, factor, 3)
+    blocks[:, : factor // 2] = 201
+    blocks[:, factor // 2 :] = 200
+    assert (resample_area(pixels, 8.0 * factor, 8) == 201).all()
+    pixels[:] = 255
+    assert (resample_area(pixels, 8.0 * factor, 8) == 255).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -263,3 +300,136 @@ def test_grid_of_one_tile():
     grid = tile_grid((0, 0), (100, 100), plan_read(0.5, (1.0,), 0.5, 100))
     assert isinstance(grid, Grid)
     assert grid.coords_l0().tolist() == [[0, 0]]
+
+
+# ---------------------------------------------------------------- gap and shift
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[int, int, int, float, int, int, str]:
+    """Along one axis: origin, size, tile size, downsample, stride - tile, shift, edge; all at the level's scale."""
+    tile_px = draw(st.integers(4, 60))
+    between = draw(st.integers(-tile_px // 2, tile_px))
+    shift = draw(st.integers(0, tile_px + between - 1))
+    origin, size = draw(st.integers(0, 500)), draw(st.integers(2 * tile_px, 900))
+    edge = draw(st.sampled_from(["shift", "drop"]))
+    return origin, size, tile_px, draw(st.sampled_from([1.0, 2.0, 4.0])), between, shift, edge
+
+
+def lay(layout: tuple) -> tuple[Grid, np.ndarray, int, int]:
+    """The grid of a layout, its columns, and the first and last place that a tile may have."""
+    origin, size, tile_px, downsample, between, shift, edge = layout
+    plan = ReadPlan(0, downsample, tile_px, float(tile_px), tile_px * downsample, 0.5, 0.5, 0.5)
+    whole = int(downsample)
+    corner, extent = (origin * whole, 0), (size * whole, tile_px * whole)
+    grid = tile_grid(corner, extent, plan, max(-between, 0), edge, max(between, 0), (shift, 0))
+    return grid, grid.x_l0 // whole, origin, origin + size - tile_px
+
+
+@settings(max_examples=300, deadline=None)
+@given(layouts())
+def test_tiles_lie_inside_on_whole_pixels_of_the_level(layout: tuple):
+    grid, columns, first, last = lay(layout)
+    assert (grid.x_l0 % int(layout[3]) == 0).all()
+    assert columns.min() >= first
+    assert columns.max() <= last
+    assert (np.diff(columns) > 0).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(layouts())
+def test_no_two_tiles_overlap_more_than_asked_unless_moved_inwards(layout: tuple):
+    grid, columns, _, _ = lay(layout)
+    _, _, tile_px, _, between, _, edge = layout
+    apart = np.diff(columns)
+    kept = apart[int(grid.x_first_shifted) : len(apart) - int(grid.x_shifted)]
+    assert (kept == tile_px + between).all()
+    if between > 0:
+        assert (apart >= tile_px).all()
+    if edge == "drop":
+        assert not grid.x_first_shifted
+        assert not grid.x_shifted
+
+
+@settings(max_examples=300, deadline=None)
+@given(layouts())
+def test_every_pixel_is_covered_without_a_gap_when_the_edges_shift(layout: tuple):
+    origin, size, tile_px, downsample, between, shift, _ = layout
+    _, columns, first, _ = lay((origin, size, tile_px, downsample, min(between, 0), shift % (tile_px // 2), "shift"))
+    covered = np.zeros(size, dtype=bool)
+    for column in columns - first:
+        covered[column : column + tile_px] = True
+    assert covered.all()
+
+
+@settings(max_examples=200, deadline=None)
+@given(layouts())
+def test_a_shift_moves_the_whole_grid(layout: tuple):
+    origin, size, tile_px, downsample, between, shift, _ = layout
+    still = lay((origin, size, tile_px, downsample, between, 0, "drop"))[1]
+    _, moved, _, last = lay((origin, size, tile_px, downsample, between, shift, "drop"))
+    shift = min(shift, last - origin)
+    assert np.array_equal(moved, still[: len(moved)] + shift)
+    assert len(still) - len(moved) in (0, 1)
+
+
+def test_a_gap_is_left_between_tiles_and_a_shift_at_the_start():
+    plan = plan_read(0.5, (1.0,), 0.5, 100)
+    assert tile_grid((0, 0), (499, 100), plan, gap_px=50).x_l0.tolist() == [0, 150, 300]
+    # one more tile fits beside the last, and then with a part of the gap
+    assert tile_grid((0, 0), (500, 100), plan, gap_px=50).x_l0.tolist() == [0, 150, 300, 400]
+    assert tile_grid((0, 0), (549, 100), plan, gap_px=50).x_l0.tolist() == [0, 150, 300, 449]
+    grid = tile_grid((0, 0), (430, 100), plan, shift_px=(30, 7))
+    assert grid.x_l0.tolist() == [0, 30, 130, 230, 330]
+    assert (grid.x_first_shifted, grid.x_shifted) == (True, False)
+    # no room for a shift downwards
+    assert grid.y_l0.tolist() == [0]
+    assert tile_grid((0, 0), (430, 100), plan, edge="drop", shift_px=(40, 0)).x_l0.tolist() == [40, 140, 240]
+
+
+# ---------------------------------------------------------------- context tiles
+
+
+@st.composite
+def contexts(draw: st.DrawFn) -> tuple[ReadPlan, ReadPlan, np.ndarray]:
+    """A plan, a coarser plan, and corners of tiles."""
+    native, pyramid = draw(st.sampled_from(NATIVE)), draw(st.sampled_from(PYRAMIDS))
+    plan = plan_read(native, pyramid, draw(st.sampled_from([None, 0.62, 1.0])), draw(st.integers(16, 256)))
+    context = plan_context(plan, pyramid, plan.achieved_mpp * draw(st.floats(1.1, 12)))
+    seed = draw(st.integers(0, 99))
+    return plan, context, np.random.default_rng(seed).integers(0, 90_000, (20, 2), dtype=np.int32)
+
+
+@settings(max_examples=200, deadline=None)
+@given(contexts())
+def test_context_tiles_have_the_centres_of_the_tiles_and_hold_them(case: tuple):
+    plan, context, coords = case
+    corners = context_coords(coords, plan, context)
+    assert corners.dtype == np.int32
+    off = np.abs((corners + context.tile_l0 / 2) - (coords + plan.tile_l0 / 2))
+    whole = context.downsample.is_integer()
+    assert off.max() <= 0.5 * context.downsample + (0.0 if whole else 0.5) + 1e-6
+    if whole:
+        assert (corners % int(context.downsample) == 0).all()
+    # nested: a tile sticks out of its context by the rounding of the centre at most
+    assert (corners <= coords + off.max() + 1e-6).all()
+    assert (corners + context.tile_l0 >= coords + plan.tile_l0 - off.max() - 1e-6).all()
+
+
+def test_context_is_read_by_the_rules_of_plan_read():
+    pyramid = (1.0, 4.0, 16.0)
+    plan = plan_read(0.25, pyramid, 0.5, 224)
+    assert plan_context(plan, pyramid, 2.0) == plan_read(0.25, pyramid, 2.0, 224)
+    assert plan_context(plan, pyramid, 1.0).level == 1
+    # a context at the slide's corner sticks out of it
+    corners = context_coords(np.array([[0, 0]]), plan, plan_context(plan, pyramid, 2.0))
+    assert corners.tolist() == [[448 // 2 - 1792 // 2] * 2]
+
+
+def test_a_context_that_is_not_coarser_is_refused():
+    plan = plan_read(0.25, (1.0, 4.0), 0.5, 224)
+    for mpp in (0.5, 0.25):
+        with pytest.raises(ScaleError, match=r"coarser than the tiles' 0\.5"):
+            plan_context(plan, (1.0, 4.0), mpp)
+    with pytest.raises(ScaleError, match="scale is unknown"):
+        plan_context(plan_read(None, (1.0,), None, 224), (1.0,), 2.0)

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,14 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from extract.backbones import Backbone
+from extract.engine import StreamStats
 from extract.errors import ExtractError, RecipeMismatchError, SlideTableError, StoreFullError
 from extract.geometry import plan_read
+from extract.isolation import ReaderLimits, ReaderProcess
 from extract.pipeline import SlideOutcome, entry_name, run_extraction
 from extract.slide import Slide
 from extract.store import TileRecipe, TissueRecipe, ZarrStore, open_store
 from extract.synthetic import write_pyramid
+from extract.tiles import context_tiles
 from tests.conftest import REPOSITORY
 from tests.test_extract.small import TILES, break_tile, tiny_backbone, tissue_image, tree, write_slide
 
@@ -40,8 +46,13 @@ def store(tmp_path: Path) -> Path:
 
 
 def extract(slides: Path | list[Path], store: Path, backbone: Backbone | None = None, **keywords: object):
-    """Run with the tiny backbone and recipe."""
-    return run_extraction(slides, store, backbone or tiny_backbone(), **{"recipe": TILES} | keywords)  # type: ignore[arg-type]
+    """Run with the tiny backbone and recipe, reading in this process."""
+    return run_extraction(
+        slides,
+        store,
+        backbone or tiny_backbone(),
+        **{"recipe": TILES, "isolation": False} | keywords,  # type: ignore[arg-type]
+    )
 
 
 def outcomes(report) -> dict[str, str]:
@@ -108,12 +119,15 @@ def test_progress_hears_of_every_slide_and_tile(slides: Path, store: Path):
         def start(self, n_slides: int) -> None:
             heard["start"].append(n_slides)
 
-        def tiles_done(self, n: int, bottleneck: str) -> None:
-            assert bottleneck in ("reading", "backbone")
+        def tiles_done(self, n: int, stats: StreamStats) -> None:
+            assert stats.bottleneck in ("opening slides", "reading", "backbone", "writing")
             heard["tiles_done"].append(n)
 
         def slide_done(self, outcome: SlideOutcome) -> None:
             heard["slide_done"].append(outcome)
+
+        def warn(self, text: str) -> None:
+            raise AssertionError(text)
 
     report = extract(slides, store, progress=Listener())
     assert heard["start"] == [3]
@@ -187,17 +201,15 @@ def test_slides_that_fail_do_not_stop_the_others_and_say_why(tmp_path: Path, sli
 def test_an_unexpected_error_of_one_slide_is_logged_with_its_trace(
     slides: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    import extract.pipeline
-
-    cut = extract.pipeline.cut_slide
+    from extract.tiles import cut_slide as cut
 
     def surprise(slide: Slide, slide_id: str, *arguments: object):
         if slide_id == "b":
             raise ZeroDivisionError("surprise")
         return cut(slide, slide_id, *arguments)
 
-    monkeypatch.setattr("extract.pipeline.cut_slide", surprise)
-    report = run_extraction(slides, store, tiny_backbone(), recipe=TILES)
+    monkeypatch.setattr("extract.reader.cut_slide", surprise)
+    report = extract(slides, store)
     assert reasons(report) == {"b": "unexpected ZeroDivisionError: surprise"}
     line = next(line for line in lines(report) if line.get("slide_id") == "b")
     assert "surprise(slide" in line["traceback"] or "in surprise" in line["traceback"]
@@ -233,10 +245,10 @@ def test_a_slide_without_a_readable_tile_fails(slides: Path, store: Path, monkey
 
     read = Slide.read_tile
 
-    def broken(self: Slide, *arguments: object) -> np.ndarray:
+    def broken(self: Slide, *arguments: object, **keywords: object) -> np.ndarray:
         if self.name == "b":
             raise TileDecodeError("broken")
-        return read(self, *arguments)
+        return read(self, *arguments, **keywords)
 
     monkeypatch.setattr(Slide, "read_tile", broken)
     report = extract(slides, store)
@@ -364,6 +376,171 @@ def test_killed_runs_end_byte_identical_to_an_uninterrupted_one(tmp_path: Path):
         killed = tree(folder)
         assert sorted(whole) == sorted(killed)
         assert [name for name in whole if whole[name] != killed[name]] == []
+
+
+def start_child(slides: Path, store: Path, *arguments: str) -> subprocess.Popen:
+    """An extraction of its own process that saves after every batch and takes its time."""
+    command = [sys.executable, "-m", "tests.test_extract.slow_extraction", str(slides), str(store), *arguments]
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+
+
+def await_rows(store: Path, n_bytes: int = 400) -> None:
+    """Wait until a draft holds some rows."""
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size >= n_bytes for path in store.glob("features/*/~*.rows")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_ended_inside_a_slide_goes_on_there(tmp_path: Path, store: Path, how: signal.Signals):
+    slides = tmp_path / "slides"
+    write_slide(slides / "a.tif", 900, 700, seed=1)
+    write_slide(slides / "b.tif", 400, 300, seed=2)
+    break_tile(slides / "a.tif", 256, 256)
+    extract(slides, tmp_path / "whole.zarr", batch_size=4)
+    child = start_child(slides, store)
+    await_rows(store)
+    child.send_signal(how)
+    assert child.wait(timeout=60) == {signal.SIGKILL: -9}.get(how, 130)
+    assert open_store(store).slide_ids("tiny") == []
+    report = extract(slides, store, batch_size=4)
+    resumed = {outcome.slide_id: outcome.n_resumed for outcome in report.outcomes}
+    assert resumed["a"] >= 16
+    assert report.outcomes[0].n_invalid == 1
+    assert tree(store) == tree(tmp_path / "whole.zarr")
+    assert not list(store.rglob("~*"))
+
+
+def test_a_slide_that_another_process_is_at_work_on_is_left_to_it(tmp_path: Path, store: Path):
+    slides = tmp_path / "slides"
+    for number in range(8):
+        write_slide(slides / f"{number}.tif", 600, 500, seed=number)
+    child = start_child(slides, store)
+    await_rows(store)
+    report = extract(slides, store, batch_size=4)
+    assert child.wait(timeout=120) == 0
+    printed = json.loads(child.communicate()[0])
+    assert report.failed == ()
+    # each slide was embedded once, some by either
+    assert report.count("embedded") + printed["embedded"] == 8
+    assert 0 < report.count("embedded") < 8
+    extract(slides, tmp_path / "whole.zarr", batch_size=4)
+    assert tree(store) == tree(tmp_path / "whole.zarr")
+
+
+def test_a_slide_whose_worker_lives_on_is_reported(slides: Path, store: Path, monkeypatch: pytest.MonkeyPatch):
+    extract([slides / "a.tif"], store)
+    opened = ZarrStore(store)
+    shutil.rmtree(store / "features" / "tiny" / "a")
+    draft = opened.draft("tiny", "a", tiny_backbone().execution(4))
+    monkeypatch.setattr("extract.pipeline.LEASE_S", 0.5)
+    report = extract(slides, store)
+    assert outcomes(report) == {"a": "elsewhere", "b": "embedded", "sité 2/c d": "embedded"}
+    assert "at work on" in report.outcomes[0].reason
+    draft.discard()
+    assert outcomes(extract(slides, store))["a"] == "embedded"
+
+
+# ---------------------------------------------------------------- a process of its own, several entries
+
+
+def test_isolation_changes_no_byte(slides: Path, tmp_path: Path):
+    break_tile(slides / "b.tif", 128, 128)
+    (slides / "text.svs").write_text("no slide")
+    reports = [extract(slides, tmp_path / f"{on}.zarr", isolation=on, views=1) for on in (False, True)]
+    assert reasons(reports[0]) == reasons(reports[1])
+    assert tree(tmp_path / "False.zarr") == tree(tmp_path / "True.zarr")
+
+
+def test_slides_that_kill_or_stall_the_reader_cost_only_themselves(
+    slides: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(ReaderProcess, "module", "tests.test_extract.hostile_reader")
+    for name in ("cut-segv", "cut-hang", "segv-1", "segv-0-1-2-3-4-5", "hang-3", "greedy-2"):
+        write_slide(slides / f"{name}.tif", 640, 320, seed=9, levels=1)
+    recipe = replace(TILES, tissue=TissueRecipe(method="none"))
+    limits = ReaderLimits(memory_bytes=4 << 30, cut_s=3, read_s=3)
+    report = extract(slides, store, recipe=recipe, isolation=True, limits=limits)
+    assert set(reasons(report)) == {"cut-segv", "cut-hang", "segv-0-1-2-3-4-5", "greedy-2"}
+    assert "SIGSEGV" in reasons(report)["cut-segv"]
+    assert "stood still" in reasons(report)["cut-hang"]
+    assert "--reader-memory" in reasons(report)["greedy-2"]
+    invalid = {outcome.slide_id: outcome.n_invalid for outcome in report.outcomes if outcome.outcome == "embedded"}
+    assert invalid == {"a": 0, "b": 0, "sité 2/c d": 0, "segv-1": 1, "hang-3": 1}
+    assert open_store(store)["segv-1"].feature_record("tiny")["invalid_rows"] == [1]
+
+
+def test_backbones_views_and_contexts_are_entries_of_one_pass(slides: Path, store: Path):
+    report = extract(slides, store, [tiny_backbone(), tiny_backbone(dim=9, backbone="wide")], views=2, context_mpp=(1,))
+    names = [f"{name}{part}" for name in ("tiny", "wide") for part in ("", "@context-1", "@view-1", "@view-2")]
+    opened = open_store(store)
+    assert sorted(report.entries) == opened.entries() == names
+    for slide_id in opened.slide_ids():
+        shapes = {name: opened[slide_id].features(name).shape for name in names}
+        assert {shape[0] for shape in shapes.values()} == {len(opened[slide_id].coords())}
+        assert not np.array_equal(opened[slide_id].features("tiny"), opened[slide_id].features("tiny@view-1"))
+        assert not np.array_equal(opened[slide_id].features("tiny@view-1"), opened[slide_id].features("tiny@view-2"))
+    assert opened.feature_recipe("tiny@context-1").context_mpp == 1
+    # a view that is added later leaves the others as they are
+    before = tree(store)
+    extract(slides, store, views=3)
+    after = tree(store)
+    assert {name: after[name] for name in before} == before
+    assert "tiny@view-3" in open_store(store).entries()
+
+
+def test_context_tiles_show_the_surroundings_of_the_same_centres(tmp_path: Path, store: Path):
+    file = write_slide(tmp_path / "a.tif", 1200, 900, levels=1)
+    extract([file], store, context_mpp=(1.0,))
+    reader = open_store(store)["a"]
+    plan, coords = context_tiles(reader.record, reader.coords(), 1.0)
+    backbone = tiny_backbone()
+    inside = [i for i, (x, y) in enumerate(coords) if x >= 0 and y >= 0 and x < 1072 and y < 772]
+    assert len(inside) > 20
+    with Slide(file) as slide:
+        for row in inside[::7]:
+            x, y = (int(value) for value in coords[row])
+            region = slide.read_region(x, y, 0, (128, 128)).astype(float)
+            tile = np.floor(region.reshape(64, 2, 64, 2, 3).mean(axis=(1, 3)) + 0.5).astype(np.uint8)
+            batch = np.zeros((4, 64, 64, 3), dtype=np.uint8)
+            batch[0] = tile
+            assert np.array_equal(backbone.embed(batch)[0].astype(np.float16), reader.features("tiny@context-1")[row])
+            centre = np.array(reader.coords()[row]) + 32
+            assert np.abs(np.array([x, y]) + plan.tile_l0 / 2 - centre).max() <= 0.5
+
+
+def test_flags_of_tiles_are_recorded(tmp_path: Path, store: Path):
+    image = tissue_image(640, 320, margin=0)
+    image[:64, :64] = 250
+    write_pyramid(tmp_path / "a.tif", image, 0.5, levels=1, tile_px=64)
+    report = extract([tmp_path / "a.tif"], store, recipe=replace(TILES, tissue=TissueRecipe(method="none")))
+    record = open_store(store)["a"].feature_record("tiny")
+    assert record["flagged_rows"]["empty"] == [0]
+    assert report.outcomes[0].flagged["empty"] == 1
+
+
+def test_a_shard_embeds_its_part(slides: Path, store: Path):
+    parts = [extract(slides, store, shard_text=f"{i}/2") for i in (1, 2)]
+    assert all(report.failed == () for report in parts)
+    assert sorted(name for report in parts for name in outcomes(report)) == ["a", "b", "sité 2/c d"]
+
+
+def test_images_with_masks_are_cut_by_them(tmp_path: Path, store: Path):
+    for number in (1, 2):
+        Image.fromarray(tissue_image(320, 256, seed=number, margin=0)).save(tmp_path / f"img_{number:04d}.png")
+        mask = np.zeros((256, 320), dtype=np.uint8)
+        mask[:128, :128] = 255
+        if number == 1:
+            Image.fromarray(mask).save(tmp_path / f"mask_{number:04d}.png")
+    report = extract(tmp_path, store, recipe=replace(TILES, mpp=None), masks="mask_{}.png", images="img_{}.png")
+    assert outcomes(report) == {"img_0001": "embedded", "img_0002": "failed"}
+    assert open_store(store)["img_0001"].coords().tolist() == [[0, 0], [64, 0], [0, 64], [64, 64]]
+    # another mask is another cut
+    mask[:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask_0001.png")
+    again = extract(tmp_path, store, recipe=replace(TILES, mpp=None), masks="mask_{}.png", images="img_{}.png")
+    assert "another mask" in reasons(again)["img_0001"]
 
 
 # ---------------------------------------------------------------- refusals

@@ -9,7 +9,8 @@ import openslide
 import pytest
 import tifffile
 
-from extract.errors import MissingMppError, ScaleError, SlideUnreadableError, TileDecodeError
+from extract.direct import DirectReader
+from extract.errors import MissingMppError, RecipeError, ScaleError, SlideUnreadableError, TileDecodeError
 from extract.geometry import plan_read, resample_area, tile_grid
 from extract.slide import Slide
 from extract.synthetic import write_pyramid
@@ -264,6 +265,96 @@ def test_a_folder_is_not_a_slide(tmp_path: Path):
 def test_a_path_with_spaces_and_other_letters_opens(tmp_path: Path):
     with Slide(write_slide(tmp_path / "Präparat 7 — 切片" / "é è.tif")) as slide:
         assert slide.size_l0 == (400, 300)
+
+
+# ---------------------------------------------------------------- the two readers
+
+
+def test_auto_reads_directly_where_the_sample_agrees(tmp_path: Path):
+    file = write_slide(tmp_path / "a.tif", 640, 448)
+    with Slide(file) as auto, Slide(file, reader="direct") as direct, Slide(file, reader="openslide") as plain:
+        assert (auto.reader, auto.reader_note) == ("direct", "")
+        assert (direct.reader, direct.reader_note) == ("direct", "")
+        assert plain.reader == "openslide"
+        assert plain.reader_note
+        for mpp in (0.5, 0.7, 1.0):
+            plan = plan_read(0.5, auto.downsamples, mpp, 50)
+            for x, y in tile_grid((0, 0), auto.size_l0, plan, overlap_px=7).coords_l0().tolist():
+                expected, out = plain.read_tile(x, y, plan), np.zeros((50, 50, 3), dtype=np.uint8)
+                assert np.array_equal(auto.read_tile(x, y, plan), expected)
+                assert auto.read_tile(x, y, plan, out=out) is out
+                assert np.array_equal(out, expected)
+                assert np.array_equal(plain.read_tile(x, y, plan, out=out), expected)
+
+
+def test_the_choice_is_made_at_the_first_tile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    opened: list[str] = []
+    real = DirectReader.open
+    monkeypatch.setattr(DirectReader, "open", lambda slide: opened.append(slide.name) or real(slide))
+    with Slide(write_slide(tmp_path / "a.tif", 640, 448)) as slide, ThreadPoolExecutor(4) as pool:
+        slide.read_thumbnail(4.0)
+        assert opened == []
+        list(pool.map(lambda x: slide.read_region(x, 0, 0, (64, 64)), range(0, 512, 32)))
+        assert opened == ["a.tif"]
+
+
+def test_pixels_that_differ_from_openslides_are_never_handed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = write_slide(tmp_path / "a.tif", 640, 448)
+    with Slide(file, reader="openslide") as slide:
+        expected = slide.read_region(30, 40, 0, (100, 100))
+    read = DirectReader.read_region
+
+    def off_by_one(self: DirectReader, *place: object) -> np.ndarray | None:
+        pixels = read(self, *place)  # type: ignore[arg-type]
+        return pixels if pixels is None else pixels ^ 1
+
+    monkeypatch.setattr(DirectReader, "read_region", off_by_one)
+    with Slide(file) as slide:
+        assert slide.reader == "openslide"
+        assert "differ" in slide.reader_note
+        assert np.array_equal(slide.read_region(30, 40, 0, (100, 100)), expected)
+    with pytest.raises(SlideUnreadableError, match=r"'hurt'.*differ.*→.*→"):
+        Slide(file, "hurt", reader="direct")
+
+
+def test_a_damaged_tile_in_the_sample_does_not_decide(tmp_path: Path):
+    file = write_slide(tmp_path / "a.tif", 640, 448)
+    with Slide(file) as slide:
+        places = [place[:2] for place in DirectReader.open(slide).sample() if place[2] == 0]
+    for x, y in places[:-1]:
+        break_tile(file, x, y)
+    with Slide(file) as slide:
+        assert slide.reader == "direct"
+        with pytest.raises(TileDecodeError):
+            slide.read_region(*places[0], 0, (64, 64))
+
+
+def test_a_level_that_could_not_be_compared_stays_with_openslide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = write_slide(tmp_path / "a.tif", 640, 448)
+    sample = DirectReader.sample
+    monkeypatch.setattr(DirectReader, "sample", lambda self: (place for place in sample(self) if place[2] == 0))
+    levels: list[int] = []
+    read = DirectReader.read_region
+    with Slide(file) as slide:
+        assert slide.reader == "direct"
+        monkeypatch.setattr(DirectReader, "read_region", lambda *a: levels.append(a[3]) or read(*a))
+        slide.read_region(0, 0, 0, (64, 64))
+        slide.read_region(0, 0, 1, (64, 64))
+    assert levels == [0]
+
+
+def test_a_slide_can_still_be_read_after_it_was_closed(tmp_path: Path):
+    slide = Slide(write_slide(tmp_path / "a.tif", 640, 448))
+    before = slide.read_region(64, 64, 0, (64, 64))
+    slide.close()
+    assert np.array_equal(slide.read_region(64, 64, 0, (64, 64)), before)
+    assert slide.reader == "direct"
+    slide.close()
+
+
+def test_an_unknown_reader_is_an_error(slide_file: Path):
+    with pytest.raises(RecipeError, match=r"'fast'.*auto, direct, openslide"):
+        Slide(slide_file, reader="fast")
 
 
 # ---------------------------------------------------------------- real files

@@ -7,19 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from extract.errors import MissingMppError, NoTissueError, ScaleError
+from extract.errors import MaskError, MissingMppError, NoTissueError, ScaleError
 from extract.geometry import plan_read, tile_grid
+from extract.image import PlainImage
 from extract.slide import Slide
-from extract.store import SlideFingerprint, TileRecipe, TissueRecipe
+from extract.store import SlideFingerprint, TileRecipe, TissueRecipe, ZarrStore
+from extract.store.fingerprint import sha256_of
 from extract.synthetic import write_pyramid
-from extract.tiles import cut_slide, plan_slide
-from tests.test_extract.small import TILES, break_tile, write_slide
+from extract.tiles import context_tiles, cut_slide, grid_shift, plan_slide, recorded_plan
+from tests.test_extract.small import TILES, break_tile, tissue_image, write_slide
 
 EVERYTHING = replace(TILES, tissue=TissueRecipe(method="none"))
 
 
-def cut(path: Path, recipe: TileRecipe = TILES, **keywords: float):
+def cut(path: Path, recipe: TileRecipe = TILES, **keywords: float | Path):
     with Slide(path) as slide:
         return cut_slide(slide, "s", recipe, **keywords)
 
@@ -131,3 +134,119 @@ def test_a_scale_that_cannot_be_had_names_the_slide(slide_file: Path):
             plan_slide(slide, replace(TILES, mpp=0.25), None, None)
         with pytest.raises(ScaleError, match=r"case 7.*tile-px"):
             cut_slide(slide, "case 7", replace(TILES, tile_px=512))
+
+
+# ---------------------------------------------------------------- the mask
+
+
+def test_the_unit_holds_the_mask_by_which_tiles_were_kept(slide_file: Path, tmp_path: Path):
+    unit = cut(slide_file)
+    assert unit.tissue_mask is not None
+    assert unit.tissue_mask.shape == unit.thumbnail.shape[:2]
+    assert unit.record["tissue"]["mask_sha256"] == sha256_of(np.packbits(unit.tissue_mask))
+    assert unit.record["tissue"]["fraction"] == pytest.approx(unit.tissue_mask.mean())
+    assert (unit.record["tissue"]["method"], unit.record["tissue"]["given_sha256"]) == ("default", None)
+    store = ZarrStore.create(tmp_path / "s.zarr", TILES)
+    store.write_tiles(unit)
+    assert np.array_equal(store["s"].tissue_mask, unit.tissue_mask)
+
+
+@pytest.mark.parametrize("method", ["default", "mask"])
+def test_a_given_mask_decides_which_tiles_are_kept(slide_file: Path, tmp_path: Path, method: str):
+    mask = np.zeros((300, 400), dtype=np.uint8)
+    mask[:128, :64] = 255  # on glass as much as on tissue
+    file = tmp_path / "mask.png"
+    Image.fromarray(mask).save(file)
+    unit = cut(slide_file, replace(TILES, tissue=TissueRecipe(method=method, thumbnail_px=64)), mask=file)
+    assert unit.coords.tolist() == [[0, 0], [0, 64]]
+    assert unit.record["tissue"]["method"] == "mask"
+    assert len(unit.record["tissue"]["given_sha256"]) == 64
+    assert unit.record["tissue"]["area_mm2"] == pytest.approx(128 * 64 * 0.25e-6, rel=0.05)
+
+
+def test_a_mask_that_is_absent_or_unusable_names_the_slide(slide_file: Path, tmp_path: Path):
+    with pytest.raises(MaskError, match=r"slide 'slide\.tif': got no mask"):
+        cut(slide_file, replace(TILES, tissue=TissueRecipe(method="mask")))
+    with pytest.raises(MaskError, match=r"slide 'slide\.tif': got mask .*nothing\.png"):
+        cut(slide_file, mask=tmp_path / "nothing.png")
+
+
+def test_pen_beside_the_tissue_gives_no_tiles(tmp_path: Path):
+    pixels = tissue_image(700, 300, margin=40)
+    pixels[:, 400:] = 245
+    pixels[:, 520:600] = (40, 60, 170)
+    file = tmp_path / "pen.tif"
+    write_pyramid(file, pixels, 0.5, levels=1, tile_px=64)
+    assert cut(file).coords[:, 0].max() < 400
+    with_pen = replace(TILES, tissue=replace(TILES.tissue, exclude_pen=False))
+    assert cut(file, with_pen).coords[:, 0].max() > 500
+
+
+def test_a_plain_image_is_cut_like_a_slide(tmp_path: Path):
+    file = tmp_path / "a.png"
+    Image.fromarray(tissue_image()).save(file)
+    with PlainImage(file) as image:
+        unit = cut_slide(image, "s", TILES, mpp=0.5)
+    slide = cut(write_slide(tmp_path / "a.tif"), TILES)
+    # JPEG moves the mask by a pixel here and there
+    assert set(map(tuple, unit.coords.tolist())) & set(map(tuple, slide.coords.tolist()))
+    assert unit.record["mpp"]["source"] == "slide table"
+
+
+# ---------------------------------------------------------------- gap, jitter, context
+
+
+def test_a_gap_leaves_pixels_out(slide_file: Path):
+    unit = cut(slide_file, replace(EVERYTHING, gap_px=36))
+    assert sorted(set(unit.coords[:, 0].tolist())) == [0, 100, 200, 300]
+    assert unit.record["grid_tiles"] == len(unit.coords)
+
+
+def test_jitter_moves_the_grid_by_one_draw_a_slide(slide_file: Path):
+    recipe = replace(EVERYTHING, jitter_px=40, jitter_seed=3)
+    x, y = grid_shift(recipe, "s")
+    unit = cut(slide_file, recipe)
+    assert unit.record["jitter_px"] == [x, y]
+    assert {x, x + 64, x + 128} <= set(unit.coords[:, 0].tolist())
+    assert {y, y + 64, y + 128} <= set(unit.coords[:, 1].tolist())
+    assert unit.record["shifted_first"] == {"x_l0": 0 if x else None, "y_l0": 0 if y else None}
+    assert np.array_equal(cut(slide_file, recipe).coords, unit.coords)
+
+
+def test_jitter_is_uniform_seeded_and_of_the_slide():
+    recipe = TileRecipe(jitter_px=9)
+    draws = np.array([grid_shift(recipe, f"slide {i}") for i in range(2000)])
+    assert draws.min() == 0
+    assert draws.max() == 9
+    for axis in (0, 1):
+        assert (np.abs(np.bincount(draws[:, axis]) - 200) < 70).all()
+    assert abs(np.corrcoef(draws.T)[0, 1]) < 0.1
+    assert grid_shift(recipe, "slide 1") == grid_shift(recipe, "slide 1")
+    others = [grid_shift(replace(recipe, jitter_seed=1), f"slide {i}") for i in range(50)]
+    assert others != [tuple(draw) for draw in draws[:50].tolist()]
+    assert grid_shift(TileRecipe(), "slide 1") == (0, 0)
+    # pinned: stores depend on it
+    assert grid_shift(TileRecipe(jitter_px=223, jitter_seed=7), "a/ü\udcff") == (50, 136)
+
+
+def test_context_shows_the_same_centre_at_a_coarser_scale(tmp_path: Path):
+    file = tmp_path / "a.tif"
+    pixels = np.full((600, 800, 3), 245, dtype=np.uint8)
+    pixels[296:304, 396:404] = (120, 40, 140)
+    write_pyramid(file, pixels, 0.5, levels=3, tile_px=64)
+    record = {**cut(file, EVERYTHING).record, "slide_id": "s"}
+    coords = np.array([[400 - 32, 300 - 32], [0, 0]], dtype=np.int32)
+    plan = recorded_plan(record)
+    context, corners = context_tiles(record, coords, 1.5)
+    with Slide(file) as slide:
+        assert plan == plan_slide(slide, EVERYTHING, None, None)[0]
+        tile, wide = slide.read_tile(*coords[0], plan), slide.read_tile(*corners[0], context)
+        outside = slide.read_tile(*corners[1], context)
+    with pytest.raises(ScaleError, match=r"slide 's': .*coarser"):
+        context_tiles(record, coords, 0.5)
+    for picture, side in ((tile, 8), (wide, 8 / 3)):
+        dark = np.argwhere(picture[..., 1] < 200)
+        assert dark.mean(axis=0) == pytest.approx((31.5, 31.5), abs=1)
+        assert np.sqrt(len(dark)) == pytest.approx(side, abs=1.5)
+    assert (corners[1] < 0).all()
+    assert (outside[:20, :20] == 255).all()

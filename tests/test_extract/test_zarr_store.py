@@ -28,6 +28,7 @@ from extract.errors import (
 )
 from extract.store import TileRecipe, TissueRecipe, ZarrStore, difference, open_store
 from extract.store.base import decode_id, encode_id
+from extract.store.fingerprint import sha256_of
 from tests.conftest import REPOSITORY
 from tests.test_extract.small import EXECUTION, feature_recipe, matrix, tiles_unit, tree
 
@@ -96,6 +97,26 @@ def test_what_goes_in_comes_out(store: ZarrStore):
     assert slide.feature_record("tiny")["execution"]["batch_size"] == EXECUTION.batch_size
     assert (opened.n_tiles("site A/slide 1", "tiny"), opened.dim("tiny"), len(opened)) == (7, 6, 1)
     assert (slide.features("tiny").dtype, slide.coords().dtype) == (np.float16, np.int32)
+
+
+def test_the_tissue_mask_comes_back_as_it_was(store: ZarrStore, rng: np.random.Generator):
+    mask = rng.random((90, 120)) < 0.5
+    mask[:, :60] = True
+    store.write_tiles(replace(tiles_unit("s"), tissue_mask=mask))
+    back = store["s"].tissue_mask
+    assert back.dtype == bool
+    assert np.array_equal(back, mask)
+    array = zarr.open_array(store.path / "tiles/s/tissue_mask", mode="r")
+    assert (array.dtype, array.shape) == (np.uint8, mask.shape)
+    assert array.nbytes_stored() < mask.size
+    assert store["s"].record["sha256"]["tissue_mask"] == sha256_of(mask.astype(np.uint8))
+
+
+def test_a_slide_without_a_tissue_mask_says_so(store: ZarrStore):
+    store.write_tiles(tiles_unit("imported"))
+    assert "tissue_mask" not in store["imported"].record["sha256"]
+    with pytest.raises(StoreError, match=r"no tissue mask for slide 'imported' → .* → extract"):
+        _ = store["imported"].tissue_mask
 
 
 def test_zarr_python_reads_the_same_bytes(store: ZarrStore):
@@ -534,7 +555,10 @@ def test_killed_writers_leave_whole_units_or_none(tmp_path: Path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-@pytest.mark.parametrize("step", ["_write_array", "_write_json", "_write_thumbnail", "_sync", "os.rename"])
+@pytest.mark.parametrize(
+    "step",
+    ["zarr_store.write_array", "zarr_store.write_json", "zarr_store._write_picture", "files.sync", "files.os.rename"],
+)
 def test_a_full_disk_at_any_step_leaves_the_store_as_it_was(
     store: ZarrStore, monkeypatch: pytest.MonkeyPatch, step: str, code: int
 ):
@@ -545,7 +569,7 @@ def test_a_full_disk_at_any_step_leaves_the_store_as_it_was(
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"extract.store.zarr_store.{step}", full)
+        patch.setattr(f"extract.store.{step}", full)
         with pytest.raises(StoreFullError, match=r"needs about 0\.0 MB.*free some space"):
             store.write_tiles(tiles_unit("new"))
     assert tree(store.path) == before

@@ -83,10 +83,10 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def test_help_lists_every_command_that_works(mil: Mil) -> None:
     result = mil("--help")
     assert result.code == 0
-    assert result.says("extract", "train", "predict", "report", "demo")
+    assert result.says("doctor", "plan", "extract", "sheet", "models", "train", "predict", "report", "demo")
 
 
-@pytest.mark.parametrize("command", ["extract", "train", "predict", "report", "demo"])
+@pytest.mark.parametrize("command", ["doctor", "plan", "extract", "sheet", "train", "predict", "report", "demo"])
 def test_every_command_has_an_example_in_its_help(mil: Mil, command: str) -> None:
     result = mil(command, "--help")
     assert result.code == 0

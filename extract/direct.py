@@ -1,0 +1,415 @@
+"""Tiles of JPEG-compressed TIFF slides, read straight from the file: the pixels of OpenSlide at a fraction of its cost.
+
+About 85 % of an OpenSlide read is compositing. Where a slide is a plain grid of JPEG tiles, none is needed: the
+compressed bytes are read by their offset and decoded by the same library (libjpeg-turbo) with the same settings;
+through simplejpeg, since it hands on the library's warnings, by which OpenSlide tells damaged tiles.
+What cannot be had identical this way is left to OpenSlide.
+"""
+
+import os
+import struct
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from io import FileIO
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from extract.errors import ExtractError, TileDecodeError
+
+CACHE_BYTES = 128 << 20
+"""Decoded source tiles kept per slide: two rows of 256 px tiles of a slide 80,000 px wide."""
+
+_VENDORS = ("aperio", "generic-tiff")
+"""OpenSlide's formats whose levels are plain grids of a TIFF page's tiles; in others tiles overlap or are padded."""
+
+_MAX_REGION_PX = 4096
+"""OpenSlide cuts larger reads into blocks of this side and rounds the corner of each."""
+
+_MAX_TILE_PX = 4096
+_MAX_PAGES = 256
+_JPEG, _RGB, _YCBCR, _CONTIGUOUS = 7, 2, 6, 1  # values of TIFF tags
+_START_OF_IMAGE = b"\xff\xd8"
+_ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
+_ADOBE_YCBCR = _ADOBE_RGB[:-1] + b"\x01"
+_NO_FRAME_HEADER = (0xC4, 0xC8, 0xCC)
+_BROKEN_TIFF = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+"""What tifffile raises on a damaged file."""
+
+
+class NotDirectError(ExtractError, ValueError):
+    """The slide, or a level of it, cannot be read directly; the message is the reason."""
+
+
+class _UndecidedError(Exception):
+    """A tile looks damaged: OpenSlide has the last word on it."""
+
+
+class SlideFacts(Protocol):
+    """What `DirectReader.open` must know of a slide; a `Slide` is one."""
+
+    path: Path
+    name: str
+    vendor: str
+    background: tuple[int, int, int]
+    downsamples: tuple[float, ...]
+    level_sizes: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """Where the compressed tiles of one level lie in the file.
+
+    Attributes:
+        downsample: level-0 pixels per pixel of the level.
+        size: width and height of the level.
+        tile: width and height of a source tile.
+        offsets: uint64 [rows, columns], place in the file.
+        counts: uint64 [rows, columns], compressed bytes.
+        head: what stands before each tile's own JPEG stream: its colour space and the tables shared by all tiles.
+        missing: which tiles the file leaves out and OpenSlide paints in its own way, bool [rows, columns]; None where
+            none is.
+    """
+
+    downsample: float
+    size: tuple[int, int]
+    tile: tuple[int, int]
+    offsets: np.ndarray
+    counts: np.ndarray
+    head: bytes
+    missing: np.ndarray | None
+
+    @classmethod
+    def of_page(cls, page: Any, downsample: float) -> Self:
+        """The grid of a TIFF page.
+
+        Raises:
+            NotDirectError: the page is not what this module reads.
+        """
+        size, tile = (page.imagewidth, page.imagelength), (page.tilewidth, page.tilelength)
+        shape = (-(-size[1] // tile[1]), -(-size[0] // tile[0])) if min(tile) > 0 else (0, 0)
+        wanted = {
+            "compression": (int(page.compression), (_JPEG,)),
+            "photometric interpretation": (int(page.photometric), (_RGB, _YCBCR)),
+            "planar configuration": (int(page.planarconfig), (_CONTIGUOUS,)),
+            "samples per pixel": (page.samplesperpixel, (3,)),
+            "bits per sample": (page.bitspersample, (8,)),
+            "number of tile offsets": (len(page.dataoffsets), (shape[0] * shape[1],)),
+            "number of tile sizes": (len(page.databytecounts), (shape[0] * shape[1],)),
+        }
+        for what, (value, allowed) in wanted.items():
+            if value not in allowed:
+                raise NotDirectError(f"{what} {value} where {' or '.join(map(str, allowed))} is read directly")
+        if not 0 < min(tile) <= max(tile) <= _MAX_TILE_PX:
+            raise NotDirectError(f"TIFF tiles of {tile[0]} x {tile[1]} px where up to {_MAX_TILE_PX} are read directly")
+        offsets, counts = (np.array(v, dtype=np.uint64).reshape(shape) for v in (page.dataoffsets, page.databytecounts))
+        # the TIFF says the colour space, not the stream: Aperio's RGB decoded as YCbCr is off by up to 254
+        colours = _ADOBE_RGB if int(page.photometric) == _RGB else _ADOBE_YCBCR
+        head = _START_OF_IMAGE + colours + (page.jpegtables or b"")[2:-2]
+        missing = np.asarray((offsets == 0) | (counts == 0))
+        return cls(downsample, size, tile, offsets, counts, head, missing if missing.any() else None)
+
+    def corner(self, x_l0: int, y_l0: int) -> tuple[int, int] | None:
+        """A place in level-0 px as whole pixels of the level, or None where OpenSlide would interpolate."""
+        x, y = x_l0 / self.downsample, y_l0 / self.downsample
+        return (int(x), int(y)) if x.is_integer() and y.is_integer() else None
+
+
+class TileCache:
+    """Decoded source tiles, the least recently used dropped first; several threads decode a tile once."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        """Keep at most ``limit_bytes``; 0 keeps nothing."""
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+        self._tiles: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
+        self._lock = Lock()
+        self._making = [Lock() for _ in range(64)]
+
+    def get(self, key: tuple[int, int, int], make: Callable[[], np.ndarray]) -> np.ndarray:
+        """The tile of ``key``, made if it is not held; it must not be written to."""
+        found = self._find(key)
+        if found is None:
+            with self._making[hash(key) % len(self._making)]:
+                found = self._find(key)
+                if found is None:
+                    found = make()
+                    self._hold(key, found)
+        return found
+
+    def clear(self) -> None:
+        """Drop everything."""
+        with self._lock:
+            self._tiles.clear()
+            self.held_bytes = 0
+
+    def _find(self, key: tuple[int, int, int]) -> np.ndarray | None:
+        with self._lock:
+            if key in self._tiles:
+                self._tiles.move_to_end(key)
+            return self._tiles.get(key)
+
+    def _hold(self, key: tuple[int, int, int], tile: np.ndarray) -> None:
+        with self._lock:
+            self._tiles[key] = tile
+            self.held_bytes += tile.nbytes
+            while self.held_bytes > self.limit_bytes:
+                self.held_bytes -= self._tiles.popitem(last=False)[1].nbytes
+
+
+class DirectReader:
+    """Reads regions of a tiled JPEG TIFF, pixel by pixel what OpenSlide gives; safe to read from several threads.
+
+    Example:
+        >>> with Slide("slides/a.svs") as slide:                     # doctest: +SKIP
+        ...     reader = DirectReader.open(slide)
+        ...     pixels = reader.read_region(0, 0, 0, (256, 256))
+    """
+
+    def __init__(self, slide: SlideFacts, grids: tuple[TileGrid, ...], cache_bytes: int = CACHE_BYTES) -> None:
+        """Read the tiles of ``grids``, one per level; `open` finds them.
+
+        Raises:
+            NotDirectError: the file cannot be opened.
+        """
+        self.name = slide.name
+        self.grids = grids
+        self.cache = TileCache(cache_bytes)
+        self._background = slide.background
+        try:
+            self._file = FileIO(slide.path)
+        except OSError as error:
+            raise NotDirectError(f"the file does not open: {error}") from error
+        self._file_bytes = os.fstat(self._file.fileno()).st_size
+
+    @classmethod
+    def open(cls, slide: SlideFacts, cache_bytes: int = CACHE_BYTES) -> Self:
+        """Find the tiles of every level of ``slide``.
+
+        Args:
+            slide: a `Slide`.
+            cache_bytes: bound of the decoded source tiles that are kept.
+
+        Raises:
+            NotDirectError: the slide cannot be read directly; says why.
+        """
+        if slide.vendor not in _VENDORS:
+            raise NotDirectError(f"format {slide.vendor!r} where {' or '.join(_VENDORS)} is read directly")
+        return cls(slide, find_grids(slide), cache_bytes)
+
+    def close(self) -> None:
+        """Close the file and drop the cache; from then on nothing is read directly."""
+        self._file.close()
+        self.cache.clear()
+
+    def read_region(
+        self, x_l0: int, y_l0: int, level: int, size: tuple[int, int], out: np.ndarray | None = None
+    ) -> np.ndarray | None:
+        """Read a region uint8 [h, w, 3] with the background colour outside the slide.
+
+        Args:
+            x_l0: left edge in level-0 px.
+            y_l0: upper edge in level-0 px.
+            level: index of the level.
+            size: width and height in pixels of the level.
+            out: uint8 [h, w, 3] to read into; its content is undefined after an error.
+
+        Returns:
+            The pixels, or None where OpenSlide must read them: the corner lies between pixels of the level, a tile
+            is missing or looks damaged, or the region exceeds 4096 px.
+
+        Raises:
+            TileDecodeError: a source tile cannot be what the file says it is.
+        """
+        grid = self.grids[level]
+        corner = grid.corner(x_l0, y_l0)
+        if corner is None or max(size) > _MAX_REGION_PX or self._file.closed:
+            return None
+        (x, y), (width, height) = corner, size
+        right, bottom = min(x + width, grid.size[0]), min(y + height, grid.size[1])
+        columns, rows = _touched(x, right, grid.tile[0]), _touched(y, bottom, grid.tile[1])
+        if grid.missing is not None and grid.missing[rows.start : rows.stop, columns.start : columns.stop].any():
+            return None
+        is_tile = (x + width, y + height) == (right, bottom) and (x % grid.tile[0], y % grid.tile[1]) == (0, 0)
+        try:
+            if is_tile and size == grid.tile:
+                tile = self._decode(level, rows.start, columns.start)
+                return tile if out is None else _filled(out, tile)
+            region = np.empty((height, width, 3), dtype=np.uint8) if out is None else out
+            return self._assemble(level, (x, y, right, bottom), rows, columns, region)
+        except _UndecidedError:
+            return None
+
+    def sample(self, per_level: int = 8) -> Iterator[tuple[int, int, int, tuple[int, int]]]:
+        """Places (x_l0, y_l0, level, size) of source tiles to compare with OpenSlide, all levels in turn.
+
+        Of each level the last tile, and from equal runs of tiles, the last column and the last row the one of most
+        bytes: glass compresses to little and shows little. At most every eighth tile, but two, since comparing costs
+        as much as a plain read.
+        """
+        chosen = [self._chosen(grid, per_level) for grid in self.grids]
+        for turn in range(per_level):
+            for level, places in enumerate(chosen):
+                if turn < len(places):
+                    yield *places[turn], level, self.grids[level].tile
+
+    def _chosen(self, grid: TileGrid, count: int) -> list[tuple[int, int]]:
+        """Up to ``count`` corners (x, y) in level-0 px of tiles that can be compared."""
+        count = min(count, max(2, grid.counts.size // 8))
+        index = np.arange(grid.counts.size).reshape(grid.counts.shape)
+        inner = np.array_split(index.ravel(), max(count - 4, 1))
+        runs = [index[-1, -1:], *inner, index[:, -1], index[-1], index[0, :1]]
+        tiles = [int(run[np.argmax(grid.counts.flat[run])]) for run in runs if len(run)]
+        places = []
+        for tile in dict.fromkeys(tiles):
+            row, column = divmod(tile, grid.counts.shape[1])
+            if grid.missing is not None and grid.missing[row, column]:
+                continue
+            x_l0, y_l0 = (round(i * n * grid.downsample) for i, n in zip((column, row), grid.tile, strict=True))
+            if grid.corner(x_l0, y_l0) == (column * grid.tile[0], row * grid.tile[1]):
+                places.append((x_l0, y_l0))
+        return places[:count]
+
+    def _assemble(
+        self, level: int, box: tuple[int, int, int, int], rows: range, columns: range, region: np.ndarray
+    ) -> np.ndarray:
+        """Fill ``region`` from the source tiles in ``rows`` and ``columns``; ``box`` is x, y, right, bottom."""
+        (x, y, right, bottom), (width, height) = box, self.grids[level].tile
+        if x < 0 or y < 0 or (right - x, bottom - y) != (region.shape[1], region.shape[0]):
+            region[:] = self._background
+        for row in rows:
+            top, under = max(row * height, y), min((row + 1) * height, bottom)
+            for column in columns:
+                left, beyond = max(column * width, x), min((column + 1) * width, right)
+                tile = self._tile(level, row, column)
+                part = tile[top - row * height : under - row * height, left - column * width : beyond - column * width]
+                region[top - y : under - y, left - x : beyond - x] = part
+        return region
+
+    def _tile(self, level: int, row: int, column: int) -> np.ndarray:
+        return self.cache.get((level, row, column), lambda: self._decode(level, row, column))
+
+    def _decode(self, level: int, row: int, column: int) -> np.ndarray:
+        """One source tile uint8 [h, w, 3]."""
+        import simplejpeg
+
+        grid = self.grids[level]
+        data = self._compressed(level, row, column)
+        found = _frame_size(data)
+        if found != (*grid.tile, 3):
+            # checked before decoding: a progressive frame of 65,535² px would take 25 GB
+            got = "no JPEG frame" if found is None else "a JPEG of {} x {} px and {} channels".format(*found)
+            raise self._damaged(level, row, column, f"got {got} → expected {grid.tile[0]} x {grid.tile[1]} px and 3")
+        pixels = _room(*grid.tile)
+        try:
+            # strict: libjpeg fills what it cannot decode with grey and only warns, which OpenSlide takes for an error
+            simplejpeg.decode_jpeg(grid.head + data[2:], "RGB", buffer=pixels.reshape(-1), strict=True)
+        except ValueError as error:
+            raise _UndecidedError from error
+        return pixels
+
+    def _compressed(self, level: int, row: int, column: int) -> bytes:
+        grid = self.grids[level]
+        offset, count = int(grid.offsets[row, column]), int(grid.counts[row, column])
+        limit = 4 * 3 * grid.tile[0] * grid.tile[1] + (64 << 10)
+        if count > limit or offset + count > self._file_bytes:
+            got = f"got {count} bytes at {offset} of a file of {self._file_bytes}"
+            raise self._damaged(level, row, column, f"{got} → expected at most {limit} inside it")
+        try:
+            data = os.pread(self._file.fileno(), count, offset)
+        except OSError as error:
+            raise self._damaged(level, row, column, f"got {error} → expected {count} bytes at {offset}") from error
+        if len(data) < count:
+            raise self._damaged(level, row, column, f"got {len(data)} bytes at {offset} → expected {count}")
+        return data
+
+    def _damaged(self, level: int, row: int, column: int, problem: str) -> TileDecodeError:
+        grid = self.grids[level]
+        x_l0, y_l0 = (round(i * n * grid.downsample) for i, n in zip((column, row), grid.tile, strict=True))
+        place = f"slide {self.name!r} at ({x_l0}, {y_l0}) level {level}"
+        return TileDecodeError(f"{place}: {problem} → the file is damaged there; copy it again")
+
+
+def find_grids(slide: SlideFacts) -> tuple[TileGrid, ...]:
+    """The tile grid of every level, each in the one TIFF page that has its size.
+
+    Raises:
+        NotDirectError: a level has no such page, or several, or one that is not read directly; or the file is broken.
+    """
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(slide.path) as tiff:
+            tiled = [page for page in _pages(tiff) if page.is_tiled]
+            grids = []
+            for level, (size, downsample) in enumerate(zip(slide.level_sizes, slide.downsamples, strict=True)):
+                pages = [page for page in tiled if (page.imagewidth, page.imagelength) == size]
+                if len(pages) != 1:
+                    raise NotDirectError(f"level {level} has {len(pages)} tiled TIFF pages of its size, not one")
+                grids.append(TileGrid.of_page(pages[0], downsample))
+                if slide.vendor == "aperio" and level and grids[-2].missing is not None:
+                    # OpenSlide does not trust what was made from missing tiles
+                    grids[-1] = replace(grids[-1], missing=np.ones(grids[-1].counts.shape, dtype=bool))
+    except NotDirectError:
+        raise
+    except _BROKEN_TIFF as error:
+        raise NotDirectError(f"its TIFF structure cannot be read: {error}") from error
+    return tuple(grids)
+
+
+def _pages(tiff: Any) -> Iterator[Any]:
+    """The first pages one by one: asking for their number would follow a chain that never ends."""
+    for i in range(_MAX_PAGES):
+        try:
+            yield tiff.pages[i]
+        except IndexError:
+            return
+    raise NotDirectError(f"more than {_MAX_PAGES} TIFF pages")
+
+
+def _room(width: int, height: int) -> np.ndarray:
+    """An empty tile uint8 [height, width, 3] that starts 16 bytes beside a multiple of 32.
+
+    libjpeg-turbo writes past the cache where rows are 32-byte aligned, which costs 20 to 40 % of a decode, and the
+    caller reads the pixels next.
+    """
+    count = height * width * 3
+    block = np.empty(count + 32, dtype=np.uint8)
+    first = (16 - block.ctypes.data) % 32
+    return block[first : first + count].reshape(height, width, 3)
+
+
+def _filled(out: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    out[:] = pixels
+    return out
+
+
+def _touched(first: int, end: int, side: int) -> range:
+    """The source tiles of ``side`` pixels that pixels ``first`` to ``end`` of a level touch; none before pixel 0."""
+    first = max(first, 0)
+    return range(first // side, -(-end // side)) if first < end else range(0)
+
+
+def _frame_size(data: bytes) -> tuple[int, int, int] | None:
+    """Width, height and channels that the frame header of a JPEG stream declares; None if there is none."""
+    at = 2 if data.startswith(_START_OF_IMAGE) else len(data)
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME_HEADER:
+            height, width, channels = struct.unpack_from(">HHB", data, at + 5)
+            return width, height, channels
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
