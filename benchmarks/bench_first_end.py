@@ -21,7 +21,8 @@ import torch
 
 from benchmarks.machine import Result, print_results, write_results
 from extract.backbones import Backbone, load_backbone
-from extract.engine import CPU_BATCH_SIZE, GPU_BATCH_SIZE, available_cores, keep_freed_memory
+from extract.engine import CPU_BATCH_SIZE, GPU_BATCH_SIZE, available_cores
+from extract.memory import keep_freed_memory
 from extract.pipeline import run_extraction
 from extract.slide import Slide
 from extract.sources import SlideSource, find_slides

@@ -1,0 +1,336 @@
+"""Slides to embeddings, end to end: Tessera beside a straightforward pipeline, and both beside their limits.
+
+    python -m benchmarks.bench_extract                                   # on a CPU: about 20 minutes on two cores
+    python -m benchmarks.bench_extract --device cuda --backbones vit_large_patch16_224 vit_small_patch16_224
+
+The straightforward pipeline is what most people write: a DataLoader of OpenSlide's read_region with torchvision's
+ToTensor and Normalize, torch in float32, and one HDF5 file per slide; it is given the tile corners, so that it spends
+nothing on tissue. It is measured at batch 64 and at its own best batch size, in the same run as Tessera, repeats taking
+turns. With the trivial backbone (the mean colour of a tile) reading and moving tiles alone decide.
+
+The limit on a CPU is cores / (CPU seconds of reading + backbone a tile), both measured alone with all cores at work. On
+a GPU it is the fastest rate of the backbone alone, over batch sizes, on tiles that already are in its memory.
+"""
+
+import argparse
+import gc
+import resource
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.bench_first_end import parallel
+from benchmarks.bench_reading import write_aperio
+from benchmarks.machine import Result, print_results, write_results
+from extract.backbones import Backbone, load_backbone
+from extract.engine import CPU_BATCH_SIZE, RUN_TILES, available_cores
+from extract.image import open_slide
+from extract.memory import keep_freed_memory
+from extract.pipeline import run_extraction
+from extract.slide import Slide
+from extract.store import FeatureRecipe, TileRecipe, TissueRecipe, TransformRecipe
+from extract.tiles import cut_slide, plan_slide
+
+PLAIN_BATCHES = (1, 4, 8, 16, 32, 64)
+
+
+class MeanColour(Backbone):
+    """The trivial backbone: the mean of each channel."""
+
+    def __init__(self, tile_px: int, device: torch.device) -> None:
+        transform = TransformRecipe(tile_px, "bicubic", (0.0,) * 3, (1.0,) * 3)
+        recipe = FeatureRecipe("mean_colour", "mean_colour", "1", "0" * 64, "model", transform, 3, "float32")
+        super().__init__(torch.nn.Flatten(), recipe, device)
+
+    def embed(self, tiles: np.ndarray) -> np.ndarray:
+        """uint8 [n, s, s, 3] to float32 [n, 3]."""
+        n, size = tiles.shape[:2]
+        # rows first, in 16 bits, which hold 257 rows of 255
+        rows = np.add.reduce(tiles.reshape(n, size, -1), axis=1, dtype=np.uint16 if size <= 257 else np.uint32)
+        return (rows.reshape(n, size, 3).sum(axis=1, dtype=np.uint32) / (size * size * 255)).astype(np.float32)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """The same on a device: images [n, 3, s, s] to [n, 3]."""
+        return images.mean(dim=(2, 3))
+
+
+class PlainTiles(Dataset):  # type: ignore[type-arg]
+    """One slide's tiles, read and transformed as most pipelines do."""
+
+    def __init__(self, path: Path, coords: np.ndarray, tile_px: int, mean: Sequence[float], std: Sequence[float]):
+        from torchvision import transforms
+
+        self._path, self._coords, self._tile_px, self._slide = path, coords, tile_px, None
+        self._transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+    def __len__(self) -> int:
+        return len(self._coords)
+
+    def __getitem__(self, index: int) -> Any:
+        import openslide
+
+        if self._slide is None:
+            self._slide = openslide.OpenSlide(self._path)
+        x, y = self._coords[index]
+        tile = self._slide.read_region((int(x), int(y)), 0, (self._tile_px, self._tile_px)).convert("RGB")
+        return self._transform(tile)
+
+
+@torch.inference_mode()
+def plain_pipeline(
+    path: Path, coords: np.ndarray, model: Callable[[torch.Tensor], torch.Tensor], recipe: FeatureRecipe, batch: int
+) -> float:
+    """Tiles per second of the straightforward pipeline, its files included."""
+    transform = recipe.transform
+    tiles = PlainTiles(path, coords, transform.input_px, transform.mean, transform.std)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, h5py.File(Path(folder, "slide.h5"), "w") as file:
+        features = file.create_dataset("features", (0, recipe.dim), "float32", maxshape=(None, recipe.dim))
+        for images in DataLoader(tiles, batch, num_workers=2):
+            rows = model(images).numpy()
+            features.resize(len(features) + len(rows), axis=0)
+            features[-len(rows) :] = rows
+        file["coords"] = coords
+    return len(coords) / (time.monotonic() - started)
+
+
+def best_plain_batch(
+    path: Path, coords: np.ndarray, model: Callable[[torch.Tensor], torch.Tensor], recipe: FeatureRecipe, tiles: int
+) -> int:
+    """The batch size at which the straightforward pipeline is fastest, on the first tiles."""
+    rates = {batch: plain_pipeline(path, coords[:tiles], model, recipe, batch) for batch in PLAIN_BATCHES}
+    return max(rates, key=lambda batch: rates[batch])
+
+
+def cut(path: Path, recipe: TileRecipe) -> np.ndarray:
+    """The corners of a slide's tiles."""
+    with Slide(path) as slide:
+        return cut_slide(slide, path.stem, recipe).coords
+
+
+def reading_cpu_s(path: Path, recipe: TileRecipe, reader: str = "auto") -> float:
+    """CPU seconds to read a tile, all cores reading runs of tiles."""
+    coords = cut(path, recipe)
+    slide = open_slide(path, path.stem, reader)
+    plan, _ = plan_slide(slide, recipe, None, None)
+    runs = [coords[i : i + RUN_TILES] for i in range(0, len(coords), RUN_TILES)]
+
+    def read(index: int) -> None:
+        for x, y in runs[index]:
+            slide.read_tile(int(x), int(y), plan)
+
+    _, cpu = parallel(read, len(runs))
+    slide.close()
+    return cpu / len(coords)
+
+
+def backbone_cpu_s(backbone: Backbone, batch: int, tile_px: int, tiles: int) -> float:
+    """CPU seconds to embed a tile, all cores embedding batches."""
+    pixels = np.random.default_rng(0).integers(0, 256, (batch, tile_px, tile_px, 3), dtype=np.uint8)
+    count = max(tiles // batch, 2)
+
+    def embed(_: int) -> None:
+        backbone.embed(pixels)
+
+    _, cpu = parallel(embed, count)
+    return cpu / (count * batch)
+
+
+def extraction_rate(path: Path, backbone: Backbone, recipe: TileRecipe, batch: int, **options: Any) -> Any:
+    """One whole extraction into a new store; its report."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run_extraction(path, Path(folder, "s.zarr"), backbone, recipe=recipe, batch_size=batch, **options)
+
+
+def compare_on_cpu(options: argparse.Namespace, path: Path, recipe: TileRecipe) -> list[Result]:
+    """Tessera, by each runtime, beside the straightforward pipeline and its own limit."""
+    coords, cores = cut(path, recipe), available_cores()
+    results: list[Result] = []
+    trivial = MeanColour(recipe.tile_px, torch.device("cpu"))
+    for name in [*options.backbones, "mean colour"]:
+        plain = trivial if name == "mean colour" else load_backbone(name, tile_px=recipe.tile_px, dtype="float32")
+        model: Callable[[torch.Tensor], torch.Tensor] = (
+            (lambda images: images.mean(dim=(2, 3))) if plain is trivial else plain.module
+        )
+        torch.set_num_threads(cores)
+        best = best_plain_batch(path, coords, model, plain.recipe, options.search_tiles)
+        batch = 32 if plain is trivial else CPU_BATCH_SIZE
+        runtimes = ["torch"] if plain is trivial else options.runtimes
+        ours = {runtime: load(name, recipe, plain, trivial) for runtime in runtimes}
+        rates: dict[str, list[float]] = {}
+
+        def note(what: str, value: float, rates: dict[str, list[float]] = rates) -> None:
+            rates.setdefault(what, []).append(value)
+
+        for _ in range(options.repeats):
+            torch.set_num_threads(cores)
+            note("plain pipeline, batch 64", plain_pipeline(path, coords, model, plain.recipe, 64))
+            note(f"plain pipeline, its best batch ({best})", plain_pipeline(path, coords, model, plain.recipe, best))
+            read_s = reading_cpu_s(path, recipe)
+            for runtime, backbone in ours.items():
+                report = extraction_rate(path, backbone, recipe, batch, runtime=runtime)
+                rate = report.stats.tiles / report.seconds
+                note(f"tessera, {runtime}", rate)
+                limit = cores / (read_s + backbone_cpu_s(backbone, batch, recipe.tile_px, options.search_tiles))
+                note(f"tessera, {runtime} / limit", rate / limit)
+                note(f"tessera, {runtime}, device busy", report.stats.device_busy)
+                note(f"tessera, {runtime} / plain at 64", rate / rates["plain pipeline, batch 64"][-1])
+                note(
+                    f"tessera, {runtime} / plain at its best",
+                    rate / rates[f"plain pipeline, its best batch ({best})"][-1],
+                )
+        units = {"limit": "ratio", "plain at": "ratio", "busy": "ratio"}
+        for what, values in rates.items():
+            unit = next((unit for part, unit in units.items() if part in what), "tiles/s")
+            results.append(Result.of(name, what, unit, values))
+    return results
+
+
+def load(name: str, recipe: TileRecipe, plain: Backbone, trivial: Backbone) -> Backbone:
+    """A backbone of its own for each runtime."""
+    return trivial if plain is trivial else load_backbone(name, tile_px=recipe.tile_px, dtype="float32")
+
+
+def measure_growth(options: argparse.Namespace, path: Path, recipe: TileRecipe) -> list[Result]:
+    """Peak memory and rate with ever more slides; the trivial backbone, so that bookkeeping shows."""
+    results = []
+    trivial = MeanColour(recipe.tile_px, torch.device(options.device))
+    for count in options.slides:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary, "slides")
+            folder.mkdir()
+            for i in range(count):
+                (folder / f"{i:05d}.svs").symlink_to(path.absolute())
+            gc.collect()
+            peak = _Peak()
+            report = run_extraction(folder, Path(temporary, "s.zarr"), trivial, recipe=recipe, batch_size=32)
+            memory = peak.stop()
+        rate = report.stats.tiles / report.seconds
+        subject = f"{count} slides"
+        results.append(Result.of(subject, "rate, mean colour", "tiles/s", [rate]))
+        results.append(Result.of(subject, "memory, this process and its reader", "MB", [memory]))
+    return results
+
+
+class _Peak:
+    """Peak resident memory of this process and its children, sampled."""
+
+    def __init__(self) -> None:
+        self._most, self._ended = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> float:
+        """Megabytes."""
+        self._ended.set()
+        self._thread.join()
+        return self._most
+
+    def _watch(self) -> None:
+        page = resource.getpagesize() / 1e6
+        while not self._ended.wait(0.05):
+            pages = 0
+            children = Path("/proc/self/task").glob("*/children")
+            numbers = ["self", *(number for file in children for number in file.read_text().split())]
+            for number in numbers:
+                try:
+                    pages += int(Path("/proc", number, "statm").read_text().split()[1])
+                except OSError:
+                    continue
+            self._most = max(self._most, pages * page)
+
+
+def compare_on_gpu(options: argparse.Namespace, folder: Path, recipe: TileRecipe) -> list[Result]:
+    """End to end beside the fastest rate of each backbone alone."""
+    import timm
+
+    results = []
+    for name in options.backbones:
+        model = timm.create_model(name, pretrained=False, num_classes=0)
+        backbone = random_backbone(model, name, recipe.tile_px, options)
+        alone = {batch: backbone_rate(backbone, batch, recipe.tile_px) for batch in options.batches}
+        batch = max(alone, key=lambda size: alone[size])
+        reports = [extraction_rate(folder, backbone, recipe, batch) for _ in range(options.repeats)]
+        rates = [report.stats.tiles / report.seconds for report in reports]
+        for size, rate in alone.items():
+            results.append(Result.of(name, f"backbone alone, batch {size}", "tiles/s", [rate]))
+        results.append(Result.of(name, f"end to end, batch {batch}", "tiles/s", rates))
+        results.append(Result.of(name, "end to end / backbone alone", "ratio", [rate / alone[batch] for rate in rates]))
+        results.append(Result.of(name, "device busy", "ratio", [report.stats.device_busy for report in reports]))
+    return results
+
+
+def random_backbone(model: torch.nn.Module, name: str, tile_px: int, options: argparse.Namespace) -> Backbone:
+    """A timm model with random weights, which take as long as others."""
+    transform = TransformRecipe(tile_px, "bicubic", (0.5,) * 3, (0.5,) * 3)
+    dim = int(getattr(model, "num_features", 0))
+    recipe = FeatureRecipe(name, name, "random", "0" * 64, "model", transform, dim)
+    return Backbone(model, recipe, torch.device(options.device), options.precision, options.compile)
+
+
+def backbone_rate(backbone: Backbone, batch: int, tile_px: int, seconds: float = 5.0) -> float:
+    """Tiles per second of the backbone alone, on tiles that are in the device's memory."""
+    tiles = torch.randint(0, 256, (batch, tile_px, tile_px, 3), dtype=torch.uint8, device=backbone.device)
+    synchronize = torch.cuda.synchronize if backbone.device.type == "cuda" else lambda: None
+    for _ in range(3):
+        backbone.forward(backbone.prepare(tiles))
+    synchronize()
+    started, count = time.monotonic(), 0
+    while time.monotonic() - started < seconds:
+        for _ in range(4):
+            backbone.forward(backbone.prepare(tiles))
+        synchronize()
+        count += 4
+    return count * batch / (time.monotonic() - started)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[Result]:
+    """Measure everything and write the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--backbones", nargs="+", default=["efficientnet_lite0"])
+    parser.add_argument("--runtimes", nargs="+", default=["torch", "openvino"], help="on a CPU")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--compile", action="store_true", help="torch.compile, on a GPU")
+    parser.add_argument("--batches", nargs="+", type=int, default=[64, 128, 256, 512], help="on a GPU")
+    parser.add_argument("--size-px", type=int, default=7168, help="side of the synthetic Aperio-like slide")
+    parser.add_argument("--tile-px", type=int, default=224)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--search-tiles", type=int, default=256, help="tiles for choosing batches and CPU seconds")
+    parser.add_argument("--slides", nargs="+", type=int, default=[10, 100, 1000], help="counts for the memory table")
+    parser.add_argument("--copies", type=int, default=8, help="copies of the slide in a GPU run")
+    parser.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args(arguments)
+    keep_freed_memory()
+    recipe = TileRecipe(mpp=0.5, tile_px=options.tile_px, tissue=TissueRecipe(method="none"))
+    with tempfile.TemporaryDirectory() as temporary:
+        slide = Path(temporary, "aperio.svs")
+        write_aperio(slide, options.size_px)
+        if options.device == "cpu":
+            results = compare_on_cpu(options, slide, recipe)
+        else:
+            folder = Path(temporary, "copies")
+            folder.mkdir()
+            for i in range(options.copies):
+                (folder / f"{i}.svs").symlink_to(slide)
+            results = compare_on_gpu(options, folder, recipe)
+        small = Path(temporary, "small.svs")
+        write_aperio(small, min(options.size_px, 2048))
+        results += measure_growth(options, small, replace(recipe, tissue=TissueRecipe()))
+    print_results(results)
+    device = options.device.replace(":", "")
+    write_results(options.out or Path(f"benchmarks/results/extract_{device}.csv"), results)
+    return results
+
+
+if __name__ == "__main__":
+    main()
