@@ -235,8 +235,11 @@ class Stream:
         with self._lock:
             return list(self._open.values())
 
-    def run(self, jobs: Iterable[SlideJob]) -> None:
+    def run(self, jobs: Iterable[SlideJob | None]) -> None:
         """Embed every job; returns when all are written.
+
+        A None among the jobs says that the next one may take long: what has come so far is embedded, in a batch that is
+        not full.
 
         When it ends early (``stopped``, a full disk), batches under way are finished and rows are saved in the drafts.
 
@@ -265,7 +268,7 @@ class Stream:
         if self._failure is not None:
             raise self._failure
 
-    def _feed(self, jobs: Iterable[SlideJob]) -> None:
+    def _feed(self, jobs: Iterable[SlideJob | None]) -> None:
         """Give the readers one slot after the other to fill."""
         for columns, runs in self._batches(jobs):
             waiting = time.monotonic()
@@ -285,11 +288,15 @@ class Stream:
         for worker in workers_done:
             self._note_failure(worker)
 
-    def _batches(self, jobs: Iterable[SlideJob]) -> Iterator[tuple[tuple[Column, ...], list[Run]]]:
+    def _batches(self, jobs: Iterable[SlideJob | None]) -> Iterator[tuple[tuple[Column, ...], list[Run]]]:
         """Runs of rows in batches of one size; slides that are embedded alike share batches."""
         size = self._ring.shape.batch_size
         collected: dict[tuple[int, ...], tuple[tuple[Column, ...], list[Run], int]] = {}
         for job in self._begin(jobs):
+            if job is None:
+                yield from ((columns, runs) for columns, runs, _ in collected.values())
+                collected.clear()
+                continue
             kind = tuple(id(column) for column in job.columns)
             columns, runs, count = collected.pop(kind, (job.columns, [], 0))
             row = job.first_row
@@ -308,15 +315,20 @@ class Stream:
         for columns, runs, _ in collected.values():
             yield columns, runs
 
-    def _begin(self, jobs: Iterable[SlideJob]) -> Iterator[SlideJob]:
+    def _begin(self, jobs: Iterable[SlideJob | None]) -> Iterator[SlideJob | None]:
         """Tell the readers of each slide as it comes."""
         remaining = iter(jobs)
         while True:
             waiting = time.monotonic()
-            job = next(remaining, None)
-            self.stats.waited_for_slides_s += time.monotonic() - waiting
-            if job is None:
+            try:
+                job = next(remaining)
+            except StopIteration:
                 return
+            finally:
+                self.stats.waited_for_slides_s += time.monotonic() - waiting
+            if job is None:
+                yield None
+                continue
             self._keys += 1
             job.key = self._keys
             with self._lock:

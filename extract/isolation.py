@@ -303,6 +303,9 @@ class ReaderProcess:
             trial, self._on_trial = self._on_trial, None
             self._channel.close()
             done: list[tuple[_Task, Message]] = []
+            if at_work:
+                # it had begun to work: the fault is a slide's
+                self._starts = 0
             if len(at_work) == 1:
                 self._tasks.pop(at_work[0].number)
                 done = self._convict(at_work[0], cause)

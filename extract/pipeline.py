@@ -42,6 +42,7 @@ from extract.errors import (
     StoreFullError,
 )
 from extract.geometry import ReadPlan
+from extract.gpu import check_device
 from extract.isolation import LocalReaders, ReaderLimits, ReaderProcess, Readers, reading_threads, rebuild_error
 from extract.masks import mask_sha256
 from extract.parity import measure_parity
@@ -245,7 +246,9 @@ def run_extraction(
     """
     if default_mpp is not None and not (math.isfinite(default_mpp) and default_mpp > 0):
         raise RecipeError(f"got a default mpp of {default_mpp} → expected µm per pixel, such as 0.25 → correct it")
-    recipe = recipe or TileRecipe(**tiling)
+    recipe, progress = recipe or TileRecipe(**tiling), progress or Silent()
+    for text in check_device(device):
+        progress.warn(text)
     sources = find_slides([slides] if isinstance(slides, (str, Path)) else slides, table, masks, images)
     if shard_text is not None:
         sources = shard(sources, shard_text)
@@ -278,7 +281,7 @@ def run_extraction(
         _Reading(default_mpp, reader, isolation, limits or ReaderLimits()),
         runtime,
         batch_size,
-        progress or Silent(),
+        progress,
     )
     return run.embed(sources)
 
@@ -488,10 +491,12 @@ class _Run:
     def _tiles_done(self, n: int) -> None:
         self._progress.tiles_done(n, self._stats)
 
-    def _jobs(self, sources: Sequence[SlideSource]) -> Iterator[SlideJob]:
+    def _jobs(self, sources: Sequence[SlideSource]) -> Iterator[SlideJob | None]:
         """Open and cut slides a few ahead of the stream, in order; those that others are at work on come last."""
         yield from self._prepared(sources, last_try=False)
         if self._claimed and not self._stop.is_set():
+            # two runs that wait for each other must not hold back their own slides
+            yield None
             self._await_claimed()
             claimed, self._claimed = self._claimed, []
             yield from self._prepared(claimed, last_try=True)

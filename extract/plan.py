@@ -36,6 +36,7 @@ from extract.errors import (
     ExtractError,
     RecipeError,
     RecipeMismatchError,
+    RuntimeConversionError,
     SlideChangedError,
     SlideUnreadableError,
     StoreError,
@@ -709,28 +710,38 @@ def _measure(
     backbones = [model.backbone for model in models if model.backbone is not None]
     device = backbones[0].device
     size = wish.batch_size or (CPU_BATCH_SIZE if device.type == "cpu" else GPU_BATCH_SIZE)
-    for backbone in backbones:
-        backbone.use_runtime(wish.runtime, size, workers(device))
+    try:
+        for backbone in backbones:
+            _use_runtime(backbone, wish.runtime, size)
+    except ExtractError as error:
+        return None, str(error)
     columns = [column for backbone in backbones for column in _columns(wish, backbone)]
     execution = backbones[0].execution(size)
     where = f"{execution.device} ({execution.precision}, {execution.runtime}, batch size {size})"
     progress.measuring(where)
-    clock, errors, started = _Clock(2 * workers(device), seconds), [], time.monotonic()
+    clock, started = _Clock(2 * workers(device), seconds), time.monotonic()
+    errors: list[Exception | None] = []
     with _readers(wish, device, size) as (ring, readers):
-        stream = Stream(
-            ring,
-            readers,
-            device,
-            lambda job: errors.append(job.error) if job.error is not None else None,
-            clock.tiles_done,
-            clock.enough,
-        )
-        stream.run(_jobs(wish, samples, columns, clock))
+        stream = Stream(ring, readers, device, lambda job: errors.append(job.error), clock.tiles_done, clock.enough)
+        try:
+            stream.run(_jobs(wish, samples, columns, clock))
+        except ExtractError as error:
+            errors.append(error)
+    errors = [error for error in errors if error is not None]
     n_rows, measured_s = clock.count(started)
     if errors or not n_rows:
         return None, f"no rate could be measured: {errors[0] if errors else 'no tile was embedded in time'}"
     kinds = len({column.backbone.recipe.context_mpp for column in columns})
     return MeasuredRate(n_rows / kinds / measured_s, where, n_rows, measured_s, stream.stats.bottleneck), ""
+
+
+def _use_runtime(backbone: Backbone, runtime: str, batch_size: int) -> None:
+    """Compute by the runtime; where ``auto`` took one that cannot run the model, by torch, as an extraction does."""
+    try:
+        backbone.use_runtime(runtime, batch_size, workers(backbone.device))
+    except RuntimeConversionError:
+        if runtime != "auto":
+            raise
 
 
 @contextmanager

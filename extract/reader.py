@@ -165,28 +165,30 @@ class Reader:
                 errors[str(key)] = describe(SlideUnreadableError("it was given up"))
                 position += stop - start
                 continue
-            for row in range(start, stop):
-                if str(key) not in errors:
-                    try:
-                        self._read_tile(source, row, slot, position)
-                    except Exception as error:  # noqa: BLE001  it ends this slide, not the others
-                        errors[str(key)] = describe(error)
-                position += 1
+            try:
+                self._read_run(source, range(start, stop), slot, position)
+            except Exception as error:  # noqa: BLE001  it ends this slide, not the others
+                errors.setdefault(str(key), describe(error))
+            position += stop - start
             if (told := source.tell()) is not None:
                 opened[str(key)] = told
         return {"errors": errors, "opened": opened, "cpu_s": time.thread_time() - started}
 
-    def _read_tile(self, source: _OpenSlide, row: int, slot: int, position: int) -> None:
-        pixels, flags = self._ring.pixels[slot, position], self._ring.flags[slot]
-        x_l0, y_l0 = source.coords[row]
-        try:
-            source.get().read_tile(int(x_l0), int(y_l0), source.plan, out=pixels)
-        except TileDecodeError:
-            pixels[:] = 0
-            flags[position] = INVALID
-        else:
-            mpp = source.plan.achieved_mpp
-            flags[position] = 0 if source.quality is None else tile_flags(pixels, source.quality, mpp)
+    def _read_run(self, source: _OpenSlide, rows: range, slot: int, position: int) -> None:
+        """Decode consecutive tiles of a slide, and flag them."""
+        slide = source.get()
+        pixels = self._ring.pixels[slot, position : position + len(rows)]
+        flags = self._ring.flags[slot, position : position + len(rows)]
+        invalid = []
+        for i, row in enumerate(rows):
+            x_l0, y_l0 = source.coords[row]
+            try:
+                slide.read_tile(int(x_l0), int(y_l0), source.plan, out=pixels[i])
+            except TileDecodeError:
+                pixels[i] = 0
+                invalid.append(i)
+        flags[:] = 0 if source.quality is None else tile_flags(pixels, source.quality, source.plan.achieved_mpp)
+        flags[invalid] = INVALID
 
 
 def describe(error: Exception) -> dict[str, str]:

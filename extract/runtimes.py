@@ -179,7 +179,8 @@ class CheckedForward:
         """
         with self._lock:
             check, self._left = self._left > 0, self._left - 1
-        if check:
+        # what torch cannot compute either is told later, by its slide and value
+        if check and bool(self._reference(images).isfinite().all()):
             cosine = check_parity(self._reference, self._candidate, images)
             self.cosine = min(cosine, self.cosine or cosine)
         return self._candidate(images)

@@ -27,7 +27,7 @@ def start(slides: Path, store: Path) -> int:
         return child
     code = 1
     try:
-        code = 2 if run_extraction(slides, store, tiny_backbone(), recipe=TILES).failed else 0
+        code = 2 if run_extraction(slides, store, tiny_backbone(), recipe=TILES, runtime="torch").failed else 0
     finally:
         os._exit(code)
 

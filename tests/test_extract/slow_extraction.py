@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
     Backbone.embed = slowly  # type: ignore[method-assign]
     try:
-        report = run_extraction(sys.argv[1], sys.argv[2], tiny_backbone(), recipe=TILES, batch_size=4)
+        report = run_extraction(sys.argv[1], sys.argv[2], tiny_backbone(), recipe=TILES, batch_size=4, runtime="torch")
     except KeyboardInterrupt:
         sys.exit(130)
     print(json.dumps({name: report.count(name) for name in ("embedded", "complete", "failed", "elsewhere")}))  # noqa: T201

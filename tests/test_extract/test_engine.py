@@ -1,6 +1,7 @@
 """The stream: batches across slides, rows that do not notice, and failures that stay where they belong."""
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +52,7 @@ def job(file: Path, backbone: Backbone, tile_px: int = 64, columns: tuple[Column
 def stream(
     backbone: Backbone,
     batch_size: int,
-    jobs: Iterable[SlideJob],
+    jobs: Iterable[SlideJob | None],
     on_slide: Callable[[SlideJob], None] = lambda job: None,
     on_tiles: Callable[[int], None] = lambda n: None,
     stopped: Callable[[], bool] = lambda: False,
@@ -218,6 +219,24 @@ def test_a_run_that_is_stopped_finishes_what_is_under_way_and_saves(files: list[
     assert stats.tiles == sum(counts)
     kept = sum(n for _, n in saved) + sum(len(job.coords) for job in jobs if job.slide_id in written)
     assert kept == stats.tiles
+
+
+def test_a_pause_among_the_jobs_sends_what_has_come(files: list[Path]):
+    backbone, done = tiny_backbone(), []
+
+    def jobs() -> Iterator[SlideJob | None]:
+        first = job(files[1], backbone)
+        assert len(first.coords) % 16
+        yield first
+        yield None
+        deadline = time.monotonic() + 20
+        while not done:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield job(files[2], backbone)
+
+    stream(backbone, 16, jobs(), lambda job: done.append(job.slide_id))
+    assert done == ["1", "2"]
 
 
 def test_no_job_at_all_is_fine():

@@ -47,7 +47,9 @@ def slides(tmp_path: Path) -> Path:
 
 
 def begin(slides: Path, store: Path) -> SlideSource:
-    run_extraction(slides / "0.tif", store, tiny_backbone(), recipe=TILES, isolation=False, context_mpp=(1.0,))
+    run_extraction(
+        slides / "0.tif", store, tiny_backbone(), recipe=TILES, isolation=False, runtime="torch", context_mpp=(1.0,)
+    )
     return SlideSource(slides / "0.tif", "0")
 
 
@@ -65,7 +67,14 @@ def test_an_entry_is_continued_otherwise_with_the_measure_told_and_logged(slides
     begin(slides, tmp_path / "s.zarr")
     progress = Warnings()
     report = run_extraction(
-        slides, tmp_path / "s.zarr", Other(1e-3), recipe=TILES, isolation=False, batch_size=8, progress=progress
+        slides,
+        tmp_path / "s.zarr",
+        Other(1e-3),
+        recipe=TILES,
+        isolation=False,
+        runtime="torch",
+        batch_size=8,
+        progress=progress,
     )
     assert report.count("embedded") == 1
     assert len(progress.texts) == 1
@@ -82,12 +91,16 @@ def test_an_entry_is_continued_otherwise_with_the_measure_told_and_logged(slides
 def test_embeddings_that_do_not_agree_are_refused_before_any_work(slides: Path, tmp_path: Path, noise: float):
     begin(slides, tmp_path / "s.zarr")
     with pytest.raises(StoreError, match=r"mean cosine .* --as"):
-        run_extraction(slides, tmp_path / "s.zarr", Other(noise), recipe=TILES, isolation=False, batch_size=8)
+        run_extraction(
+            slides, tmp_path / "s.zarr", Other(noise), recipe=TILES, isolation=False, runtime="torch", batch_size=8
+        )
     assert open_store(tmp_path / "s.zarr").slide_ids("tiny") == ["0"]
 
 
 def test_the_same_execution_is_not_measured(slides: Path, tmp_path: Path):
     begin(slides, tmp_path / "s.zarr")
     progress = Warnings()
-    run_extraction(slides, tmp_path / "s.zarr", tiny_backbone(), recipe=TILES, isolation=False, progress=progress)
+    run_extraction(
+        slides, tmp_path / "s.zarr", tiny_backbone(), recipe=TILES, isolation=False, runtime="torch", progress=progress
+    )
     assert progress.texts == []

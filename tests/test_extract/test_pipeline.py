@@ -51,7 +51,7 @@ def extract(slides: Path | list[Path], store: Path, backbone: Backbone | None = 
         slides,
         store,
         backbone or tiny_backbone(),
-        **{"recipe": TILES, "isolation": False} | keywords,  # type: ignore[arg-type]
+        **{"recipe": TILES, "isolation": False, "runtime": "torch"} | keywords,  # type: ignore[arg-type]
     )
 
 
@@ -160,7 +160,9 @@ def test_an_entry_is_named_after_its_backbone(name: str, entry: str):
 
 
 def test_a_recipe_can_be_given_as_keywords(slides: Path, store: Path):
-    run_extraction(slides, store, tiny_backbone(), mpp=0.5, tile_px=64, min_tissue_fraction=0.5)
+    run_extraction(
+        slides, store, tiny_backbone(), mpp=0.5, tile_px=64, min_tissue_fraction=0.5, isolation=False, runtime="torch"
+    )
     assert open_store(store).tile_recipe == TileRecipe(mpp=0.5, tile_px=64, min_tissue_fraction=0.5)
 
 

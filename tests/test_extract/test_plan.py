@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from extract.errors import BackboneError, RecipeError, RecipeMismatchError, SlideUnreadableError, StoreError
+from extract.backbones import Backbone
+from extract.errors import (
+    BackboneError,
+    RecipeError,
+    RecipeMismatchError,
+    RuntimeConversionError,
+    SlideUnreadableError,
+    StoreError,
+)
 from extract.isolation import ReaderProcess
 from extract.pipeline import make_columns, run_extraction
 from extract.plan import ExtractionPlan, PlannedSlide, SilentPlan, plan_extraction
@@ -147,13 +155,23 @@ def test_presets_need_not_be_loaded_for_their_size(slides: Path, monkeypatch: py
 
 
 def test_the_rate_is_measured_through_the_stream(slides: Path):
-    planned = plan(slides, measure=True, measure_s=0.5, views=1, isolation=True)
+    planned = plan(slides, measure=True, measure_s=0.5, views=1, isolation=True, runtime="torch")
     rate = planned.rate
     assert rate is not None
     assert rate.tiles_per_s == pytest.approx(rate.n_tiles / rate.seconds)
     assert 0 < rate.seconds <= 0.5
     assert rate.device.startswith("cpu (fp32, torch, batch size 4")
     assert planned.seconds == pytest.approx(planned.n_tiles / rate.tiles_per_s + planned.cut_seconds)
+
+
+def test_a_runtime_that_cannot_be_had_is_a_problem(slides: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(self: Backbone, runtime: str, batch_size: int, threads: int) -> None:
+        raise RuntimeConversionError("got an operator → expected another → --runtime torch")
+
+    monkeypatch.setattr(Backbone, "use_runtime", refuse)
+    assert "--runtime torch" in plan(slides / "a", measure=True, measure_s=0.1, runtime="openvino").problems[0]
+    # an extraction goes on with torch, and so does its plan
+    assert plan(slides / "a", measure=True, measure_s=0.1, runtime="auto").rate is not None
 
 
 def test_an_embedding_that_the_store_cannot_hold_is_a_problem(slides: Path):
@@ -190,7 +208,7 @@ def test_a_slide_of_which_no_tile_can_be_read_fails(slides: Path, monkeypatch: p
     def refuse(*arguments: object) -> None:
         raise SlideUnreadableError("got a slide that cannot be read on → copy it again")
 
-    monkeypatch.setattr(Reader, "_read_tile", refuse)
+    monkeypatch.setattr(Reader, "_read_run", refuse)
     planned = plan(slides / "a")
     assert [slide.reason for slide in planned.failed] == ["got a slide that cannot be read on → copy it again"]
 

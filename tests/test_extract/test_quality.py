@@ -8,12 +8,23 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from extract import quality
 from extract.pen import find_colours
-from extract.quality import BLURRED, EMPTY, FLAGS, PEN, flagged_rows, sharpness, tile_flags
+from extract.quality import BLURRED, EMPTY, FLAGS, PEN, flagged_rows
 from extract.slide import Slide
 from extract.store.fingerprint import PenRecipe, QualityRecipe
 
 RECIPE = QualityRecipe()
+
+
+def tile_flags(pixels: np.ndarray, recipe: QualityRecipe, mpp: float | None) -> int:
+    """The flags of one tile."""
+    return int(quality.tile_flags(pixels[None], recipe, mpp)[0])
+
+
+def sharpness(pixels: np.ndarray, recipe: QualityRecipe, mpp: float | None) -> float:
+    """The sharpness of one tile."""
+    return float(quality.sharpness(pixels[None], recipe, mpp)[0])
 
 
 def tissue(side: int = 224, seed: int = 0, contrast: float = 1.0) -> np.ndarray:
@@ -70,6 +81,14 @@ def test_grey_tiles_are_empty_and_not_blurred(value: int, rng: np.random.Generat
     noise = np.clip(value + rng.integers(-3, 4, (224, 224, 1)).repeat(3, axis=2), 0, 255).astype(np.uint8)
     for pixels in (np.full((224, 224, 3), value, dtype=np.uint8), noise):
         assert tile_flags(pixels, RECIPE, 0.5) & (EMPTY | BLURRED) == EMPTY
+
+
+def test_a_run_of_tiles_has_the_flags_of_each(rng: np.random.Generator):
+    tiles = [tissue(seed=1), blur(tissue(seed=2), 4), np.full((224, 224, 3), 250, np.uint8), tissue(seed=3)]
+    tiles[3][:45] = (40, 60, 170)
+    run = np.stack(tiles)
+    assert quality.tile_flags(run, RECIPE, 0.5).tolist() == [0, BLURRED, EMPTY, PEN]
+    assert quality.sharpness(run, RECIPE, 0.5).tolist() == [sharpness(tile, RECIPE, 0.5) for tile in tiles]
 
 
 def test_a_constant_colour_is_empty():
