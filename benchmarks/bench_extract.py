@@ -87,27 +87,33 @@ class PlainTiles(Dataset):  # type: ignore[type-arg]
 
 @torch.inference_mode()
 def plain_pipeline(
-    path: Path, coords: np.ndarray, model: Callable[[torch.Tensor], torch.Tensor], recipe: FeatureRecipe, batch: int
+    paths: Sequence[Path],
+    coords: np.ndarray,
+    model: Callable[[torch.Tensor], torch.Tensor],
+    recipe: FeatureRecipe,
+    batch: int,
 ) -> float:
     """Tiles per second of the straightforward pipeline, its files included."""
     transform = recipe.transform
-    tiles = PlainTiles(path, coords, transform.input_px, transform.mean, transform.std)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, h5py.File(Path(folder, "slide.h5"), "w") as file:
-        features = file.create_dataset("features", (0, recipe.dim), "float32", maxshape=(None, recipe.dim))
-        for images in DataLoader(tiles, batch, num_workers=2):
-            rows = model(images).numpy()
-            features.resize(len(features) + len(rows), axis=0)
-            features[-len(rows) :] = rows
-        file["coords"] = coords
-    return len(coords) / (time.monotonic() - started)
+    with tempfile.TemporaryDirectory() as folder:
+        for path in paths:
+            tiles = PlainTiles(path, coords, transform.input_px, transform.mean, transform.std)
+            with h5py.File(Path(folder, f"{path.stem}.h5"), "w") as file:
+                features = file.create_dataset("features", (0, recipe.dim), "float32", maxshape=(None, recipe.dim))
+                for images in DataLoader(tiles, batch, num_workers=2):
+                    rows = model(images).numpy()
+                    features.resize(len(features) + len(rows), axis=0)
+                    features[-len(rows) :] = rows
+                file["coords"] = coords
+    return len(paths) * len(coords) / (time.monotonic() - started)
 
 
 def best_plain_batch(
     path: Path, coords: np.ndarray, model: Callable[[torch.Tensor], torch.Tensor], recipe: FeatureRecipe, tiles: int
 ) -> int:
     """The batch size at which the straightforward pipeline is fastest, on the first tiles."""
-    rates = {batch: plain_pipeline(path, coords[:tiles], model, recipe, batch) for batch in PLAIN_BATCHES}
+    rates = {batch: plain_pipeline([path], coords[:tiles], model, recipe, batch) for batch in PLAIN_BATCHES}
     return max(rates, key=lambda batch: rates[batch])
 
 
@@ -141,63 +147,72 @@ def backbone_cpu_s(backbone: Backbone, batch: int, tile_px: int, tiles: int) -> 
     def embed(_: int) -> None:
         backbone.embed(pixels)
 
-    _, cpu = parallel(embed, count)
-    return cpu / (count * batch)
+    embed(0)
+    # of the process: a runtime may compute in threads of its own
+    started = time.process_time()
+    parallel(embed, count)
+    return (time.process_time() - started) / (count * batch)
 
 
-def extraction_rate(path: Path, backbone: Backbone, recipe: TileRecipe, batch: int, **options: Any) -> Any:
+def extraction_rate(
+    slides: Path | Sequence[Path], backbone: Backbone, recipe: TileRecipe, batch: int, **options: Any
+) -> Any:
     """One whole extraction into a new store; its report."""
     with tempfile.TemporaryDirectory() as folder:
-        return run_extraction(path, Path(folder, "s.zarr"), backbone, recipe=recipe, batch_size=batch, **options)
+        return run_extraction(slides, Path(folder, "s.zarr"), backbone, recipe=recipe, batch_size=batch, **options)
 
 
-def compare_on_cpu(options: argparse.Namespace, path: Path, recipe: TileRecipe) -> list[Result]:
+def compare_on_cpu(options: argparse.Namespace, name: str, paths: Sequence[Path], recipe: TileRecipe) -> list[Result]:
     """Tessera, by each runtime, beside the straightforward pipeline and its own limit."""
-    coords, cores = cut(path, recipe), available_cores()
-    results: list[Result] = []
-    trivial = MeanColour(recipe.tile_px, torch.device("cpu"))
-    for name in [*options.backbones, "mean colour"]:
-        plain = trivial if name == "mean colour" else load_backbone(name, tile_px=recipe.tile_px, dtype="float32")
-        model: Callable[[torch.Tensor], torch.Tensor] = (
-            (lambda images: images.mean(dim=(2, 3))) if plain is trivial else plain.module
-        )
+    trivial, cores = name == "mean colour", available_cores()
+    coords = cut(paths[0], recipe)
+    plain = load(name, recipe)
+    model: Callable[[torch.Tensor], torch.Tensor] = (
+        (lambda images: images.mean(dim=(2, 3))) if trivial else plain.module
+    )
+    torch.set_num_threads(cores)
+    best = best_plain_batch(paths[0], coords, model, plain.recipe, options.search_tiles * (8 if trivial else 1))
+    batch = 32 if trivial else CPU_BATCH_SIZE
+    ours = {runtime: load(name, recipe) for runtime in (["torch"] if trivial else options.runtimes)}
+    values: dict[tuple[str, str], list[float]] = {}
+    for _ in range(options.repeats):
         torch.set_num_threads(cores)
-        best = best_plain_batch(path, coords, model, plain.recipe, options.search_tiles)
-        batch = 32 if plain is trivial else CPU_BATCH_SIZE
-        runtimes = ["torch"] if plain is trivial else options.runtimes
-        ours = {runtime: load(name, recipe, plain, trivial) for runtime in runtimes}
-        rates: dict[str, list[float]] = {}
-
-        def note(what: str, value: float, rates: dict[str, list[float]] = rates) -> None:
-            rates.setdefault(what, []).append(value)
-
-        for _ in range(options.repeats):
-            torch.set_num_threads(cores)
-            note("plain pipeline, batch 64", plain_pipeline(path, coords, model, plain.recipe, 64))
-            note(f"plain pipeline, its best batch ({best})", plain_pipeline(path, coords, model, plain.recipe, best))
-            read_s = reading_cpu_s(path, recipe)
-            for runtime, backbone in ours.items():
-                report = extraction_rate(path, backbone, recipe, batch, runtime=runtime)
-                rate = report.stats.tiles / report.seconds
-                note(f"tessera, {runtime}", rate)
-                limit = cores / (read_s + backbone_cpu_s(backbone, batch, recipe.tile_px, options.search_tiles))
-                note(f"tessera, {runtime} / limit", rate / limit)
-                note(f"tessera, {runtime}, device busy", report.stats.device_busy)
-                note(f"tessera, {runtime} / plain at 64", rate / rates["plain pipeline, batch 64"][-1])
-                note(
-                    f"tessera, {runtime} / plain at its best",
-                    rate / rates[f"plain pipeline, its best batch ({best})"][-1],
-                )
-        units = {"limit": "ratio", "plain at": "ratio", "busy": "ratio"}
-        for what, values in rates.items():
-            unit = next((unit for part, unit in units.items() if part in what), "tiles/s")
-            results.append(Result.of(name, what, unit, values))
-    return results
+        row = {
+            ("plain pipeline, batch 64", "tiles/s"): plain_pipeline(paths, coords, model, plain.recipe, 64),
+            (f"plain pipeline, its best batch: {best}", "tiles/s"): plain_pipeline(
+                paths, coords, model, plain.recipe, best
+            ),
+        }
+        at_64, at_best = row.values()
+        reading_s = reading_cpu_s(paths[0], recipe)
+        row["reading, CPU time", "s/tile"] = reading_s
+        for runtime, backbone in ours.items():
+            report = extraction_rate(paths, backbone, recipe, batch, runtime=runtime)
+            rate = report.stats.tiles / report.seconds
+            # the run let a copy compute by its runtime
+            copy_of = load(name, recipe)
+            copy_of.use_runtime(runtime, batch, cores)
+            backbone_s = backbone_cpu_s(copy_of, batch, recipe.tile_px, options.search_tiles * (8 if trivial else 1))
+            who = f"tessera, {runtime}"
+            row |= {
+                (who, "tiles/s"): rate,
+                (f"{who} / plain at 64", "ratio"): rate / at_64,
+                (f"{who} / plain at its best", "ratio"): rate / at_best,
+                (f"{who}, backbone, CPU time", "s/tile"): backbone_s,
+                (f"{who} / (cores / CPU time a tile)", "ratio"): rate * (reading_s + backbone_s) / cores,
+                (f"{who}, device busy", "ratio"): report.stats.device_busy,
+            }
+        for key, value in row.items():
+            values.setdefault(key, []).append(value)
+    subject = f"{name}, {len(paths)} x {len(coords)} tiles"
+    return [Result.of(subject, what, unit, found) for (what, unit), found in values.items()]
 
 
-def load(name: str, recipe: TileRecipe, plain: Backbone, trivial: Backbone) -> Backbone:
-    """A backbone of its own for each runtime."""
-    return trivial if plain is trivial else load_backbone(name, tile_px=recipe.tile_px, dtype="float32")
+def load(name: str, recipe: TileRecipe) -> Backbone:
+    """A backbone of its own."""
+    if name == "mean colour":
+        return MeanColour(recipe.tile_px, torch.device("cpu"))
+    return load_backbone(name, tile_px=recipe.tile_px, dtype="float32", device="cpu")
 
 
 def measure_growth(options: argparse.Namespace, path: Path, recipe: TileRecipe) -> list[Result]:
@@ -212,7 +227,9 @@ def measure_growth(options: argparse.Namespace, path: Path, recipe: TileRecipe) 
                 (folder / f"{i:05d}.svs").symlink_to(path.absolute())
             gc.collect()
             peak = _Peak()
-            report = run_extraction(folder, Path(temporary, "s.zarr"), trivial, recipe=recipe, batch_size=32)
+            report = run_extraction(
+                folder, Path(temporary, "s.zarr"), trivial, recipe=recipe, batch_size=32, runtime="torch"
+            )
             memory = peak.stop()
         rate = report.stats.tiles / report.seconds
         subject = f"{count} slides"
@@ -249,7 +266,7 @@ class _Peak:
             self._most = max(self._most, pages * page)
 
 
-def compare_on_gpu(options: argparse.Namespace, folder: Path, recipe: TileRecipe) -> list[Result]:
+def compare_on_gpu(options: argparse.Namespace, slides: Sequence[Path], recipe: TileRecipe) -> list[Result]:
     """End to end beside the fastest rate of each backbone alone."""
     import timm
 
@@ -259,7 +276,7 @@ def compare_on_gpu(options: argparse.Namespace, folder: Path, recipe: TileRecipe
         backbone = random_backbone(model, name, recipe.tile_px, options)
         alone = {batch: backbone_rate(backbone, batch, recipe.tile_px) for batch in options.batches}
         batch = max(alone, key=lambda size: alone[size])
-        reports = [extraction_rate(folder, backbone, recipe, batch) for _ in range(options.repeats)]
+        reports = [extraction_rate(slides, backbone, recipe, batch) for _ in range(options.repeats)]
         rates = [report.stats.tiles / report.seconds for report in reports]
         for size, rate in alone.items():
             results.append(Result.of(name, f"backbone alone, batch {size}", "tiles/s", [rate]))
@@ -302,29 +319,33 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--compile", action="store_true", help="torch.compile, on a GPU")
     parser.add_argument("--batches", nargs="+", type=int, default=[64, 128, 256, 512], help="on a GPU")
-    parser.add_argument("--size-px", type=int, default=7168, help="side of the synthetic Aperio-like slide")
+    parser.add_argument("--size-px", type=int, default=8960, help="side of the slide that backbones embed on a CPU")
+    parser.add_argument(
+        "--large-px", type=int, default=14336, help="side of the slides of the trivial backbone and a GPU"
+    )
     parser.add_argument("--tile-px", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--search-tiles", type=int, default=256, help="tiles for choosing batches and CPU seconds")
     parser.add_argument("--slides", nargs="+", type=int, default=[10, 100, 1000], help="counts for the memory table")
-    parser.add_argument("--copies", type=int, default=8, help="copies of the slide in a GPU run")
+    parser.add_argument("--copies", type=int, default=4, help="how many of the latter")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args(arguments)
     keep_freed_memory()
     recipe = TileRecipe(mpp=0.5, tile_px=options.tile_px, tissue=TissueRecipe(method="none"))
     with tempfile.TemporaryDirectory() as temporary:
-        slide = Path(temporary, "aperio.svs")
-        write_aperio(slide, options.size_px)
+        slide, large = Path(temporary, "slide.svs"), Path(temporary, "large.svs")
+        write_aperio(large, options.large_px)
+        copies = [Path(temporary, f"copy-{i}.svs") for i in range(options.copies)]
+        for copy in copies:
+            copy.symlink_to(large)
         if options.device == "cpu":
-            results = compare_on_cpu(options, slide, recipe)
+            write_aperio(slide, options.size_px)
+            results = [r for name in options.backbones for r in compare_on_cpu(options, name, [slide], recipe)]
+            results += compare_on_cpu(options, "mean colour", copies, recipe)
         else:
-            folder = Path(temporary, "copies")
-            folder.mkdir()
-            for i in range(options.copies):
-                (folder / f"{i}.svs").symlink_to(slide)
-            results = compare_on_gpu(options, folder, recipe)
+            results = compare_on_gpu(options, copies, recipe)
         small = Path(temporary, "small.svs")
-        write_aperio(small, min(options.size_px, 2048))
+        write_aperio(small, min(options.size_px, 2240))
         results += measure_growth(options, small, replace(recipe, tissue=TissueRecipe()))
     print_results(results)
     device = options.device.replace(":", "")
