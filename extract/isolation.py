@@ -1,8 +1,9 @@
 """The reading process as a run sees it: requests in, answers out, and whatever kills or stalls it is a slide's fault.
 
 Every thread of the reader notes in the ring what it is at. When the process dies, those tasks are the suspects: they
-are repeated one at a time in a new process, so that the guilty one is found and the others lose nothing. A guilty run
-of tiles is repeated tile by tile; a tile that kills again is invalid, and a slide that kills three times is given up.
+are repeated one at a time in a new process, so that the guilty one is found and the others lose nothing, nor does a
+slide for a death that came from outside. A guilty run of tiles is repeated tile by tile; a tile that kills again is
+invalid, and a slide that kills three times is given up.
 """
 
 import json
@@ -301,15 +302,17 @@ class ReaderProcess:
             numbers = [int(number) for number in self._ring.at_work[:, 0] if number]
             at_work = list(guilty) or [self._tasks[number] for number in numbers if number in self._tasks]
             trial, self._on_trial = self._on_trial, None
+            # the first death proves nothing: the machine may have run out of memory, or a scheduler have sent a signal
+            convicted = at_work if guilty or at_work == [trial] else []
             self._channel.close()
             done: list[tuple[_Task, Message]] = []
             if at_work:
                 # it had begun to work: the fault is a slide's
                 self._starts = 0
-            if len(at_work) == 1:
-                self._tasks.pop(at_work[0].number)
-                done = self._convict(at_work[0], cause)
-            else:
+            for task in convicted:
+                self._tasks.pop(task.number)
+                done += self._convict(task, cause)
+            if not convicted:
                 self._suspects.extendleft(reversed(at_work))
             if trial is not None and trial not in at_work:
                 self._suspects.appendleft(trial)

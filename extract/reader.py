@@ -228,8 +228,10 @@ def limit_memory(n_bytes: int) -> None:
 def main() -> None:
     """Serve one run: ring and pipe are inherited, the arguments say where they are."""
     options = json.loads(sys.argv[1])
-    # Ctrl-C reaches the whole group; the run decides when its reader ends
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # these reach the whole group or job; the run decides when its reader ends
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     limit_memory(options["memory_bytes"])
     keep_freed_memory()
     ring = Ring(RingShape(**options["shape"]), options["ring"])

@@ -23,7 +23,7 @@ class HostileSlide(Slide):
     def __init__(self, *arguments: object, **keywords: object) -> None:
         super().__init__(*arguments, **keywords)  # type: ignore[arg-type]
         self._what, *rows = self.path.stem.split("-")
-        if self._what == "cut":
+        if self._what in ("cut", "slow"):
             _act(rows[0])
         self._corners = {(int(row) * 64, 0) for row in rows if row.isdigit()}
 
@@ -40,13 +40,15 @@ def _act(what: str) -> None:
         ctypes.string_at(0)
     if what == "hang":
         time.sleep(3600)
+    if what == "cut":
+        time.sleep(1)
     if what == "greedy":
         _ = [np.empty(1 << 27) for _ in range(64)]
 
 
 def open_hostile(path: object, name: object = None, reader: str = "auto") -> Slide:
     """Open a slide by its name."""
-    if str(path).rpartition("/")[2].split("-")[0] in ("segv", "hang", "greedy", "cut"):
+    if str(path).rpartition("/")[2].split("-")[0] in ("segv", "hang", "greedy", "cut", "slow"):
         return HostileSlide(path, name)
     return extract.image.open_slide(path, name, reader)  # type: ignore[arg-type,return-value]
 

@@ -211,6 +211,28 @@ def test_killing_an_idle_reader_is_not_noticed(ring: Ring, tmp_path: Path):
         readers.close()
 
 
+def test_a_death_from_outside_costs_no_slide_and_signals_of_the_group_are_ignored(
+    hostile: Callable[..., ReaderProcess], tmp_path: Path
+):
+    """The slide takes its time to be cut; meanwhile its reader is told to end, and then is killed."""
+    slow = write_slide(tmp_path / "slow-cut.tif")
+    readers = hostile()
+    values = {"do": "cut", "path": str(slow), "slide_id": "slow", "reader": "auto", "recipe": asdict(TILES)}
+    future = readers.request(values | {"mpp": None, "default_mpp": None, "mask": None})
+    while not (readers._ring.at_work[:, 0] != 0).any():
+        time.sleep(0.01)
+    pid = readers.pid
+    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGINT)
+    time.sleep(0.1)
+    assert readers.pid == pid
+    os.kill(pid, signal.SIGKILL)
+    answer, arrays = future.result(timeout=60)
+    assert "error" not in answer
+    assert arrays
+    assert readers.pid != pid
+
+
 def test_errors_cross_as_plain_values():
     error = rebuild_error(describe(NoTissueError("got no tissue")), "a")
     assert type(error) is NoTissueError
