@@ -23,6 +23,15 @@ SYNTHETIC_SOFTWARE = "Tessera synthetic slide"
 _PRINTING_MPP = 40.0
 """A plain TIFF whose resolution tag says more than this (635 dpi or less) carries a printing default, not a scale."""
 
+_PROPERTIES = (
+    "openslide.vendor",
+    "openslide.background-color",
+    *(f"openslide.mpp-{axis}" for axis in "xy"),
+    *(f"openslide.bounds-{key}" for key in ("x", "y", "width", "height")),
+    "tiff.Software",
+)
+"""All that is ever read of a slide's properties."""
+
 _BLOCK_PX = 1024
 
 READERS = ("auto", "direct", "openslide")
@@ -74,7 +83,8 @@ class Slide:
         self.name = name or self.path.name
         self._idle: LifoQueue[Any] = LifoQueue()
         handle = self._open()
-        self._properties: dict[str, str] = dict(handle.properties)
+        # by name only: the rest is free text, and may tell who the patient is
+        self._properties = {key: handle.properties[key] for key in _PROPERTIES if key in handle.properties}
         self.size_l0: tuple[int, int] = handle.dimensions
         self.downsamples: tuple[float, ...] = handle.level_downsamples
         self.level_sizes: tuple[tuple[int, int], ...] = handle.level_dimensions

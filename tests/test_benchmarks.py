@@ -1,11 +1,13 @@
 """The benchmarks run: one small step of each, so that they never rot."""
 
 import csv
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_demo, bench_first_end, bench_reading, bench_runtimes
+from benchmarks import bench_demo, bench_extract, bench_first_end, bench_reading, bench_runtimes
+from extract.store import TileRecipe, TissueRecipe
 from tests.test_extract.small import write_slide
 
 
@@ -68,3 +70,32 @@ def test_reading_compares_pixels_and_rates(tmp_path: Path) -> None:
     assert {row["subject"] for row in rows} == {"large SVS", "small.tif"}
     assert sum(row["metric"].endswith("direct / OpenSlide") for row in rows) == 4
     assert all(float(row["median"]) > 0 for row in rows)
+
+
+def test_extraction_is_compared_with_the_plain_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_extract, "PLAIN_BATCHES", (2,))
+    sizes = ["--size-px", "512", "--large-px", "512", "--copies", "2", "--slides", "1", "2"]
+    options = ["--repeats", "1", "--search-tiles", "4", "--runtimes", "torch"]
+    bench_extract.main([*sizes, *options, "--out", str(tmp_path / "r.csv")])
+    rows = rows_of(tmp_path / "r.csv")
+    metrics = {row["metric"] for row in rows}
+    assert {"plain pipeline, batch 64", "tessera, torch", "tessera, torch / plain at 64"} <= metrics
+    assert {"rate, mean colour", "memory, this process and its reader"} <= metrics
+    assert all(float(row["median"]) > 0 for row in rows)
+
+
+def test_the_comparison_on_a_gpu_runs_on_a_cpu_too(tmp_path: Path) -> None:
+    bench_reading.write_aperio(tmp_path / "a.svs", 512)
+    options = Namespace(
+        device="cpu", backbones=["test_resnet"], batches=[2, 4], repeats=1, precision="fp32", compile=False
+    )
+    recipe = TileRecipe(tile_px=64, tissue=TissueRecipe(method="none"))
+    results = bench_extract.compare_on_gpu(options, [tmp_path / "a.svs"], recipe)
+    assert [row.metric.split(",")[0] for row in results] == [
+        "backbone alone",
+        "backbone alone",
+        "end to end",
+        "end to end / backbone alone",
+        "device busy",
+    ]
+    assert all(row.median > 0 for row in results)

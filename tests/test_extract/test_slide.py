@@ -378,3 +378,11 @@ def test_real_broken_slides_are_errors(data_folder: Path):
     for name in ("broken.svs", "unopenable.tiff"):
         with pytest.raises(SlideUnreadableError, match=name):
             Slide(data_folder / "slides" / "broken" / name)
+
+
+def test_of_the_properties_only_those_by_name_are_read(tmp_path: Path, with_properties: Callable, monkeypatch):
+    with_properties({"tiff.ImageDescription": "Patient = Doe, Jane", "aperio.Patient": "Doe", "openslide.mpp-x": "0.3"})
+    with Slide(write_slide(tmp_path / "a.tif", mpp=None)) as slide:
+        kept = repr(vars(slide))
+    assert "Doe" not in kept
+    assert "0.3" in kept
