@@ -3,10 +3,9 @@
     python -m benchmarks.bench_extract                                   # on a CPU: about 20 minutes on two cores
     python -m benchmarks.bench_extract --device cuda --backbones vit_large_patch16_224 vit_small_patch16_224
 
-The straightforward pipeline is what most people write: a DataLoader of OpenSlide's read_region with torchvision's
-ToTensor and Normalize, torch in float32, and one HDF5 file per slide; it is given the tile corners, so that it spends
-nothing on tissue. It is measured at batch 64 and at its own best batch size, in the same run as Tessera, repeats taking
-turns. With the trivial backbone (the mean colour of a tile) reading and moving tiles alone decide.
+The straightforward pipeline is that of `benchmarks/plain_pipeline.py`. It is measured at batch 64 and at its own best
+batch size, in the same run as Tessera, repeats taking turns. With the trivial backbone (the mean colour of a tile)
+reading and moving tiles alone decide.
 
 The limit on a CPU is cores / (CPU seconds of reading + backbone a tile), both measured alone with all cores at work. On
 a GPU it is the fastest rate of the backbone alone, over batch sizes, on tiles that already are in its memory.
@@ -23,11 +22,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
+from benchmarks import plain_pipeline
 from benchmarks.bench_first_end import parallel
 from benchmarks.bench_reading import write_aperio
 from benchmarks.machine import Result, print_results, write_results
@@ -63,57 +61,9 @@ class MeanColour(Backbone):
         return images.mean(dim=(2, 3))
 
 
-class PlainTiles(Dataset):  # type: ignore[type-arg]
-    """One slide's tiles, read and transformed as most pipelines do."""
-
-    def __init__(self, path: Path, coords: np.ndarray, tile_px: int, mean: Sequence[float], std: Sequence[float]):
-        from torchvision import transforms
-
-        self._path, self._coords, self._tile_px, self._slide = path, coords, tile_px, None
-        self._transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])
-
-    def __len__(self) -> int:
-        return len(self._coords)
-
-    def __getitem__(self, index: int) -> Any:
-        import openslide
-
-        if self._slide is None:
-            self._slide = openslide.OpenSlide(self._path)
-        x, y = self._coords[index]
-        tile = self._slide.read_region((int(x), int(y)), 0, (self._tile_px, self._tile_px)).convert("RGB")
-        return self._transform(tile)
-
-
-@torch.inference_mode()
-def plain_pipeline(
-    paths: Sequence[Path],
-    coords: np.ndarray,
-    model: Callable[[torch.Tensor], torch.Tensor],
-    recipe: FeatureRecipe,
-    batch: int,
-) -> float:
-    """Tiles per second of the straightforward pipeline, its files included."""
-    transform = recipe.transform
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        for path in paths:
-            tiles = PlainTiles(path, coords, transform.input_px, transform.mean, transform.std)
-            with h5py.File(Path(folder, f"{path.stem}.h5"), "w") as file:
-                features = file.create_dataset("features", (0, recipe.dim), "float32", maxshape=(None, recipe.dim))
-                for images in DataLoader(tiles, batch, num_workers=2):
-                    rows = model(images).numpy()
-                    features.resize(len(features) + len(rows), axis=0)
-                    features[-len(rows) :] = rows
-                file["coords"] = coords
-    return len(paths) * len(coords) / (time.monotonic() - started)
-
-
-def best_plain_batch(
-    path: Path, coords: np.ndarray, model: Callable[[torch.Tensor], torch.Tensor], recipe: FeatureRecipe, tiles: int
-) -> int:
+def best_plain_batch(plain: Callable[[int, int], float], tiles: int) -> int:
     """The batch size at which the straightforward pipeline is fastest, on the first tiles."""
-    rates = {batch: plain_pipeline([path], coords[:tiles], model, recipe, batch) for batch in PLAIN_BATCHES}
+    rates = {batch: plain(batch, tiles) for batch in PLAIN_BATCHES}
     return max(rates, key=lambda batch: rates[batch])
 
 
@@ -165,23 +115,23 @@ def extraction_rate(
 def compare_on_cpu(options: argparse.Namespace, name: str, paths: Sequence[Path], recipe: TileRecipe) -> list[Result]:
     """Tessera, by each runtime, beside the straightforward pipeline and its own limit."""
     trivial, cores = name == "mean colour", available_cores()
-    coords = cut(paths[0], recipe)
-    plain = load(name, recipe)
-    model: Callable[[torch.Tensor], torch.Tensor] = (
-        (lambda images: images.mean(dim=(2, 3))) if trivial else plain.module
-    )
-    torch.set_num_threads(cores)
-    best = best_plain_batch(paths[0], coords, model, plain.recipe, options.search_tiles * (8 if trivial else 1))
+    coords, transform = cut(paths[0], recipe), load(name, recipe).recipe.transform
+    tiles = options.search_tiles * (8 if trivial else 1)
+
+    def plain(batch: int, first: int | None = None) -> float:
+        slides = paths if first is None else paths[:1]
+        return plain_pipeline.measure(
+            slides, coords[:first], name, recipe.tile_px, batch, transform.mean, transform.std
+        )
+
+    best = best_plain_batch(plain, tiles)
     batch = 32 if trivial else CPU_BATCH_SIZE
     ours = {runtime: load(name, recipe) for runtime in (["torch"] if trivial else options.runtimes)}
     values: dict[tuple[str, str], list[float]] = {}
     for _ in range(options.repeats):
-        torch.set_num_threads(cores)
         row = {
-            ("plain pipeline, batch 64", "tiles/s"): plain_pipeline(paths, coords, model, plain.recipe, 64),
-            (f"plain pipeline, its best batch: {best}", "tiles/s"): plain_pipeline(
-                paths, coords, model, plain.recipe, best
-            ),
+            ("plain pipeline, batch 64", "tiles/s"): plain(64),
+            (f"plain pipeline, its best batch: {best}", "tiles/s"): plain(best),
         }
         at_64, at_best = row.values()
         reading_s = reading_cpu_s(paths[0], recipe)
@@ -192,7 +142,7 @@ def compare_on_cpu(options: argparse.Namespace, name: str, paths: Sequence[Path]
             # the run let a copy compute by its runtime
             copy_of = load(name, recipe)
             copy_of.use_runtime(runtime, batch, cores)
-            backbone_s = backbone_cpu_s(copy_of, batch, recipe.tile_px, options.search_tiles * (8 if trivial else 1))
+            backbone_s = backbone_cpu_s(copy_of, batch, recipe.tile_px, tiles)
             who = f"tessera, {runtime}"
             row |= {
                 (who, "tiles/s"): rate,

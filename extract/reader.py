@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,8 @@ from extract.tiles import cut_slide
 
 PREPARING_THREADS = 2
 """Threads that open and cut slides while the others read tiles."""
+
+_KEPT_OPEN = 6
 
 Send = Callable[[Mapping[str, Any], Sequence[np.ndarray]], None]
 Request = dict[str, Any]
@@ -89,6 +92,8 @@ class Reader:
     def __init__(self, ring: Ring, send: Send) -> None:
         self._ring, self._send = ring, send
         self._slides: dict[int, _OpenSlide] = {}
+        self._cut_slides: OrderedDict[tuple[str, str, str], SlideLike] = OrderedDict()
+        self._lock = threading.Lock()
         self._reads: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._cuts: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._threads = []
@@ -101,13 +106,16 @@ class Reader:
     def handle(self, request: Request, arrays: Sequence[np.ndarray]) -> None:
         """Take a request; the answer comes later through ``send``."""
         if request["do"] == "open":
+            with self._lock:
+                kept = self._cut_slides.pop(_identity(request), None)
             self._slides[request["key"]] = _OpenSlide(
-                Path(os.fsdecode(os.fsencode(request["path"]))),
+                Path(request["path"]),
                 request["slide_id"],
                 request["reader"],
                 ReadPlan(**request["plan"]),
                 None if request["quality"] is None else from_dict(QualityRecipe, request["quality"]),
                 arrays[0],
+                kept,
             )
         elif request["do"] == "close":
             slide = self._slides.pop(request["key"], None)
@@ -122,8 +130,10 @@ class Reader:
             (self._cuts if index < PREPARING_THREADS else self._reads).put(None)
         for thread in self._threads:
             thread.join()
-        for slide in self._slides.values():
-            slide.close()
+        for opened in self._slides.values():
+            opened.close()
+        for kept in self._cut_slides.values():
+            kept.close()
 
     def _serve(self, index: int, requests: "queue.SimpleQueue[Request | None]") -> None:
         at_work = self._ring.at_work[index]
@@ -148,10 +158,23 @@ class Reader:
                 request["default_mpp"],
                 None if mask is None else Path(mask),
             )
-        finally:
+        except BaseException:
             slide.close()
+            raise
+        self._keep(_identity(request), slide)
         arrays = [unit.coords, unit.tissue_fraction, unit.thumbnail]
         return {"record": dict(unit.record)}, arrays if unit.tissue_mask is None else [*arrays, unit.tissue_mask]
+
+    def _keep(self, identity: tuple[str, str, str], slide: SlideLike) -> None:
+        """Keep a slide that was cut open: its tiles are about to be read."""
+        with self._lock:
+            dropped = [self._cut_slides.pop(identity, None)]
+            self._cut_slides[identity] = slide
+            while len(self._cut_slides) > _KEPT_OPEN:
+                dropped.append(self._cut_slides.popitem(last=False)[1])
+        for each in dropped:
+            if each is not None:
+                each.close()
 
     def _read(self, request: Request) -> dict[str, Any]:
         """Decode runs of tiles, one after the other, into a part of a slot."""
@@ -189,6 +212,11 @@ class Reader:
                 invalid.append(i)
         flags[:] = 0 if source.quality is None else tile_flags(pixels, source.quality, source.plan.achieved_mpp)
         flags[invalid] = INVALID
+
+
+def _identity(request: Request) -> tuple[str, str, str]:
+    """Which slide a request is about, and how it is read."""
+    return request["path"], request["slide_id"], request["reader"]
 
 
 def describe(error: Exception) -> dict[str, str]:

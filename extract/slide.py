@@ -282,16 +282,23 @@ class Slide:
         for row in range(0, height, block):
             for column in range(0, width, block):
                 rows, columns = min(block, height - row), min(block, width - column)
-                corner = (round(x0 + column * scale_x), round(y0 + row * scale_y))
+                corner = self._on_grid(x0 + column * scale_x, level), self._on_grid(y0 + row * scale_y, level)
                 size = (columns * scale_x / self.downsamples[level], rows * scale_y / self.downsamples[level])
                 target = (slice(row, row + rows), slice(column, column + columns))
                 try:
-                    pixels = self._read_openslide(*corner, level, (max(round(size[0]), 1), max(round(size[1]), 1)))
+                    pixels = self.read_region(*corner, level, (max(round(size[0]), 1), max(round(size[1]), 1)))
                 except TileDecodeError:
                     readable[target] = False
                 else:
                     picture[target] = np.asarray(Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BOX))
         return picture, readable
+
+    def _on_grid(self, position_l0: float, level: int) -> int:
+        """The nearest level-0 pixel that is a whole pixel of the level, where its downsample is a whole number."""
+        downsample = self.downsamples[level]
+        if not downsample.is_integer():
+            return round(position_l0)
+        return round(position_l0 / downsample) * int(downsample)
 
     def _open(self) -> Any:
         import openslide
