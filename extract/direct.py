@@ -18,7 +18,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from extract.errors import ExtractError, TileDecodeError
+from extract.errors import ExtractError, SlideUnreadableError, TileDecodeError
 
 CACHE_BYTES = 128 << 20
 """Decoded source tiles kept per slide: two rows of 256 px tiles of a slide 80,000 px wide."""
@@ -233,6 +233,7 @@ class DirectReader:
 
         Raises:
             TileDecodeError: a source tile cannot be what the file says it is.
+            SlideUnreadableError: the file cannot be read any more.
         """
         grid = self.grids[level]
         corner = grid.corner(x_l0, y_l0)
@@ -243,7 +244,11 @@ class DirectReader:
         columns, rows = _touched(x, right, grid.tile[0]), _touched(y, bottom, grid.tile[1])
         if grid.missing is not None and grid.missing[rows.start : rows.stop, columns.start : columns.stop].any():
             return None
-        is_tile = (x + width, y + height) == (right, bottom) and (x % grid.tile[0], y % grid.tile[1]) == (0, 0)
+        is_tile = (
+            min(corner) >= 0
+            and (x + width, y + height) == (right, bottom)
+            and (x % grid.tile[0], y % grid.tile[1]) == (0, 0)
+        )
         try:
             if is_tile and size == grid.tile:
                 tile = self._decode(level, rows.start, columns.start)
@@ -331,10 +336,17 @@ class DirectReader:
         try:
             data = os.pread(self._file.fileno(), count, offset)
         except OSError as error:
-            raise self._damaged(level, row, column, f"got {error} → expected {count} bytes at {offset}") from error
+            raise self._lost(str(error)) from error
         if len(data) < count:
-            raise self._damaged(level, row, column, f"got {len(data)} bytes at {offset} → expected {count}")
+            raise self._lost(f"{len(data)} of {count} bytes at {offset}")
         return data
+
+    def _lost(self, problem: str) -> SlideUnreadableError:
+        """The disk failed or the file shrank: not one tile's fault, and it may be better the next time."""
+        return SlideUnreadableError(
+            f"got {problem} from slide {self.name!r} → its file cannot be read on now → see to the disk or the "
+            f"network, then run the same command again"
+        )
 
     def _damaged(self, level: int, row: int, column: int, problem: str) -> TileDecodeError:
         grid = self.grids[level]

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,9 @@ class SlideJob:
     def finish_rows(self, start: int, stop: int) -> tuple[bool, bool]:
         """Note finished rows; whether they were the last, and whether it is time to save."""
         with self.lock:
-            self._done[start:stop] = True
+            # what was not read any more must not be saved as done
+            if self.error is None:
+                self._done[start:stop] = True
             self.rows_left -= stop - start
             now = time.monotonic()
             due = bool(self.drafts) and now - self._saved_at > SAVE_EVERY_S
@@ -252,17 +255,19 @@ class Stream:
         if self._device.type == "cpu":
             keep_freed_memory()
         self.stats.started = time.monotonic()
-        work = self._work_cpu if self._device.type == "cpu" else self._work_cuda
         try:
             with ThreadPoolExecutor(1, "writer") as self._writer:
-                with ThreadPoolExecutor(self._workers, "backbone", torch.set_num_threads, (per_worker,)) as pool:
-                    done = [pool.submit(work) for _ in range(self._workers)]
-                    try:
-                        self._feed(jobs)
-                    finally:
-                        self._drain(done)
-                for job in self.open_jobs:
-                    self._save(job)
+                try:
+                    with ThreadPoolExecutor(self._workers, "backbone", torch.set_num_threads, (per_worker,)) as pool:
+                        done = [pool.submit(self._work) for _ in range(self._workers)]
+                        try:
+                            self._feed(jobs)
+                        finally:
+                            self._drain(done)
+                finally:
+                    # by the writer, which may be saving one of them
+                    for job in self.open_jobs:
+                        self._writer.submit(self._save, job).add_done_callback(self._note_failure)
         finally:
             torch.set_num_threads(threads)
         if self._failure is not None:
@@ -392,6 +397,19 @@ class Stream:
             self.stats.waited_for_tiles_s += time.monotonic() - waiting
         return batch
 
+    def _work(self) -> None:
+        """Embed until the end; a worker that fails gives back the slots that come, so that nobody waits for them."""
+        try:
+            if self._device.type == "cpu":
+                self._work_cpu()
+            else:
+                with torch.cuda.device(self._device):
+                    self._work_cuda()
+        except BaseException as error:  # noqa: BLE001  raised again by run()
+            self._fail(error)
+            while (batch := self._ready.get()) is not None:
+                self._free.put(batch.slot)
+
     def _work_cpu(self) -> None:
         while (batch := self._next_batch()) is not None:
             try:
@@ -424,7 +442,7 @@ class Stream:
         """Keep a few batches under way: each is copied in, computed and copied out without waiting for the last."""
         under_way: deque[tuple[_Batch, list[Tensor], Any, Any, Any]] = deque()
         copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        _pin(self._ring.pixels)
+        pinned = _pin(self._ring.pixels)
         try:
             while True:
                 if under_way and (len(under_way) >= _UNDER_WAY or self._ready.empty()):
@@ -442,7 +460,10 @@ class Stream:
                 else:
                     self._free.put(batch.slot)
         finally:
-            _unpin(self._ring.pixels)
+            # a launch that failed may have left a copy under way
+            torch.cuda.synchronize(self._device)
+            if pinned:
+                torch.cuda.cudart().cudaHostUnregister(self._ring.pixels.ctypes.data)  # type: ignore[no-untyped-call]
 
     def _launch(self, batch: _Batch, copies: "torch.cuda.Stream") -> tuple[_Batch, list[Tensor], Any, Any, Any]:
         compute = torch.cuda.current_stream(self._device)
@@ -482,8 +503,8 @@ class Stream:
         flags, position = self._ring.flags[batch.slot], 0
         for job, start, stop in batch.runs:
             rows = slice(position, position + stop - start)
-            job.flags[start:stop] = flags[rows]
             if job.error is None:
+                job.flags[start:stop] = flags[rows]
                 self._store_run(job, start, stop, [each[rows] for each in features])
             position = rows.stop
         with self.stats.lock:
@@ -565,10 +586,13 @@ def _split_runs(runs: Sequence[Run]) -> list[tuple[int, list[Run]]]:
     return tasks
 
 
-def _pin(pixels: np.ndarray) -> None:
-    """Lock the ring's pages for the device, so that copies run beside the computation; slower without."""
-    torch.cuda.cudart().cudaHostRegister(pixels.ctypes.data, pixels.nbytes, 0)  # type: ignore[no-untyped-call]
-
-
-def _unpin(pixels: np.ndarray) -> None:
-    torch.cuda.cudart().cudaHostUnregister(pixels.ctypes.data)  # type: ignore[no-untyped-call]
+def _pin(pixels: np.ndarray) -> bool:
+    """Lock the ring's pages for the device, so that copies run beside the computation; slower where that is refused."""
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    code = runtime.cudaHostRegister(pixels.ctypes.data, pixels.nbytes, 0)
+    if int(code) == 0:
+        return True
+    # CUDA keeps the error until someone asks, and would blame the next launch for it
+    with suppress(RuntimeError):
+        torch.cuda.check_error(int(code))
+    return False

@@ -47,7 +47,7 @@ def run_fleet(devices: Sequence[str], arguments: Sequence[str]) -> int:
     """
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", "from mil.cli import main; main()", *with_device(arguments, device)],
+            [sys.executable, "-P", "-c", "from mil.cli import main; main()", *with_device(arguments, device)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -9,6 +9,7 @@ invalid, and a slide that kills three times is given up.
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ import numpy as np
 
 import extract.errors
 from extract.channel import Channel, Message
-from extract.errors import ExtractError, ReaderError, SlideUnreadableError
+from extract.errors import ExtractError, ReaderError, RecipeError, SlideError, SlideUnreadableError, TileDecodeError
 from extract.reader import PREPARING_THREADS, Reader
 from extract.ring import INVALID, Ring
 
@@ -34,6 +35,19 @@ KILLS_PER_SLIDE = 3
 """A slide that kills its reader so often is given up."""
 
 _STARTS_WITHOUT_WORK = 5
+_AWAY_S = 5.0
+
+_NO_ANSWER = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+"""What reading a message raises that is none of ours."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ def rebuild_error(description: Mapping[str, str], slide_id: str) -> ExtractError
     """The error that the reader described."""
     kind, message, trace = description["kind"], description["message"], description["trace"]
     known = getattr(extract.errors, kind, None)
-    if isinstance(known, type) and issubclass(known, ExtractError) and known is not ReaderError:
+    if isinstance(known, type) and issubclass(known, (SlideError, TileDecodeError, RecipeError)):
         return known(message)
     if kind == "MemoryError":
         return SlideUnreadableError(
@@ -151,6 +165,7 @@ class ReaderProcess:
         self._kills: Counter[int] = Counter()
         self._next, self._starts = 1, 0
         self._closed = False
+        self._awake_since = time.monotonic()
         self._failure: ReaderError | None = None
         self._start()
         self._thread = threading.Thread(target=self._receive, name="reader-answers", daemon=True)
@@ -212,7 +227,8 @@ class ReaderProcess:
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         self._ring.at_work[:] = 0
         self._process = subprocess.Popen(
-            [sys.executable, "-m", self.module, json.dumps(options)],
+            # -P: nothing is imported from the folder that the user happens to be in
+            [sys.executable, "-P", "-m", self.module, json.dumps(options)],
             pass_fds=(self._ring.descriptor, theirs.fileno()),
             stdin=subprocess.DEVNULL,
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
@@ -230,8 +246,20 @@ class ReaderProcess:
             self._channel.send(task.values)
 
     def _receive(self) -> None:
+        """Serve until the end; whatever goes wrong here is told to all who wait."""
+        try:
+            self._take_answers()
+        except Exception as error:  # noqa: BLE001  nobody else could tell them
+            with self._lock:
+                self._process.kill()
+                self._process.wait()
+                self._give_up(f"could not be kept running ({type(error).__name__}: {error})")
+        for task in list(self._tasks.values()):
+            (task.whole or task).future.cancel()
+
+    def _take_answers(self) -> None:
         """Take answers; notice death and standstill."""
-        checked = time.monotonic()
+        checked = self._awake_since = time.monotonic()
         while not self._closed:
             try:
                 if self._channel.poll(0.2):
@@ -239,24 +267,31 @@ class ReaderProcess:
             except (EOFError, OSError):
                 if not self._closed:
                     self._recover(self._cause_of_death())
-            except (ValueError, LookupError, TypeError):
+            except _NO_ANSWER:
+                # whatever speaks there is no reader any more
                 self._process.kill()
-            if time.monotonic() - checked > 0.5:
-                checked = time.monotonic()
+                self._process.wait()
+                self._recover("sent what is no answer")
+            now = time.monotonic()
+            if now - checked > _AWAY_S:
+                # this process was suspended, and the reader may have been: clocks begin anew
+                self._awake_since = now
+            if now - checked > 0.5:
+                checked = now
                 self._check_standstill()
-        for task in list(self._tasks.values()):
-            (task.whole or task).future.cancel()
 
     def _answer(self, values: dict[str, Any], arrays: list[np.ndarray]) -> None:
         with self._lock:
-            task = self._tasks.pop(values["task"], None)
+            task = self._tasks.get(values["task"])
             if task is None:
                 return
+            checked = _checked(values, task.values)
+            self._tasks.pop(task.number)
             self._starts = 0
             if task.whole is None:
-                done = [(task, (values, arrays))]
+                done = [(task, (checked, arrays))]
             else:
-                done = self._part_done(task, values.get("errors", {}), values.get("cpu_s", 0.0))
+                done = self._part_done(task, checked["errors"], checked["cpu_s"])
             if task is self._on_trial:
                 self._next_trial()
         for finished, message in done:
@@ -282,14 +317,19 @@ class ReaderProcess:
             if task is None:
                 continue
             limit = getattr(self._limits, task.limit)
-            if now - since > limit * 1e9:
+            if now - max(since, int(self._awake_since * 1e9)) > limit * 1e9:
                 self._process.kill()
                 self._process.wait()
                 self._recover(f"stood still for {limit:g} s", [task])
                 return
 
     def _cause_of_death(self) -> str:
-        code = self._process.wait()
+        try:
+            code = self._process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            # its end of the pipe is closed, or what it sent was no message
+            self._process.kill()
+            code = self._process.wait()
         if code >= 0:
             return f"ended with exit code {code}"
         with suppress(ValueError):
@@ -299,6 +339,8 @@ class ReaderProcess:
     def _recover(self, cause: str, guilty: Sequence[_Task] = ()) -> None:
         """Find whom to blame, start a new process, and go on."""
         with self._lock:
+            if self._closed:
+                return
             numbers = [int(number) for number in self._ring.at_work[:, 0] if number]
             at_work = list(guilty) or [self._tasks[number] for number in numbers if number in self._tasks]
             trial, self._on_trial = self._on_trial, None
@@ -388,6 +430,30 @@ def _killed(slide_id: str, cause: str) -> dict[str, str]:
         f"→ copy the file again, convert it, or try --reader openslide"
     )
     return {"kind": "SlideUnreadableError", "message": message, "trace": ""}
+
+
+def _checked(values: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """An answer in the shape that was asked for; nothing in it is believed further than that.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    if asked["do"] == "cut":
+        return {"error": _description(values["error"])} if "error" in values else {"record": dict(values["record"])}
+    keys = {str(key) for key, _, _ in asked["runs"]}
+    errors = dict.fromkeys(keys, values["error"]) if "error" in values else values["errors"]
+    opened = values.get("opened", {})
+    if not (set(errors) <= keys and set(opened) <= keys):
+        raise ValueError("got an answer about other slides than those asked for")
+    return {
+        "errors": {key: _description(error) for key, error in errors.items()},
+        "opened": {key: {name: str(told[name]) for name in ("reader", "note")} for key, told in opened.items()},
+        "cpu_s": float(values.get("cpu_s", 0.0)),
+    }
+
+
+def _description(error: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(error[name]) for name in ("kind", "message", "trace")}
 
 
 def reading_threads(cores: int) -> int:

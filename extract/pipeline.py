@@ -9,7 +9,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -38,6 +38,7 @@ from extract.errors import (
     RuntimeConversionError,
     SlideChangedError,
     SlideClaimedError,
+    SlideError,
     SlideUnreadableError,
     StoreFullError,
 )
@@ -45,7 +46,7 @@ from extract.geometry import ReadPlan
 from extract.gpu import check_device
 from extract.isolation import LocalReaders, ReaderLimits, ReaderProcess, Readers, reading_threads, rebuild_error
 from extract.masks import mask_sha256
-from extract.parity import measure_parity
+from extract.parity import Parity, measure_parity
 from extract.quality import flagged_rows
 from extract.ring import INVALID, Ring, RingShape
 from extract.runtimes import CheckedForward
@@ -275,6 +276,9 @@ def run_extraction(
         for each in backbones
         for column in make_columns(each, entry, views, augment or AugmentRecipe(), context_mpp)
     ]
+    names = [column.entry for column in columns]
+    if len(set(names)) < len(names):
+        raise RecipeError(f"got the entries {names} → expected each once → name each backbone and --context-mpp once")
     run = _Run(
         ZarrStore.create(Path(store), recipe),
         columns,
@@ -442,20 +446,26 @@ class _Run:
             now = fingerprint(self._executions[column.entry])
             done = (each for each in sources if self._store.has_features(each.slide_id, column.entry))
             some = islice(done, _EXECUTIONS_LOOKED_AT)
-            other = next((each for each in some if self._was_made_otherwise(each, column.entry, now)), None)
-            if other is None:
-                continue
-            reader = self._store[other.slide_id]
-            parity = measure_parity(reader, other, column.entry, column.backbone, self._batch_size)
+            others = (each for each in some if self._was_made_otherwise(each, column.entry, now))
+            parity = next(filter(None, (self._measure_parity(each, column) for each in others)), None)
             if parity is None:
                 continue
-            then = reader.feature_record(column.entry)["execution"]
+            then = self._store[parity.slide_id].feature_record(column.entry)["execution"]
             changes = difference(then, to_dict(self._executions[column.entry]))
             self._log.append({"parity": {"entry": column.entry, **asdict(parity), "changes": changes}})
             self._progress.warn(
                 f"entry {column.entry} was begun otherwise ({'; '.join(changes)}); the mean cosine of {parity.tiles} "
                 f"tiles computed both ways is {parity.mean:.6f}, the smallest {parity.least:.6f}"
             )
+
+    def _measure_parity(self, source: SlideSource, column: Column) -> Parity | None:
+        """The comparison on one slide; None if it cannot be read, which is told when its turn comes."""
+        try:
+            self._check_same(source)
+            reader = self._store[source.slide_id]
+            return measure_parity(reader, source, column.entry, column.backbone, self._batch_size)
+        except (SlideError, OSError):
+            return None
 
     def _was_made_otherwise(self, source: SlideSource, entry: str, execution: str) -> bool:
         record = self._store[source.slide_id].feature_record(entry)
@@ -536,7 +546,8 @@ class _Run:
         self._progress.warn(f"{len(self._claimed)} slides are left to other processes that are at work on them")
         deadline = time.monotonic() + LEASE_S + 1
         entries = [column.entry for column in self._columns]
-        while time.monotonic() < deadline and not self._stop.wait(1.0):
+        while time.monotonic() < deadline and not self._stop.is_set():
+            time.sleep(_LOOK_S)
             units = [(source.slide_id, entry) for source in self._claimed for entry in entries]
             if all(self._store.has_features(*unit) or not self._store.is_claimed(*unit) for unit in units):
                 return
@@ -576,15 +587,17 @@ class _Run:
             "mask": None if source.mask is None else os.fspath(source.mask),
         }
         future = self._readers.request(values)
-        while not future.done():
+        while not wait([future], _LOOK_S).done:
             # the cut itself cannot be interrupted, but the run can
-            if self._stop.wait(0 if future.done() else _LOOK_S):
+            if self._stop.is_set():
                 raise _Stopped
         answer, arrays = future.result()
         if "error" in answer:
             raise rebuild_error(answer["error"], source.slide_id)
         coords, fraction, thumbnail, *mask = arrays
-        return TilesUnit(source.slide_id, coords, fraction, thumbnail, answer["record"], *mask)
+        unit = TilesUnit(source.slide_id, coords, fraction, thumbnail, answer["record"], *mask)
+        _check_unit(unit, self._store.tile_recipe)
+        return unit
 
     def _make_jobs(self, slide: _Slide, tiles: SlideReader, missing: Sequence[Column]) -> list[SlideJob]:
         """One job for the tiles, and one for each context around them."""
@@ -664,7 +677,13 @@ class _Run:
         except Exception as error:  # noqa: BLE001  noted with its traceback where it is not one of ours
             slide.error = slide.error or error
         for entry in entries:
-            self._drafts.pop((job.slide_id, entry)).discard()
+            draft = self._drafts.pop((job.slide_id, entry))
+            if isinstance(job.error, OSError):
+                # the file or its disk may be better the next time: the rows stay
+                job.save()
+                draft.release()
+            else:
+                draft.discard()
         if job.quality is not None:
             slide.flags, slide.read_by = job.flags, job.read_by
         slide.jobs_left -= 1
@@ -779,6 +798,25 @@ def _reason(error: Exception) -> tuple[str, str]:
     if isinstance(error, (ExtractError, OSError)):
         return str(error), ""
     return f"unexpected {type(error).__name__}: {error}", "".join(traceback.format_exception(error))
+
+
+def _check_unit(unit: TilesUnit, recipe: TileRecipe) -> None:
+    """The process that reads strangers' files is believed no further than this.
+
+    Raises:
+        ReaderError: what it sent is no tiles unit of this recipe.
+    """
+    n, size = len(unit.coords), unit.thumbnail.shape[:2]
+    right = (
+        n > 0
+        and (unit.coords.shape, unit.coords.dtype) == ((n, 2), np.dtype(np.int32))
+        and (unit.tissue_fraction.shape, unit.tissue_fraction.dtype) == ((n,), np.dtype(np.float32))
+        and (unit.thumbnail.shape, unit.thumbnail.dtype) == ((*size, 3), np.dtype(np.uint8))
+        and (unit.tissue_mask is None or unit.tissue_mask.shape == size)
+        and unit.record["tile_px"] == recipe.tile_px
+    )
+    if not right:
+        raise ReaderError(f"got tiles of slide {unit.slide_id!r} that make no sense → check the file; copy it again")
 
 
 def _check_same_mask(source: SlideSource, record: Mapping[str, Any]) -> None:

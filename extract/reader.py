@@ -143,8 +143,12 @@ class Reader:
                 answer, arrays = self._cut(request) if request["do"] == "cut" else (self._read(request), [])
             except Exception as error:  # noqa: BLE001  whatever a file does to its decoder is an answer
                 answer, arrays = {"error": describe(error)}, []
+            try:
+                self._send(answer | {"task": request["task"]}, arrays)
+            except Exception as error:  # noqa: BLE001  an answer there must be, or someone waits for ever
+                self._send({"error": describe(error), "task": request["task"]}, [])
+            # only now, so that an answer that is not taken is seen to stand still
             at_work[0] = 0
-            self._send(answer | {"task": request["task"]}, arrays)
 
     def _cut(self, request: Request) -> tuple[dict[str, Any], list[np.ndarray]]:
         mask = request["mask"]
@@ -190,11 +194,11 @@ class Reader:
                 continue
             try:
                 self._read_run(source, range(start, stop), slot, position)
+                if (told := source.tell()) is not None:
+                    opened[str(key)] = told
             except Exception as error:  # noqa: BLE001  it ends this slide, not the others
                 errors.setdefault(str(key), describe(error))
             position += stop - start
-            if (told := source.tell()) is not None:
-                opened[str(key)] = told
         return {"errors": errors, "opened": opened, "cpu_s": time.thread_time() - started}
 
     def _read_run(self, source: _OpenSlide, rows: range, slot: int, position: int) -> None:
@@ -202,6 +206,8 @@ class Reader:
         slide = source.get()
         pixels = self._ring.pixels[slot, position : position + len(rows)]
         flags = self._ring.flags[slot, position : position + len(rows)]
+        # until they are read; what an error leaves unread passes for nothing else
+        flags[:] = INVALID
         invalid = []
         for i, row in enumerate(rows):
             x_l0, y_l0 = source.coords[row]

@@ -1,5 +1,6 @@
 """A ring of tile buffers in memory that two processes share: one fills them, the other empties them."""
 
+import fcntl
 import mmap
 import os
 import tempfile
@@ -9,6 +10,9 @@ from typing import Any
 import numpy as np
 
 _PAGE = 4096
+
+# numbers of Linux's fcntl.h, which Python 3.11 does not name
+_ADD_SEALS, _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW = 1033, 1, 2, 4
 INVALID = 0x80
 """Flag of a tile that could not be decoded; the bits below are those of `extract.quality`."""
 
@@ -89,9 +93,12 @@ def _pages(n_bytes: int) -> int:
 def _make_file(n_bytes: int) -> int:
     """An open, unnamed file of that size."""
     if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("tessera-ring")
+        descriptor = os.memfd_create("tessera-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     else:
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
     os.ftruncate(descriptor, n_bytes)
+    if hasattr(os, "memfd_create"):
+        # a process that shortened the file would end the other one, which reads beyond its end
+        fcntl.fcntl(descriptor, _ADD_SEALS, _SEAL_SEAL | _SEAL_SHRINK | _SEAL_GROW)
     return descriptor

@@ -70,11 +70,13 @@ class Draft:
         draft = cls(unit, dim, dtype)
         with clear_when_full(draft._path):
             unit.parent.mkdir(parents=True, exist_ok=True)
-            if draft._path.exists():
-                draft._take_over(subject)
+            left = draft._take_over(subject) if draft._path.exists() else []
             draft._begin(subject)
             if len(draft.features):
                 draft.save(draft.features, draft.invalid_rows, draft.flags)
+            # only now: a process that dies before has lost nothing
+            for path in left:
+                path.unlink(missing_ok=True)
         return draft
 
     def save(self, features: np.ndarray, invalid_rows: Sequence[int], flags: np.ndarray) -> None:
@@ -97,7 +99,10 @@ class Draft:
             "flags": flags[start:stop].tobytes().hex(),
         }
         with clear_when_full(self._unit, new.nbytes):
-            with open(self._rows, "ab") as file:
+            # what a full disk left of an earlier attempt is written over
+            with open(self._rows, "r+b" if self._rows.exists() else "wb") as file:
+                file.truncate(start * new[0].nbytes)
+                file.seek(0, os.SEEK_END)
                 file.write(new.data.cast("B"))
             sync(self._rows)
             with open(self._path, "a", encoding="utf-8") as journal:
@@ -121,7 +126,8 @@ class Draft:
         if not self._n_saved or not self._is_ours():
             self.discard()
             return
-        with open(self._path, "a", encoding="utf-8") as journal:
+        # without this line the rows are there too, once the lease has ended
+        with suppress(OSError), open(self._path, "a", encoding="utf-8") as journal:
             journal.write('{"released": true}\n')
 
     def _begin(self, subject: Mapping[str, Any]) -> None:
@@ -132,8 +138,11 @@ class Draft:
         except FileExistsError:
             raise self._claimed() from None
 
-    def _take_over(self, subject: Mapping[str, Any]) -> None:
-        """Load the rows of a draft that nobody works on, and clear it away; only one of several takers succeeds."""
+    def _take_over(self, subject: Mapping[str, Any]) -> list[Path]:
+        """Load the rows of a draft that nobody works on and move it aside; returns what is left of it.
+
+        Of several takers all may succeed: they do the same work twice, and commit the same unit.
+        """
         lines = _read_lines(self._path)
         if _is_alive(self._path, lines):
             raise self._claimed(lines)
@@ -145,8 +154,7 @@ class Draft:
         rows = self._unit.with_name(f"~{self._unit.name}.{lines[0].get('token', '') if lines else ''}.rows")
         if lines and lines[0].get("subject") == json.loads(json.dumps(dict(subject))):
             self._load(rows, lines[1:])
-        rows.unlink(missing_ok=True)
-        aside.unlink(missing_ok=True)
+        return [rows, aside]
 
     def _load(self, rows: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         """The longest run of saved rows whose checksums hold."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from benchmarks.bench_reading import split_tables
 from extract.direct import DirectReader, NotDirectError, TileCache, find_grids
-from extract.errors import ExtractError, TileDecodeError
+from extract.errors import ExtractError, SlideUnreadableError, TileDecodeError
 from extract.slide import Slide
 from tests.test_extract.small import break_tile, tissue_image, write_slide
 
@@ -377,8 +377,24 @@ def test_a_file_cut_short_after_opening_is_an_error(tmp_path: Path):
     path = write_tiff(tmp_path / "a.tif", pyramid(300, 236))
     with Slide(path, reader="direct") as slide:
         os.truncate(path, path.stat().st_size // 4)
-        with pytest.raises(TileDecodeError, match="expected"):
+        with pytest.raises(SlideUnreadableError, match="run the same command again"):
             slide.read_region(0, 0, 2, (64, 48))
+
+
+def test_a_failing_disk_is_the_slides_fault_and_no_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    with Slide(write_tiff(tmp_path / "a.tif", pyramid(300, 236)), reader="direct") as slide:
+        monkeypatch.setattr(os, "pread", fail)
+        with pytest.raises(SlideUnreadableError, match="Input/output error"):
+            slide.read_region(0, 0, 0, (64, 64))
+
+
+@pytest.mark.parametrize("place", [(-64, 0), (0, -48), (-64, -48), (-640, 0)])
+def test_what_lies_before_the_slide_is_background(tmp_path: Path, place: tuple[int, int]):
+    with Slide(write_tiff(tmp_path / "a.tif", pyramid(300, 236), tile=(64, 48)), reader="direct") as slide:
+        assert np.array_equal(slide.read_region(*place, 0, (64, 48)), reference(slide, *place, 0, (64, 48)))
 
 
 def test_no_flipped_bit_of_a_tile_gives_other_pixels_than_openslide(tmp_path: Path):

@@ -313,6 +313,17 @@ def test_every_tile_of_a_slide_may_be_broken(files: list[Path], monkeypatch: pyt
 
 
 @pytest.mark.timeout(60)
+def test_a_worker_that_cannot_work_ends_the_run(files: list[Path], monkeypatch: pytest.MonkeyPatch):
+    def fail(self: Stream) -> None:
+        raise RuntimeError("no device")
+
+    monkeypatch.setattr(Stream, "_work_cpu", fail)
+    backbone = tiny_backbone()
+    with pytest.raises(RuntimeError, match="no device"):
+        stream(backbone, 4, [job(file, backbone) for file in files])
+
+
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("where", ["on_slide", "on_tiles", "backbone", "jobs"])
 def test_a_failure_of_the_run_ends_it_and_is_raised(files: list[Path], where: str, monkeypatch: pytest.MonkeyPatch):
     error, calls = StoreFullError("full"), []

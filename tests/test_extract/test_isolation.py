@@ -16,7 +16,7 @@ import pytest
 from extract.channel import Channel, Message
 from extract.errors import NoTissueError, ReaderError, SlideUnreadableError, TileDecodeError
 from extract.geometry import ReadPlan
-from extract.isolation import LocalReaders, ReaderLimits, ReaderProcess, Readers, rebuild_error
+from extract.isolation import LocalReaders, ReaderLimits, ReaderProcess, Readers, _checked, rebuild_error
 from extract.reader import describe, open_request
 from extract.ring import INVALID, Ring, RingShape
 from extract.slide import Slide
@@ -231,6 +231,62 @@ def test_a_death_from_outside_costs_no_slide_and_signals_of_the_group_are_ignore
     assert "error" not in answer
     assert arrays
     assert readers.pid != pid
+
+
+def test_a_run_that_was_suspended_blames_no_slide(hostile: Callable[..., ReaderProcess], tmp_path: Path):
+    slow = write_slide(tmp_path / "slow-cut.tif")
+    readers = hostile(cut_s=3)
+    values = {"do": "cut", "path": str(slow), "slide_id": "slow", "reader": "auto", "recipe": asdict(TILES)}
+    future = readers.request(values | {"mpp": None, "default_mpp": None, "mask": None})
+    while not (readers._ring.at_work[:, 0] != 0).any():
+        time.sleep(0.01)
+    # the task began long ago by the clock, but this process has not looked at it since
+    readers._ring.at_work[:, 1] -= int(100e9)
+    readers._awake_since = time.monotonic()
+    assert "error" not in future.result(timeout=60)[0]
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [b"", b"short", (1).to_bytes(8, "little") + b"5", (9).to_bytes(8, "little") + b'{"task":1', b"\xff" * 40],
+)
+def test_a_reader_that_talks_nonsense_is_replaced(ring: Ring, tmp_path: Path, nonsense: bytes):
+    path = write_slide(tmp_path / "a.tif")
+    readers = ReaderProcess(ring)
+    try:
+        open_in(readers, 1, path)
+        assert errors(read(readers, 0, (1, 0, 1))) == {}
+        pid, loopback = readers.pid, _Loopback()
+        loopback.send_bytes(nonsense)
+        receive = readers._channel.receive
+        readers._channel.poll = lambda timeout_s: True  # type: ignore[method-assign]
+        readers._channel.receive = Channel(loopback).receive  # type: ignore[arg-type,method-assign]
+        assert errors(read(readers, 1, (1, 0, 6))) == {}
+        assert readers.pid != pid
+        assert receive is not None
+        assert np.array_equal(ring.pixels[1, :6], expected(path))
+    finally:
+        readers.close()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{}, {"errors": {"7": {}}}, {"errors": {"1": "x"}}, {"errors": {}, "cpu_s": "x"}, {"errors": {}, "opened": 3}],
+)
+def test_an_answer_of_another_shape_is_refused(values: dict[str, Any]):
+    with pytest.raises((ValueError, LookupError, TypeError, AttributeError)):
+        _checked(values, {"do": "read", "runs": [[1, 0, 4]]})
+
+
+def test_an_error_of_a_whole_task_is_one_of_each_of_its_slides():
+    error = {"kind": "OSError", "message": "m", "trace": ""}
+    checked = _checked({"error": error}, {"do": "read", "runs": [[1, 0, 4], [2, 0, 1]]})
+    assert checked["errors"] == {"1": error, "2": error}
+
+
+def test_the_ring_cannot_be_shortened(ring: Ring):
+    with pytest.raises(PermissionError):
+        os.ftruncate(ring.descriptor, 0)
 
 
 def test_errors_cross_as_plain_values():

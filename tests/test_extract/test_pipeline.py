@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 
 from extract.backbones import Backbone
+from extract.direct import TileCache
 from extract.engine import StreamStats
-from extract.errors import ExtractError, RecipeMismatchError, SlideTableError, StoreFullError
+from extract.errors import ExtractError, RecipeError, RecipeMismatchError, SlideTableError, StoreFullError
 from extract.geometry import plan_read
 from extract.isolation import ReaderLimits, ReaderProcess
 from extract.pipeline import SlideOutcome, entry_name, run_extraction
@@ -510,6 +511,43 @@ def test_context_tiles_show_the_surroundings_of_the_same_centres(tmp_path: Path,
             assert np.array_equal(backbone.embed(batch)[0].astype(np.float16), reader.features("tiny@context-1")[row])
             centre = np.array(reader.coords()[row]) + 32
             assert np.abs(np.array([x, y]) + plan.tile_l0 / 2 - centre).max() <= 0.5
+
+
+def test_the_same_entry_twice_is_refused_before_any_work(slides: Path, store: Path):
+    with pytest.raises(RecipeError, match="each once"):
+        extract(slides, store, [tiny_backbone(), tiny_backbone()])
+    with pytest.raises(RecipeError, match="each once"):
+        extract(slides, store, context_mpp=(1.0, 1.0))
+    assert not store.exists()
+
+
+def test_a_disk_that_fails_keeps_the_rows_and_is_tried_again(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = write_slide(tmp_path / "a.tif", 1800, 1400)
+    reads, pread, limit = [], os.pread, 1 << 30
+
+    def fail(*arguments: int) -> bytes:
+        reads.append(1)
+        if len(reads) > limit:
+            raise OSError(5, "Input/output error")
+        return pread(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", fail)
+        patch.setattr(TileCache, "get", lambda self, key, make: make())
+        extract([file], tmp_path / "whole.zarr")
+        # the tiles of the last rows, more than the ring holds before them
+        limit = len(reads) - 60
+        reads.clear()
+        report = extract([file], store)
+    assert "Input/output error" in reasons(report)["a"]
+    assert open_store(store).slide_ids("tiny") == []
+    again = extract([file], store)
+    assert again.count("embedded") == 1
+    assert again.outcomes[0].n_resumed > 0
+    assert again.outcomes[0].n_invalid == 0
+    assert tree(store) == tree(tmp_path / "whole.zarr")
 
 
 def test_flags_of_tiles_are_recorded(tmp_path: Path, store: Path):

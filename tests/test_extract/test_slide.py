@@ -292,7 +292,7 @@ def test_the_choice_is_made_at_the_first_tile(tmp_path: Path, monkeypatch: pytes
     real = DirectReader.open
     monkeypatch.setattr(DirectReader, "open", lambda slide: opened.append(slide.name) or real(slide))
     with Slide(write_slide(tmp_path / "a.tif", 640, 448)) as slide, ThreadPoolExecutor(4) as pool:
-        slide.read_thumbnail(4.0)
+        slide.native_mpp()
         assert opened == []
         list(pool.map(lambda x: slide.read_region(x, 0, 0, (64, 64)), range(0, 512, 32)))
         assert opened == ["a.tif"]
@@ -386,3 +386,12 @@ def test_of_the_properties_only_those_by_name_are_read(tmp_path: Path, with_prop
         kept = repr(vars(slide))
     assert "Doe" not in kept
     assert "0.3" in kept
+
+
+def test_a_thumbnail_is_the_same_by_either_reader(tmp_path: Path):
+    file = write_slide(tmp_path / "a.tif", 1640, 1248, levels=3)
+    with Slide(file, reader="direct") as direct, Slide(file, reader="openslide") as plain:
+        for downsample in (1.0, 2.0, 3.7, 4.0, 11.3):
+            (one, seen), (other, also_seen) = direct.read_thumbnail(downsample), plain.read_thumbnail(downsample)
+            assert np.array_equal(one, other)
+            assert np.array_equal(seen, also_seen)
