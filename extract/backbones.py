@@ -25,6 +25,7 @@ DEFAULT_BACKBONE = "efficientnet_lite0"
 POOLINGS = ("model", "avg", "cls", "cls+avg")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKBONES = PRESETS
+_PROBE_PX = 1024
 
 
 def list_backbones() -> list[str]:
@@ -246,7 +247,8 @@ def load_backbone(
         model, revision = _load_timm(name, weights)
         transform, architecture = _transform(model, tile_px), name
     choose_precision(precision, chosen)
-    dim = _probe_dim(model, pooling, transform.input_px)
+    # what takes tiles of any size has as many features for each
+    dim = _probe_dim(model, pooling, min(transform.input_px, _PROBE_PX))
     recipe = FeatureRecipe(name, architecture, revision, hash_state(model), pooling, transform, dim, dtype)
     return Backbone(model, recipe, chosen, precision, compile)
 

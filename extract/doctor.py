@@ -426,7 +426,7 @@ def check_hub() -> Check:
     cached = [name for name, preset in PRESETS.items() if preset.hub_id and find_cached(preset) is not None]
     token = "a token is set" if get_token() else "no token (gated models need one: HF_TOKEN)"
     weights = f"weights of {', '.join(cached)}" if cached else "no weights yet (mil models pull NAME)"
-    network = "offline (HF_HUB_OFFLINE)" if offline() else "online"
+    network = "offline (HF_HUB_OFFLINE)" if offline() else "downloads allowed"
     detail = f"cache {cache}: {weights}; {token}; {network}"
     if not os.access(nearest_folder(cache), os.W_OK):
         return Check(

@@ -231,6 +231,8 @@ class ReaderProcess:
             [sys.executable, "-P", "-m", self.module, json.dumps(options)],
             pass_fds=(self._ring.descriptor, theirs.fileno()),
             stdin=subprocess.DEVNULL,
+            # Ctrl-C in a terminal is for the run, which ends its reader itself
+            start_new_session=True,
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
         theirs.close()

@@ -431,6 +431,9 @@ class _Run:
             for draft in self._drafts.values():
                 draft.release()
         if self._stop.is_set():
+            self._log.append(
+                {"stopped": {"tiles": stream.stats.tiles, "seconds": round(time.monotonic() - started, 3)}}
+            )
             raise KeyboardInterrupt
         return self._report(stream.stats, time.monotonic() - started)
 
@@ -706,6 +709,8 @@ class _Run:
         )
 
     def _note_complete(self, source: SlideSource) -> None:
+        for column in self._columns:
+            self._store.clear_draft(source.slide_id, column.entry)
         record = self._store[source.slide_id].feature_record(self._columns[0].entry)
         self._note(source, "complete", n_tiles=record["n_tiles"], n_invalid=len(record["invalid_rows"]))
 

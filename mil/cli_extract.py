@@ -308,11 +308,13 @@ def print_extraction(console: Console, report: Any) -> None:
         if stats.tiles
         else ""
     )
+    resumed = sum(o.n_resumed for o in report.outcomes)
+    saved = f" ({resumed} of them saved before)" if resumed else ""
     elsewhere = f"{report.count('elsewhere')} left to other processes, " if report.count("elsewhere") else ""
     slides = "1 slide" if len(report.outcomes) == 1 else f"{len(report.outcomes)} slides"
     console.print(
         f"{slides}: {report.count('embedded')} embedded, {report.count('complete')} complete before, {elsewhere}"
-        f"{len(report.failed)} failed; {tiles} tiles in {report.seconds:.1f} s{rate}",
+        f"{len(report.failed)} failed; {tiles} tiles{saved} in {report.seconds:.1f} s{rate}",
         soft_wrap=True,
         highlight=False,
     )

@@ -10,6 +10,7 @@ draft's modification time): it spares two workers the same slide. Correctness do
 whole, from memory, by whoever comes first.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ from typing import Any, Self
 import numpy as np
 
 from extract.errors import SlideClaimedError
-from extract.store.files import clear_when_full, partial_path, sync
+from extract.store.files import clear_when_full, sync
 from extract.store.fingerprint import sha256_of
 
 LEASE_S = 120.0
@@ -70,13 +71,15 @@ class Draft:
         draft = cls(unit, dim, dtype)
         with clear_when_full(draft._path):
             unit.parent.mkdir(parents=True, exist_ok=True)
-            left = draft._take_over(subject) if draft._path.exists() else []
+            left = draft._path.exists()
+            if left:
+                draft._take_over(subject)
             draft._begin(subject)
             if len(draft.features):
                 draft.save(draft.features, draft.invalid_rows, draft.flags)
-            # only now: a process that dies before has lost nothing
-            for path in left:
-                path.unlink(missing_ok=True)
+            if left:
+                # only now: a process that dies before has lost nothing
+                draft._sweep()
         return draft
 
     def save(self, features: np.ndarray, invalid_rows: Sequence[int], flags: np.ndarray) -> None:
@@ -116,10 +119,10 @@ class Draft:
             os.utime(self._path)
 
     def discard(self) -> None:
-        """Remove the draft."""
+        """Remove the draft; its rows first, so that no rows are ever without one."""
+        self._rows.unlink(missing_ok=True)
         if self._is_ours():
             self._path.unlink(missing_ok=True)
-        self._rows.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Leave the saved rows to whoever comes next; without any the draft is removed."""
@@ -138,15 +141,15 @@ class Draft:
         except FileExistsError:
             raise self._claimed() from None
 
-    def _take_over(self, subject: Mapping[str, Any]) -> list[Path]:
-        """Load the rows of a draft that nobody works on and move it aside; returns what is left of it.
+    def _take_over(self, subject: Mapping[str, Any]) -> None:
+        """Load the rows of a draft that nobody works on and move it aside.
 
         Of several takers all may succeed: they do the same work twice, and commit the same unit.
         """
         lines = _read_lines(self._path)
         if _is_alive(self._path, lines):
             raise self._claimed(lines)
-        aside = partial_path(self._unit)
+        aside = self._unit.with_name(f"~{self._unit.name}.{self._token}.left")
         try:
             os.rename(self._path, aside)
         except FileNotFoundError:
@@ -154,7 +157,12 @@ class Draft:
         rows = self._unit.with_name(f"~{self._unit.name}.{lines[0].get('token', '') if lines else ''}.rows")
         if lines and lines[0].get("subject") == json.loads(json.dumps(dict(subject))):
             self._load(rows, lines[1:])
-        return [rows, aside]
+
+    def _sweep(self) -> None:
+        """Remove what earlier workers on this slide left."""
+        for path in self._unit.parent.glob(f"~{glob.escape(self._unit.name)}.*"):
+            if path.suffix in (".rows", ".left") and path != self._rows:
+                path.unlink(missing_ok=True)
 
     def _load(self, rows: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         """The longest run of saved rows whose checksums hold."""
@@ -189,6 +197,15 @@ class Draft:
             f"got a slide that {at} is at work on → each slide needs one worker → let it finish; if that process is "
             f"gone, run the same command again in {LEASE_S:.0f} s"
         )
+
+
+def clear_draft(unit: Path) -> None:
+    """Remove what is left of a draft whose unit is complete: its worker died between the two."""
+    path = unit.with_name(f"~{unit.name}.draft")
+    if path.exists() and not _is_alive(path, _read_lines(path)):
+        for rows in unit.parent.glob(f"~{glob.escape(unit.name)}.*.rows"):
+            rows.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def is_claimed(unit: Path) -> bool:

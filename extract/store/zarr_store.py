@@ -22,7 +22,7 @@ import numpy as np
 
 from extract.errors import RecipeMismatchError, StoreError, UnitCorruptError
 from extract.store.base import FORMAT, SlideReader, Store, TilesUnit, decode_id, encode_id
-from extract.store.draft import Draft, is_claimed
+from extract.store.draft import Draft, clear_draft, is_claimed
 from extract.store.files import clear_when_full, commit, discard, members, replace_json, write_json
 from extract.store.fingerprint import (
     Execution,
@@ -327,6 +327,10 @@ class ZarrStore(Store):
             "execution": fingerprint(execution),
         }
         return Draft.open(self.path / "features" / entry / encode_id(slide_id), subject, recipe.dim, recipe.dtype)
+
+    def clear_draft(self, slide_id: str, entry: str) -> None:
+        """Remove what a killed run left beside embeddings that are complete."""
+        clear_draft(self.path / "features" / entry / encode_id(slide_id))
 
     def is_claimed(self, slide_id: str, entry: str) -> bool:
         """Whether another process is at work on a slide's embeddings."""
