@@ -48,6 +48,7 @@ from extract.isolation import LocalReaders, ReaderLimits, ReaderProcess, Readers
 from extract.masks import mask_sha256
 from extract.parity import Parity, measure_parity
 from extract.quality import flagged_rows
+from extract.reader import cut_request
 from extract.ring import INVALID, Ring, RingShape
 from extract.runtimes import CheckedForward
 from extract.sources import SlideSource, find_slides, shard
@@ -579,17 +580,10 @@ class _Run:
         """Have the readers cut a slide."""
         if not source.path.exists():
             raise SlideUnreadableError(f"got {source.path} → there is no such file → check the path")
-        values = {
-            "do": "cut",
-            "path": os.fspath(source.path),
-            "slide_id": source.slide_id,
-            "reader": self._reading.reader,
-            "recipe": asdict(self._store.tile_recipe),
-            "mpp": source.mpp,
-            "default_mpp": self._reading.default_mpp,
-            "mask": None if source.mask is None else os.fspath(source.mask),
-        }
-        future = self._readers.request(values)
+        reading = self._reading
+        future = self._readers.request(
+            cut_request(source, reading.reader, self._store.tile_recipe, reading.default_mpp)
+        )
         while not wait([future], _LOOK_S).done:
             # the cut itself cannot be interrupted, but the run can
             if self._stop.is_set():
@@ -639,25 +633,9 @@ class _Run:
         return drafts
 
     def _check_same(self, source: SlideSource) -> None:
-        """The file and its scale must be those that were cut before."""
         if not source.path.exists():
             raise SlideUnreadableError(f"got {source.path} → there is no such file → check the path")
-        record = self._store[source.slide_id].record
-        now, then = asdict(SlideFingerprint.of(source.path)), record["slide"]
-        if now != then:
-            raise SlideChangedError(
-                f"got a file for slide {source.slide_id!r} ({now['size_bytes']} bytes) unlike the one that was cut "
-                f"before ({then['size_bytes']} bytes) → one id is one file → bring the old file back, or give the new "
-                f"one another slide_id in the slide table"
-            )
-        mpp = record["mpp"]
-        stated = source.mpp or (self._reading.default_mpp if mpp["source"] == "--default-mpp" else None)
-        if stated is not None and stated != mpp["native"]:
-            raise SlideChangedError(
-                f"got {stated:g} µm/px for slide {source.slide_id!r} → it was cut as {mpp['native']} "
-                f"({mpp['source']}) → state the same mpp, or extract into another --store"
-            )
-        _check_same_mask(source, record)
+        check_same(source, self._store[source.slide_id].record, self._reading.default_mpp)
 
     def _write(self, job: SlideJob) -> None:
         """Commit one job's features; called from the writer thread."""
@@ -822,6 +800,34 @@ def _check_unit(unit: TilesUnit, recipe: TileRecipe) -> None:
     )
     if not right:
         raise ReaderError(f"got tiles of slide {unit.slide_id!r} that make no sense → check the file; copy it again")
+
+
+def check_same(source: SlideSource, record: Mapping[str, Any], default_mpp: float | None) -> None:
+    """A slide's file, scale and mask must be those that it was cut with before.
+
+    Args:
+        source: the slide as it is given now.
+        record: of its tiles unit.
+        default_mpp: ``--default-mpp``.
+
+    Raises:
+        SlideChangedError: they are not; the message says which.
+    """
+    now, then = asdict(SlideFingerprint.of(source.path)), record["slide"]
+    if now != then:
+        raise SlideChangedError(
+            f"got a file for slide {source.slide_id!r} ({now['size_bytes']} bytes) unlike the one that was cut before "
+            f"({then['size_bytes']} bytes) → one id is one file → bring the old file back, or give the new one another "
+            f"slide_id in the slide table"
+        )
+    mpp = record["mpp"]
+    stated = source.mpp or (default_mpp if mpp["source"] == "--default-mpp" else None)
+    if stated is not None and stated != mpp["native"]:
+        raise SlideChangedError(
+            f"got {stated:g} µm/px for slide {source.slide_id!r} → it was cut as {mpp['native']} ({mpp['source']}) → "
+            f"state the same mpp, or extract into another --store"
+        )
+    _check_same_mask(source, record)
 
 
 def _check_same_mask(source: SlideSource, record: Mapping[str, Any]) -> None:

@@ -1,14 +1,13 @@
 """What an extraction will do, before it costs a GPU hour: tiles, disk space, time, and the slides that will fail."""
 
 import math
-import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count as count_up
 from itertools import cycle
@@ -37,21 +36,18 @@ from extract.errors import (
     RecipeError,
     RecipeMismatchError,
     RuntimeConversionError,
-    SlideChangedError,
     SlideUnreadableError,
     StoreError,
 )
 from extract.geometry import ReadPlan
 from extract.isolation import LocalReaders, ReaderLimits, ReaderProcess, Readers, reading_threads, rebuild_error
-from extract.masks import mask_sha256
-from extract.pipeline import entry_name, make_columns
+from extract.pipeline import check_same, entry_name, make_columns
 from extract.presets import find_preset
-from extract.reader import PREPARING_THREADS, open_request
+from extract.reader import PREPARING_THREADS, cut_request, open_request
 from extract.ring import Ring, RingShape
 from extract.sources import SlideSource, find_slides, shard
 from extract.store import (
     AugmentRecipe,
-    SlideFingerprint,
     Store,
     TileRecipe,
     difference,
@@ -588,7 +584,7 @@ class _Planner:
         if self._store is not None and source.slide_id in self._store:
             there = self._store[source.slide_id]
             record, coords = there.record, there.coords()
-            _check_same(source, record, self._wish.default_mpp)
+            check_same(source, record, self._wish.default_mpp)
         else:
             record, coords = self._cut(source, cutters)
         for mpp in self._wish.context_mpp:
@@ -607,16 +603,7 @@ class _Planner:
 
     def _cut(self, source: SlideSource, cutters: _Cutters) -> tuple[dict[str, Any], np.ndarray]:
         """Have a reading process cut a slide, by the request that an extraction makes; its record and coordinates."""
-        request = {
-            "do": "cut",
-            "path": os.fspath(source.path),
-            "slide_id": source.slide_id,
-            "reader": self._wish.reader,
-            "recipe": asdict(self._wish.recipe),
-            "mpp": source.mpp,
-            "default_mpp": self._wish.default_mpp,
-            "mask": None if source.mask is None else os.fspath(source.mask),
-        }
+        request = cut_request(source, self._wish.reader, self._wish.recipe, self._wish.default_mpp)
         answer, arrays, seconds = cutters.cut(request)
         if "error" in answer:
             raise rebuild_error(answer["error"], source.slide_id)
@@ -637,31 +624,6 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         "resampled": plan.resampled,
         "tissue_mm2": record["tissue"]["area_mm2"],
     }
-
-
-def _check_same(source: SlideSource, record: Mapping[str, Any], default_mpp: float | None) -> None:
-    """An extraction refuses a slide whose file, scale or mask is not what was cut before.
-
-    Raises:
-        SlideChangedError: it will be refused.
-    """
-    mpp = record["mpp"]
-    stated = source.mpp or (default_mpp if mpp["source"] == "--default-mpp" else None)
-    mask = None if source.mask is None else mask_sha256(source.mask)
-    changed = [
-        what
-        for what, differs in (
-            ("file", asdict(SlideFingerprint.of(source.path)) != record["slide"]),
-            ("mpp", stated is not None and stated != mpp["native"]),
-            ("mask", mask != record["tissue"]["given_sha256"]),
-        )
-        if differs
-    ]
-    if changed:
-        raise SlideChangedError(
-            f"got another {' and '.join(changed)} for slide {source.slide_id!r} than it was cut with before → one id "
-            f"is one slide → repeat what was given then, or extract into another --store"
-        )
 
 
 def _middle(coords: np.ndarray) -> np.ndarray:

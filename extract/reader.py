@@ -29,6 +29,7 @@ from extract.image import SlideLike, open_slide
 from extract.memory import keep_freed_memory
 from extract.quality import tile_flags
 from extract.ring import INVALID, Ring, RingShape
+from extract.sources import SlideSource
 from extract.store import QualityRecipe, TileRecipe, from_dict
 from extract.tiles import cut_slide
 
@@ -246,6 +247,20 @@ def open_request(
         "reader": reader,
         "plan": asdict(plan),
         "quality": None if quality is None else asdict(quality),
+    }
+
+
+def cut_request(source: SlideSource, reader: str, recipe: TileRecipe, default_mpp: float | None) -> Request:
+    """The request to cut a slide; its answer is a tiles unit."""
+    return {
+        "do": "cut",
+        "path": os.fspath(source.path),
+        "slide_id": source.slide_id,
+        "reader": reader,
+        "recipe": asdict(recipe),
+        "mpp": source.mpp,
+        "default_mpp": default_mpp,
+        "mask": None if source.mask is None else os.fspath(source.mask),
     }
 
 

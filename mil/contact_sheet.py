@@ -7,7 +7,6 @@ file while the page is made, so memory does not grow with the cohort.
 """
 
 import base64
-import hashlib
 import json
 import math
 import os
@@ -26,12 +25,12 @@ from extract.errors import EntryNotFoundError, ExtractError, StoreError
 from extract.store import SlideReader, Store, open_store
 from extract.store.base import encode_id
 from mil import slide_picture
-from mil.errors import ConfigError, MissingExtraError, listed
+from mil.errors import ConfigError, listed
 from mil.files import write_atomically
-from mil.plotting import MISSING, printable
+from mil.page import load_template
+from mil.plotting import MISSING
 from mil.slide_picture import FLAGS
 
-TEMPLATES = Path(__file__).parent / "templates"
 FEW_TILES = 10
 TISSUE_RANGE = (0.01, 0.95)
 FLAGGED_SHARE = 0.3
@@ -120,7 +119,7 @@ def write_contact_sheet(
         >>> write_contact_sheet("cohort.zarr", "contact_sheet.html")  # doctest: +SKIP
         PosixPath('contact_sheet.html')
     """
-    template = _load_template()
+    template = load_template("contact_sheet.html", "the contact sheet")
     path = Path(path)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ConfigError(f"got {path} for the contact sheet → expected a file in a folder that exists → correct it")
@@ -477,29 +476,6 @@ def _summary(store: Store, cards: Sequence[_Card]) -> list[tuple[str, str]]:
         ("Flagged tiles", _flags_text(flags)),
         ("Features", ", ".join(store.entries()) or "none yet: tiles only"),
     ]
-
-
-def _load_template() -> Any:
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingExtraError(
-            'got no jinja2 → expected it for the contact sheet → run pip install "tessera-mil[report]"'
-        ) from error
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(printable=printable, csp_hash=_csp_hash)
-    return environment.get_template("contact_sheet.html")
-
-
-def _csp_hash(script: str) -> str:
-    """The hash by which the page's content security policy knows its one script."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(str(script).encode()).digest()).decode()
 
 
 def _data_uri(spool: IO[bytes], span: tuple[int, int], kind: str) -> str:

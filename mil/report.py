@@ -8,7 +8,6 @@ reach the page through jinja2's escaping. matplotlib and jinja2 are optional and
 
 import base64
 import csv
-import hashlib
 import io
 import json
 import math
@@ -22,11 +21,11 @@ import numpy as np
 from PIL import Image
 
 from mil import plotting
-from mil.errors import MissingExtraError, RunError
+from mil.errors import RunError
 from mil.files import write_atomically
+from mil.page import load_template
 from mil.plotting import MISSING, ForestRow
 
-TEMPLATES = Path(__file__).parent / "templates"
 THUMBNAIL_PX = 112
 METRICS = {
     "macro_f1": "Macro-F1",
@@ -90,7 +89,9 @@ def write_report(
         RunError: A file of the run is missing or lacks keys, columns or classes.
         MissingExtraError: matplotlib or jinja2 is not installed.
     """
-    template = _load_template()
+    template = load_template(
+        "report.html", "the page of a report", number=_number, bracket=_bracket, duration=_duration
+    )
     run = _read_run(Path(run_folder))
     synthetic = bool(run.metrics["synthetic"])
     # All of them before the first is written: without matplotlib nothing is left behind.
@@ -112,26 +113,6 @@ def write_report(
     # A file name that is not UTF-8 reaches us with lone surrogates, which no HTML file can hold.
     write_atomically(path, page.encode("utf-8", "backslashreplace"))
     return path
-
-
-def _load_template() -> Any:
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingExtraError(
-            'got no jinja2 → expected it for the page of a report → run pip install "tessera-mil[report]"'
-        ) from error
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        printable=plotting.printable, number=_number, bracket=_bracket, duration=_duration, csp_hash=_csp_hash
-    )
-    return environment.get_template("report.html")
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -430,8 +411,3 @@ def _duration(seconds: float | None) -> str:
     if seconds is None:
         return MISSING
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {seconds % 60:.0f} s"
-
-
-def _csp_hash(script: str) -> str:
-    """The hash by which the page's content security policy knows its one script."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(str(script).encode()).digest()).decode()

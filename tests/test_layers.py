@@ -72,6 +72,7 @@ ORDER = {
         "replicas",
         "checkpoint",
         "plotting",
+        "page",
         "slide_picture",
         "contact_sheet",
         "report",
