@@ -5,7 +5,7 @@
 
 The straightforward pipeline is that of `benchmarks/plain_pipeline.py`. It is measured at batch 64 and at its own best
 batch size, in the same run as Tessera, repeats taking turns. With the trivial backbone (the mean colour of a tile)
-reading and moving tiles alone decide.
+reading and moving tiles alone decide, and Tessera's quality flags, which the other has not.
 
 The limit on a CPU is cores / (CPU seconds of reading + backbone a tile), both measured alone with all cores at work. On
 a GPU it is the fastest rate of the backbone alone, over batch sizes, on tiles that already are in its memory.
@@ -271,13 +271,13 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     parser.add_argument("--batches", nargs="+", type=int, default=[64, 128, 256, 512], help="on a GPU")
     parser.add_argument("--size-px", type=int, default=8960, help="side of the slide that backbones embed on a CPU")
     parser.add_argument(
-        "--large-px", type=int, default=14336, help="side of the slides of the trivial backbone and a GPU"
+        "--large-px", type=int, default=28672, help="side of the slides of the trivial backbone and a GPU"
     )
     parser.add_argument("--tile-px", type=int, default=224)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--search-tiles", type=int, default=256, help="tiles for choosing batches and CPU seconds")
     parser.add_argument("--slides", nargs="+", type=int, default=[10, 100, 1000], help="counts for the memory table")
-    parser.add_argument("--copies", type=int, default=4, help="how many of the latter")
+    parser.add_argument("--copies", type=int, default=3, help="how many of the latter")
     parser.add_argument("--out", type=Path, default=None)
     options = parser.parse_args(arguments)
     keep_freed_memory()

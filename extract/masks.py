@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
-from skimage.measure import find_contours
 
 from extract.errors import MaskError
 from extract.image import DECODE_ERRORS, MAX_PIXELS
@@ -111,6 +109,9 @@ def tissue_geojson(mask: np.ndarray, bounds_l0: tuple[int, int, int, int]) -> di
         A FeatureCollection with one polygon, holes included, for each connected piece.
     """
     scale = np.array([bounds_l0[2] / mask.shape[1], bounds_l0[3] / mask.shape[0]])
+    # half a second to import, which most runs never need
+    from scipy import ndimage
+
     labels, _ = ndimage.label(mask)
     features = []
     for label, window in enumerate(ndimage.find_objects(labels), start=1):
@@ -163,6 +164,8 @@ def _trace(piece: np.ndarray) -> list[np.ndarray]:
     """Outline of one 4-connected piece bool [h, w], then its holes: closed rings (x, y) in pixels from its corner."""
     # a frame of background closes the outlines at the picture's edge; the centre of pixel 0 is at 1 in it and at 0.5
     # in pixel coordinates
+    from skimage.measure import find_contours
+
     rings = [ring[:, ::-1] - 0.5 for ring in find_contours(np.pad(piece, 1), 0.5, fully_connected="low")]
     return sorted((_without_midpoints(ring) for ring in rings), key=_area, reverse=True)
 

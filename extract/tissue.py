@@ -1,8 +1,6 @@
 """Tissue on a thumbnail: channel range or saturation, Otsu's threshold, pen marks left out, morphology."""
 
 import numpy as np
-from skimage.filters import threshold_otsu
-from skimage.morphology import remove_small_holes, remove_small_objects
 
 from extract.errors import MaskError
 from extract.pen import Colours, find_colours
@@ -67,6 +65,8 @@ def _pen_marks(colours: Colours, recipe: TissueRecipe, tile_area_px: float) -> n
     Strokes are wide and long: what is thinner than three pixels, or smaller than the smallest object, is left alone,
     since single nuclei and blood cells may have the colour of ink.
     """
+    from skimage.morphology import remove_small_objects
+
     smallest = round(recipe.min_object_tiles * tile_area_px)
     if not recipe.exclude_pen or np.count_nonzero(colours.pen) <= smallest:
         return None
@@ -76,6 +76,8 @@ def _pen_marks(colours: Colours, recipe: TissueRecipe, tile_area_px: float) -> n
 
 def _clean(mask: np.ndarray, pen: np.ndarray | None, recipe: TissueRecipe, tile_area_px: float) -> np.ndarray:
     """Close and open with a disk, fill small holes, take pen marks out, drop small objects."""
+    from skimage.morphology import remove_small_holes, remove_small_objects
+
     if pen is not None:
         mask &= ~pen
     border = 2 * recipe.closing_px + 1
@@ -115,6 +117,8 @@ def _erode(mask: np.ndarray, radius: int) -> np.ndarray:
 
 
 def _otsu(values: np.ndarray) -> float:
+    from skimage.filters import threshold_otsu
+
     counts = np.bincount(values.ravel(), minlength=256)
     if np.count_nonzero(counts) < 2:
         # one value, or none where ink covers everything
