@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test test-fast test-slow test-crash lint format clean
 
 # The stamp makes a second call cheap: pip runs again only when the metadata or the pins change.
 $(STAMP): setup.cfg pyproject.toml constraints.txt
@@ -21,7 +21,16 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not slow_compile"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow_compile
+
+# Takes some minutes: writers killed and raced 1,000 times, every byte of a store damaged. The counts are printed.
+test-crash: $(STAMP)
+	TESSERA_CRASH_ROUNDS=1000 TESSERA_RACE_ROUNDS=1000 TESSERA_MODEL_RUNS=300 $(BIN)/python -m pytest -rP \
+		tests/test_extract/test_crash.py tests/test_extract/test_races.py tests/test_extract/test_damage.py \
+		tests/test_extract/test_faults.py tests/test_extract/test_store_model.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

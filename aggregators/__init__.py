@@ -11,7 +11,13 @@ A batch of bags is packed: instances [total, in_dim] and offsets int64 [bags + 1
 """
 
 from aggregators.abmil import ABMIL
+from aggregators.acmil import ACMIL
+from aggregators.additive import AdditiveMIL
 from aggregators.base import Aggregator, BagOutput
+from aggregators.chowder import Chowder
+from aggregators.clam import ClamMB, ClamSB
+from aggregators.dsmil import DSMIL
+from aggregators.dtfd import DTFD
 from aggregators.errors import (
     AggregatorError,
     BagInputError,
@@ -23,6 +29,10 @@ from aggregators.errors import (
     UnknownAggregatorError,
     UnknownKeywordError,
 )
+from aggregators.ilra import ILRA
+from aggregators.instance_max import InstanceMax
+from aggregators.lse import LogSumExp
+from aggregators.noisy_or import NoisyOr
 from aggregators.pooling import MaxPool, MeanPool
 from aggregators.registry import (
     AggregatorRecord,
@@ -32,22 +42,37 @@ from aggregators.registry import (
     list_aggregators,
     register_aggregator,
 )
+from aggregators.topk import TopK
 from aggregators.transformer import TransformerAggregator
+from aggregators.transmil import TransMIL
 
 __all__ = [
     "ABMIL",
+    "ACMIL",
+    "DSMIL",
+    "DTFD",
+    "ILRA",
+    "AdditiveMIL",
     "Aggregator",
     "AggregatorError",
     "AggregatorRecord",
     "BagInputError",
     "BagOutput",
+    "Chowder",
+    "ClamMB",
+    "ClamSB",
     "DuplicateAggregatorError",
     "HeadConfigError",
+    "InstanceMax",
+    "LogSumExp",
     "MaxPool",
     "MeanPool",
+    "NoisyOr",
     "OfficialStateError",
     "OffsetsError",
     "RegistryError",
+    "TopK",
+    "TransMIL",
     "TransformerAggregator",
     "UnknownAggregatorError",
     "UnknownKeywordError",

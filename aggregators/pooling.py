@@ -1,9 +1,12 @@
 """Mean and max pooling of instance embeddings: the baselines any attention has to beat."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from aggregators.base import Aggregator, BagOutput, Projection
+from aggregators.official import official_tensors
 from aggregators.registry import register_aggregator
 from aggregators.segment import Segments, segment_max, segment_mean
 
@@ -49,6 +52,8 @@ class MeanPool(_Pool):
 
     References:
         Wang, Yan, Tang, Bai, Liu, Revisiting multiple instance neural networks, Pattern Recognition 2018 (MI-Net).
+        ACMIL's `MeanMIL` (dazhangyu123/ACMIL), which averages instance logits, is the same head; from_official reads
+        its parameters.
         Deviations: one hidden layer or none instead of three; a logit per class instead of one sigmoid.
 
     Example:
@@ -64,6 +69,27 @@ class MeanPool(_Pool):
         embedded = self.projection(instances, generator)
         embedding = segment_mean(embedded, segments)
         return BagOutput(self.classifier(embedding), embedding, None, self.classifier(embedded), {})
+
+    @classmethod
+    def from_official(cls, state: Mapping[str, Tensor]) -> "MeanPool":
+        """Builds the head of a trained ACMIL `MeanMIL`.
+
+        Raises:
+            OfficialStateError: parameters are missing or left over.
+
+        Example:
+            >>> shapes = {"head.0.weight": (4, 6), "head.0.bias": (4,), "head.3.weight": (2, 4), "head.3.bias": (2,)}
+            >>> head = MeanPool.from_official({name: torch.zeros(shape) for name, shape in shapes.items()})
+            >>> head(torch.ones(3, 6)).logits.shape
+            torch.Size([1, 2])
+        """
+        layers = {"head.0": "projection.linear", "head.3": "classifier"}
+        names = {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in layers.items() for kind in ("weight", "bias")}
+        renamed = {names[name]: value for name, value in official_tensors(state, names, "ACMIL's MeanMIL").items()}
+        embed_dim, in_dim = renamed["projection.linear.weight"].shape
+        head = cls(in_dim, renamed["classifier.weight"].shape[0], embed_dim)
+        head.load_state_dict(renamed)
+        return head
 
 
 @register_aggregator("max", paper=_PAPER)

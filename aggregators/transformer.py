@@ -9,13 +9,16 @@ from torch.nn import functional
 
 from aggregators.base import Aggregator, BagOutput, Dropout, Projection
 from aggregators.errors import OfficialStateError, require
+from aggregators.norm import create_bag_norm, create_norm
 from aggregators.official import official_tensors
+from aggregators.positions import grid_cells, require_coords, sincos_code
 from aggregators.registry import register_aggregator
 from aggregators.segment import Segments, segment_softmax
 
 _BLOCK_NAMES = ("norm.weight", "norm.bias", "attention.in_proj_weight", "attention.in_proj_bias",
                 "attention.out_proj.weight", "attention.out_proj.bias")  # fmt: skip
 _MLP_NAMES = ("mlp.0.weight", "mlp.0.bias", "mlp.3.weight", "mlp.3.bias", "norm2.weight", "norm2.bias")
+_POSITIONS = ("none", "sincos")
 _STEM_NAMES = {
     "patch_embed.0.weight": "projection.linear.weight",
     "patch_embed.0.bias": "projection.linear.bias",
@@ -44,25 +47,31 @@ class _MLP(nn.Module):
 
 
 class _Block(nn.Module):
-    """One pre-norm block: tokens + attention(norm(tokens)), then + MLP(norm(...)) if there is one."""
+    """One pre-norm block: tokens + attention(norm(tokens)), then + MLP(norm(...)) if there is one.
 
-    def __init__(self, dim: int, heads: int, hidden_dim: int, dropout: float, official: bool) -> None:
+    The last block's MLP sees class tokens only, one row per bag.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, hidden_dim: int, dropout: float, official: bool, norm: str, last: bool
+    ) -> None:
         super().__init__()
+        create_mlp_norm = create_bag_norm if last else create_norm
         self.heads = heads
-        self.norm = nn.LayerNorm(dim)
+        self.norm = create_norm(norm, dim)
         self.query = nn.Linear(dim, dim)
         self.key_value = nn.Linear(dim, 2 * dim)
         self.out = nn.Linear(dim, dim)
-        self.mlp_norm = nn.LayerNorm(dim) if hidden_dim else None
+        self.mlp_norm = create_mlp_norm(norm, dim) if hidden_dim else None
         self.mlp = _MLP(dim, hidden_dim, dropout, official) if hidden_dim else None
 
     def forward(self, tokens: Tensor, segments: Segments, generator: torch.Generator | None) -> Tensor:
         """Lets the tokens [total, dim] of each bag attend to each other."""
-        normed = self.norm(tokens)
+        normed = self.norm(tokens, segments)
         query = self._by_head(self.query(normed))
         key, value = (self._by_head(part) for part in self.key_value(normed).chunk(2, dim=1))
         attended = torch.cat([_attend(*bag) for bag in zip(*map(segments.split, (query, key, value)), strict=True)])
-        return self._residual(tokens, attended, generator)
+        return self._residual(tokens, attended, segments, generator)
 
     def class_tokens(
         self, tokens: Tensor, segments: Segments, generator: torch.Generator | None
@@ -71,18 +80,21 @@ class _Block(nn.Module):
 
         Returns the class tokens [bags, dim] and the log of their attention to every token [total, heads].
         """
-        first = _first_rows(tokens, segments)  # [bags, dim]
-        query = self._by_head(self.query(self.norm(first)))  # [bags, heads, head_dim]
-        key, value = (self._by_head(part) for part in self.key_value(self.norm(tokens)).chunk(2, dim=1))
+        normed = self.norm(tokens, segments)
+        query = self._by_head(self.query(_first_rows(normed, segments)))  # [bags, heads, head_dim]
+        key, value = (self._by_head(part) for part in self.key_value(normed).chunk(2, dim=1))
         bags = zip(query, segments.split(key), segments.split(value), strict=True)
         attended, log_attention = zip(*(_attend_once(*bag) for bag in bags), strict=True)
-        return self._residual(first, torch.stack(attended), generator), torch.cat(log_attention)
+        first, one_each = _first_rows(tokens, segments), Segments((1,) * segments.bags)
+        return self._residual(first, torch.stack(attended), one_each, generator), torch.cat(log_attention)
 
-    def _residual(self, tokens: Tensor, attended: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _residual(
+        self, tokens: Tensor, attended: Tensor, segments: Segments, generator: torch.Generator | None
+    ) -> Tensor:
         tokens = tokens + self.out(attended)
         if self.mlp is None or self.mlp_norm is None:
             return tokens
-        updated: Tensor = tokens + self.mlp(self.mlp_norm(tokens), generator)
+        updated: Tensor = tokens + self.mlp(self.mlp_norm(tokens, segments), generator)
         return updated
 
     def _by_head(self, tokens: Tensor) -> Tensor:
@@ -103,7 +115,9 @@ class TransformerAggregator(Aggregator):
                       t ← t + MLP(LayerNorm(t)), unless mlp_ratio is 0
         z_b = LayerNorm(t_0),  logits_b = W z_b + b
 
-    There is no positional encoding: the order of instances does not matter. Attention runs bag by bag with torch's
+    With positions "sincos", t_i also gets the sine-cosine code of its tile's column and row in the bag's own grid (see
+    aggregators.positions), so that it matters where a tile lies but not where the slide's bounds start. The order of
+    instances does not matter either way. Attention runs bag by bag with torch's
     fused kernel, so that nothing crosses bags and memory stays linear in the instances while time is quadratic. In
     the last block only the class token is computed, as nothing else of it is read: same result, half the time at
     depth 2.
@@ -126,6 +140,10 @@ class TransformerAggregator(Aggregator):
             kernels on CPUs cannot drop.
         official: MIL-Lab's MLP, with ReLU instead of GELU and another ReLU after its last layer, so that it can only
             add to a token.
+        norm: of all tokens of a bag: "layer", "instance", "batch" or "none" (aggregators/norm.py says when each is
+            sound). Where only class tokens are normed, in the last block's MLP and at the end, "instance" and
+            "batch" stand for "layer".
+        positions: "none", or "sincos", which needs coords (level-0 px) in every forward.
         input_norm: "none", "layer" or "standardize".
 
     References:
@@ -133,7 +151,7 @@ class TransformerAggregator(Aggregator):
         Vaswani et al., Attention is all you need, NeurIPS 2017.
         MIL-Lab's `Transformer` (mahmoodlab/MIL-Lab) is reproduced by from_official in its normal forward pass. In that
         code, asking for the attention changes the logits; here it never does.
-        Deviations: no positions, no dropout on attention weights, ReLU after the embedding.
+        Deviations: positions are optional and not learned, no dropout on attention weights, ReLU after the embedding.
 
     Example:
         >>> head = TransformerAggregator(in_dim=16, n_classes=3, embed_dim=8, heads=2).eval()
@@ -152,6 +170,8 @@ class TransformerAggregator(Aggregator):
         mlp_ratio: float = 2.0,
         dropout: float = 0.1,
         official: bool = False,
+        norm: str = "layer",
+        positions: str = "none",
         input_norm: str = "none",
     ) -> None:
         super().__init__(in_dim, n_classes, input_norm)
@@ -161,12 +181,19 @@ class TransformerAggregator(Aggregator):
             f"got embed_dim {embed_dim} and heads {heads} → expected a positive multiple → try 256 and 4",
         )
         require(mlp_ratio >= 0, f"got mlp_ratio {mlp_ratio} → expected 0 or more → pass 0 for no MLP")
+        require(positions in _POSITIONS, f"got positions {positions!r} → expected one of {_POSITIONS} → pick one")
+        require(
+            positions == "none" or embed_dim % 4 == 0,
+            f"got embed_dim {embed_dim} with positions {positions!r} → expected a multiple of 4 → try 256",
+        )
         hidden_dim = round(embed_dim * mlp_ratio)
+        self.positions = positions
         self.projection = Projection(in_dim, embed_dim, dropout)
         self.class_token = nn.Parameter(torch.randn(1, embed_dim) * 0.02)
-        blocks = [_Block(embed_dim, heads, hidden_dim, dropout, official) for _ in range(depth)]
-        self.blocks, self.last_block = nn.ModuleList(blocks[:-1]), blocks[-1]
-        self.norm = nn.LayerNorm(embed_dim)
+        shared = (embed_dim, heads, hidden_dim, dropout, official, norm)
+        self.blocks = nn.ModuleList(_Block(*shared, last=False) for _ in range(depth - 1))
+        self.last_block = _Block(*shared, last=True)
+        self.norm = create_bag_norm(norm, embed_dim)
         self.classifier = nn.Linear(embed_dim, n_classes)
 
     def aggregate(
@@ -174,16 +201,21 @@ class TransformerAggregator(Aggregator):
     ) -> BagOutput:
         """Attends within each bag of instances [total, in_dim] and classifies the class tokens."""
         embedded = self.projection(instances, generator)
+        if self.positions == "sincos":
+            embedded = embedded + self._position_codes(coords, segments).to(embedded)
         tokens = torch.cat([row for bag in segments.split(embedded) for row in (self.class_token, bag)])
         token_segments = Segments(tuple(size + 1 for size in segments.sizes))
         for block in self.blocks:
             tokens = block(tokens, token_segments, generator)
         last, log_attention = self.last_block.class_tokens(tokens, token_segments, generator)
-        embedding = self.norm(last)
+        embedding = self.norm(last, Segments((1,) * segments.bags))
         log_average = log_attention.logsumexp(1, keepdim=True) - math.log(self.last_block.heads)
         scores = _instance_rows(log_average, token_segments)  # [total, 1]
         attention = segment_softmax(scores, segments)
         return BagOutput(self.classifier(embedding), embedding, attention, None, {"attention_scores": scores})
+
+    def _position_codes(self, coords: Tensor | None, segments: Segments) -> Tensor:
+        return sincos_code(grid_cells(require_coords(coords, "transformer"), segments), self.class_token.shape[1])
 
     @classmethod
     def from_official(cls, state: Mapping[str, Tensor], heads: int) -> "TransformerAggregator":

