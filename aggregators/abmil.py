@@ -6,18 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from aggregators.base import Aggregator, BagOutput, Projection
-from aggregators.errors import require
+from aggregators.gated_attention import GatedAttention
 from aggregators.official import official_tensors
 from aggregators.registry import register_aggregator
 from aggregators.segment import Segments, segment_softmax, segment_weighted_sum
 
 _GATED_NAMES = {
-    "attention_v": "attention_V.0",
-    "attention_u": "attention_U.0",
-    "attention_w": "attention_w",
+    "attention.v": "attention_V.0",
+    "attention.u": "attention_U.0",
+    "attention.w": "attention_w",
     "classifier": "classifier.0",
 }
-_PLAIN_NAMES = {"attention_v": "attention.0", "attention_w": "attention.2", "classifier": "classifier.0"}
+_PLAIN_NAMES = {"attention.v": "attention.0", "attention.w": "attention.2", "classifier": "classifier.0"}
 
 
 @register_aggregator(
@@ -77,15 +77,9 @@ class ABMIL(Aggregator):
         input_norm: str = "none",
     ) -> None:
         super().__init__(in_dim, n_classes, input_norm)
-        require(attention_dim >= 1, f"got attention_dim {attention_dim} → expected at least 1 → try 128")
-        require(branches >= 1, f"got branches {branches} → expected at least 1 → pass 1 for the paper's head")
-        require(temperature > 0, f"got temperature {temperature} → expected above 0 → pass 1 for a plain softmax")
-        self.temperature = temperature
         self.branches = branches
         self.projection = Projection(in_dim, embed_dim, dropout)
-        self.attention_v = nn.Linear(self.projection.dim, attention_dim)
-        self.attention_u = nn.Linear(self.projection.dim, attention_dim) if gated else None
-        self.attention_w = nn.Linear(attention_dim, branches, bias=False)
+        self.attention = GatedAttention(self.projection.dim, attention_dim, branches, temperature, gated)
         self.classifier = nn.Linear(branches * self.projection.dim, n_classes)
 
     def aggregate(
@@ -93,10 +87,7 @@ class ABMIL(Aggregator):
     ) -> BagOutput:
         """Weights instances [total, in_dim] into one embedding and one row of logits per bag."""
         embedded = self.projection(instances, generator)  # [total, dim]
-        hidden = self.attention_v(embedded).tanh()  # [total, attention_dim]
-        if self.attention_u is not None:
-            hidden = hidden * self.attention_u(embedded).sigmoid()
-        scores = self.attention_w(hidden) / self.temperature  # [total, branches]
+        scores = self.attention(embedded)  # [total, branches]
         attention = segment_softmax(scores, segments)
         embedding = segment_weighted_sum(attention, embedded, segments).flatten(1)  # [bags, branches · dim]
         return BagOutput(self.classifier(embedding), embedding, attention, None, {"attention_scores": scores})
@@ -126,9 +117,9 @@ class ABMIL(Aggregator):
         }
         found = official_tensors(state, expected, "AttentionDeepMIL", ("feature_extractor_",))
         renamed = {expected[name]: value for name, value in found.items()}
-        del renamed["attention_w.bias"]
-        attention_dim, in_dim = renamed["attention_v.weight"].shape
-        branches, n_classes = renamed["attention_w.weight"].shape[0], renamed["classifier.weight"].shape[0]
+        del renamed["attention.w.bias"]
+        attention_dim, in_dim = renamed["attention.v.weight"].shape
+        branches, n_classes = renamed["attention.w.weight"].shape[0], renamed["classifier.weight"].shape[0]
         head = cls(in_dim, n_classes, None, attention_dim, gated, branches, dropout=0.0)
         head.load_state_dict(renamed)
         return head

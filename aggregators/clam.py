@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from aggregators.base import Aggregator, BagOutput, Dropout, Projection
+from aggregators.base import Aggregator, BagOutput, Projection
 from aggregators.errors import BagInputError, OfficialStateError, require
+from aggregators.gated_attention import GatedAttention
 from aggregators.official import official_tensors
 from aggregators.registry import register_aggregator
 from aggregators.segment import Segments, segment_softmax, segment_weighted_sum
@@ -16,24 +17,6 @@ _PAPER = (
     "Lu, Williamson, Chen, Chen, Barbieri, Mahmood, Data-efficient and weakly supervised computational pathology on "
     "whole-slide images, Nature Biomedical Engineering 2021"
 )
-
-
-class _Attention(nn.Module):
-    """Scores instances, plain or gated, with dropout on its hidden layers: [total, dim] → [total, branches]."""
-
-    def __init__(self, dim: int, attention_dim: int, branches: int, gated: bool, dropout: float) -> None:
-        super().__init__()
-        self.v = nn.Linear(dim, attention_dim)
-        self.u = nn.Linear(dim, attention_dim) if gated else None
-        self.w = nn.Linear(attention_dim, branches, bias=False)
-        self.dropout = Dropout(dropout)
-
-    def forward(self, embedded: Tensor, generator: torch.Generator | None) -> Tensor:
-        hidden = self.dropout(self.v(embedded).tanh(), generator)
-        if self.u is not None:
-            hidden = hidden * self.dropout(self.u(embedded).sigmoid(), generator)
-        scores: Tensor = self.w(hidden)
-        return scores
 
 
 class _Clam(Aggregator):
@@ -57,31 +40,29 @@ class _Clam(Aggregator):
         input_norm: str = "none",
     ) -> None:
         super().__init__(in_dim, n_classes, input_norm)
-        require(attention_dim >= 1, f"got attention_dim {attention_dim} → expected at least 1 → try 256")
-        require(temperature > 0, f"got temperature {temperature} → expected above 0 → pass 1 for a plain softmax")
         require(k_sample >= 1, f"got k_sample {k_sample} → expected at least 1 → pass 8, or bag_weight=1 for none")
         require(
             0 < bag_weight <= 1,
             f"got bag_weight {bag_weight} → expected above 0, at most 1 → pass 1 for no instance loss",
         )
-        self.temperature = temperature
         self.k_sample = k_sample
         self.subtyping = subtyping
         self.bag_weight = bag_weight
         self.official = official
         self.branches = 1 if self.single_branch else n_classes
         self.projection = Projection(in_dim, embed_dim, dropout)
-        self.attention = _Attention(self.projection.dim, attention_dim, self.branches, gated, dropout)
-        self.classifier = nn.Linear(self.projection.dim, n_classes)
+        dim = self.projection.dim
+        self.attention = GatedAttention(dim, attention_dim, self.branches, temperature, gated, dropout)
+        self.classifier = nn.Linear(dim, n_classes)
         # without an instance loss nothing would train it
-        self.instance_classifier = nn.Linear(self.projection.dim, 2 * n_classes) if bag_weight < 1 else None
+        self.instance_classifier = nn.Linear(dim, 2 * n_classes) if bag_weight < 1 else None
 
     def aggregate(
         self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: torch.Generator | None
     ) -> BagOutput:
         """Weights instances [total, in_dim] into one embedding per bag and branch and classifies these."""
         embedded = self.projection(instances, generator)  # [total, dim]
-        scores = self.attention(embedded, generator) / self.temperature  # [total, branches]
+        scores = self.attention(embedded, generator)  # [total, branches]
         attention = segment_softmax(scores, segments)
         by_branch = segment_weighted_sum(attention, embedded, segments)  # [bags, branches, dim]
         extras = {"attention_scores": scores}
@@ -102,16 +83,16 @@ class _Clam(Aggregator):
         bags = output.logits.shape[0]
         if output.attention is None or "cluster_logits" not in output.extras:
             return output.logits.new_zeros(bags)
-        if targets.shape != (bags,) or targets.dtype != torch.int64:
+        if targets.shape != (bags,) or targets.dtype != torch.int64 or self.n_classes == 1:
             raise BagInputError(
-                f"got targets of shape {tuple(targets.shape)} and type {targets.dtype} → expected class numbers, "
-                f"int64 [{bags}] → pass bag_weight=1 to train other targets without the instance loss"
+                f"got targets of shape {tuple(targets.shape)} and type {targets.dtype} for {self.n_classes} logits → "
+                f"expected class numbers, int64 [{bags}], of at least two classes → pass bag_weight=1 to train other "
+                "targets without the instance loss"
             )
         segments = Segments.from_offsets(offsets, output.attention.shape[0])
         chances = output.extras["cluster_logits"].log_softmax(2)  # [total, classes, 2]
-        ranks = output.attention.expand(-1, self.n_classes)  # the single branch ranks for every class
         is_target = functional.one_hot(targets, self.n_classes).bool()  # [bags, classes]
-        triples = zip(segments.split(ranks), segments.split(chances), is_target, strict=True)
+        triples = zip(segments.split(output.attention), segments.split(chances), is_target, strict=True)
         return torch.stack([self._bag_loss(*triple) for triple in triples])
 
     def auxiliary_loss(self, output: BagOutput, targets: Tensor, offsets: Tensor | None) -> Tensor:
@@ -130,17 +111,21 @@ class _Clam(Aggregator):
         """
         return (1 - self.bag_weight) / self.bag_weight * self.instance_loss(output, targets, offsets).mean()
 
-    def _bag_loss(self, ranks: Tensor, chances: Tensor, is_target: Tensor) -> Tensor:
-        """Clustering loss of one bag from ranks [n_b, classes], log-probabilities [n_b, classes, 2] and its class."""
-        size = ranks.shape[0]
+    def _bag_loss(self, attention: Tensor, chances: Tensor, is_target: Tensor) -> Tensor:
+        """Clustering loss of one bag: attention [n_b, branches], log-probabilities [n_b, classes, 2], its class."""
+        ranks, size = attention.detach(), attention.shape[0]
         pairs = min(self.k_sample, size if self.official else size // 2)
         members = chances.new_zeros(self.n_classes)
         if pairs:
-            top, bottom = _ranked(chances, ranks, pairs), _ranked(chances, -ranks, pairs)
+            highest = ranks.topk(pairs, dim=0).indices
+            # taken out, as instances of equal attention could be at both ends
+            rest = ranks if self.official else ranks.scatter(0, highest, torch.inf)
+            lowest = rest.topk(pairs, dim=0, largest=False).indices
+            top, bottom = _rows(chances, highest), _rows(chances, lowest)
             members = -(top[:, :, 1].mean(0) + bottom[:, :, 0].mean(0)) / 2  # [classes]
         if not self.subtyping:
             return torch.where(is_target, members, 0).sum()
-        top = _ranked(chances, ranks, min(self.k_sample, size))
+        top = _rows(chances, ranks.topk(min(self.k_sample, size), dim=0).indices)
         others = -top[:, :, 0].mean(0)  # [classes]
         return torch.where(is_target, members, others).mean()
 
@@ -304,10 +289,9 @@ class ClamMB(_Clam):
         return head
 
 
-def _ranked(chances: Tensor, ranks: Tensor, count: int) -> Tensor:
-    """Rows of chances [n_b, classes, 2] of the `count` highest ranks [n_b, classes] → [count, classes, 2]."""
-    rows = ranks.topk(count, dim=0).indices  # [count, classes]
-    return chances.gather(0, rows.unsqueeze(2).expand(-1, -1, 2))
+def _rows(chances: Tensor, rows: Tensor) -> Tensor:
+    """Takes rows [count, branches], one branch for all classes or each its own, of chances [n_b, classes, 2]."""
+    return chances.gather(0, rows.unsqueeze(2).expand(-1, *chances.shape[1:]))
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

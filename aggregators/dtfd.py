@@ -313,5 +313,6 @@ def _instance_scores(scores: Tensor, pseudo_scores: Tensor, distilled: _Distille
     """Spreads the scores of tier 2 over the instances, [total, 1]: their softmax over a bag is its attention."""
     if distilled.rows is not None:
         return torch.full_like(pseudo_scores, -torch.inf).index_copy(0, distilled.rows, scores.to(pseudo_scores.dtype))
-    inside = torch.cat([part.log_softmax(0) for part in division.pseudo_bags.split(pseudo_scores)])
+    dtype = torch.promote_types(pseudo_scores.dtype, torch.float32)  # 16 bits cannot hold the weights of a large bag
+    inside = torch.cat([part.log_softmax(0, dtype=dtype) for part in division.pseudo_bags.split(pseudo_scores)])
     return inside + scores[division.pseudo_bags.bag_index(scores.device)]

@@ -1,12 +1,17 @@
 """The small network that scores instances, as several published heads use it."""
 
+import torch
 from torch import Tensor, nn
 
+from aggregators.base import Dropout
 from aggregators.errors import require
 
 
 class GatedAttention(nn.Module):
-    """Scores every instance: s_ik = w_kᵀ (tanh(V h_i + b_V) ⊙ sigmoid(U h_i + b_U)) / temperature.
+    """Scores every instance by a small network, with the sigmoid gate or plain.
+
+        s_ik = w_kᵀ (dropout(tanh(V h_i + b_V)) ⊙ dropout(sigmoid(U h_i + b_U))) / temperature   gated
+        s_ik = w_kᵀ dropout(tanh(V h_i + b_V)) / temperature                                      plain
 
     w has no bias, because the softmax that follows removes a constant.
 
@@ -17,6 +22,8 @@ class GatedAttention(nn.Module):
         attention_dim: width of V and U.
         branches: scores per instance, each with its own w_k; V and U are shared.
         temperature: above 1 evens the attention out, below 1 sharpens it.
+        gated: multiplies by the sigmoid gate.
+        dropout: probability on both hidden layers.
 
     Raises:
         HeadConfigError: a value is out of range.
@@ -29,19 +36,30 @@ class GatedAttention(nn.Module):
         torch.Size([5, 2])
     """
 
-    def __init__(self, dim: int, attention_dim: int, branches: int = 1, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        attention_dim: int,
+        branches: int = 1,
+        temperature: float = 1.0,
+        gated: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         require(attention_dim >= 1, f"got attention_dim {attention_dim} → expected at least 1 → try 128")
         require(branches >= 1, f"got branches {branches} → expected at least 1 → pass 1 for a single distribution")
         require(temperature > 0, f"got temperature {temperature} → expected above 0 → pass 1 for a plain softmax")
         self.temperature = temperature
         self.v = nn.Linear(dim, attention_dim)
-        self.u = nn.Linear(dim, attention_dim)
+        self.u = nn.Linear(dim, attention_dim) if gated else None
         self.w = nn.Linear(attention_dim, branches, bias=False)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, instances: Tensor) -> Tensor:
+    def forward(self, instances: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Maps [total, dim] to scores [total, branches], before any softmax."""
-        hidden = self.v(instances).tanh() * self.u(instances).sigmoid()  # [total, attention_dim]
+        hidden = self.dropout(self.v(instances).tanh(), generator)  # [total, attention_dim]
+        if self.u is not None:
+            hidden = hidden * self.dropout(self.u(instances).sigmoid(), generator)
         scores: Tensor = self.w(hidden)
         return scores / self.temperature
 

@@ -10,7 +10,7 @@ from aggregators.segment import Segments
 class InstanceHead(Aggregator):
     """Scores every instance with the same classifier; a subclass says in `pool` how a bag's logits come from these.
 
-        h_i = x_i, or dropout(ReLU(W_e x_i + b_e)) with embed_dim
+        h_i = dropout(x_i), or dropout(ReLU(W_e x_i + b_e)) with embed_dim
         l_i = W h_i + b
         logits_b = pool({l_i : i ∈ b})
 

@@ -28,7 +28,7 @@ _LAYOUTS = {
 class InstanceMax(InstanceHead):
     """Takes the largest logit of every class over the instances of a bag.
 
-        h_i = x_i, or dropout(ReLU(W_e x_i + b_e)) with embed_dim
+        h_i = dropout(x_i), or dropout(ReLU(W_e x_i + b_e)) with embed_dim
         l_i = W h_i + b
         logits_b = max_{i ∈ b} l_i, for each class on its own
 

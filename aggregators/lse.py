@@ -16,7 +16,7 @@ from aggregators.segment import Segments
 class LogSumExp(InstanceHead):
     """Pools instance logits by a smooth maximum.
 
-        h_i = x_i, or dropout(ReLU(W_e x_i + b_e)) with embed_dim
+        h_i = dropout(x_i), or dropout(ReLU(W_e x_i + b_e)) with embed_dim
         l_i = W h_i + b
         logits_b = T log((1 / n_b) Σ_{i ∈ b} exp(l_i / T)), for each class on its own
 

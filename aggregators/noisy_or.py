@@ -18,7 +18,7 @@ from aggregators.segment import Segments, segment_sum
 class NoisyOr(InstanceHead):
     """Combines instance probabilities as if every instance could make the bag positive on its own.
 
-        h_i = x_i, or dropout(ReLU(W_e x_i + b_e)) with embed_dim
+        h_i = dropout(x_i), or dropout(ReLU(W_e x_i + b_e)) with embed_dim
         p_i = sigmoid(W h_i + b), for each class on its own
         P_b = 1 - Π_{i ∈ b} (1 - p_i)
         logits_b = log(P_b / (1 - P_b))

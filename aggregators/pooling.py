@@ -33,7 +33,7 @@ class _Pool(Aggregator):
 class MeanPool(_Pool):
     """Averages the instance embeddings of a bag, then classifies the average.
 
-        h_i = x_i, or dropout(ReLU(W_e x_i + b_e)) with embed_dim
+        h_i = dropout(x_i), or dropout(ReLU(W_e x_i + b_e)) with embed_dim
         z_b = (1 / n_b) Σ_{i ∈ b} h_i
         logits_b = W z_b + b
 
@@ -96,7 +96,7 @@ class MeanPool(_Pool):
 class MaxPool(_Pool):
     """Takes the largest value of every embedding feature over a bag, then classifies these maxima.
 
-        h_i = x_i, or dropout(ReLU(W_e x_i + b_e)) with embed_dim
+        h_i = dropout(x_i), or dropout(ReLU(W_e x_i + b_e)) with embed_dim
         z_b = max_{i ∈ b} h_i, for each feature on its own
         logits_b = W z_b + b
 

@@ -15,7 +15,7 @@ from aggregators.segment import Segments
 class TopK(InstanceHead):
     """Averages the k largest instance logits of a bag, for each class on its own.
 
-        h_i = x_i, or dropout(ReLU(W_e x_i + b_e)) with embed_dim
+        h_i = dropout(x_i), or dropout(ReLU(W_e x_i + b_e)) with embed_dim
         l_i = W h_i + b
         T_bc = the min(k, n_b) instances of b with the largest l_ic
         logits_bc = Σ_{i ∈ T_bc} w_i l_ic,  w_i = 1 / |T_bc|, or softmax of the l_ic over T_bc

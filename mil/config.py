@@ -13,6 +13,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from extract.store.remote_path import store_path
 from mil.errors import ConfigError, did_you_mean
 
 GROUPS = ("head", "optimizer", "scheduler")
@@ -418,13 +419,11 @@ def _coerce(where: str, value: Any, kind: Any) -> Any:
             _require(str(value), get_args(kind), f"{where}=")
         return value
     if get_origin(kind) is tuple:
-        return _coerce_seeds(where, value)
+        return _coerce_seeds(where, value) if where == "seeds" else _coerce_tuple(where, value, get_args(kind)[0])
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if kind is Path and isinstance(value, str):
-        value = Path(value)
-    if kind is Path and isinstance(value, Path):
-        return value.expanduser().absolute()
+    if kind is Path and isinstance(value, str | Path):
+        return store_path(value).expanduser().absolute()
     wanted = Mapping if get_origin(kind) is Mapping else kind
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         names = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
@@ -445,6 +444,12 @@ def _coerce_union(where: str, value: Any, kinds: Sequence[Any]) -> Any:
         except ConfigError:
             continue
     return _coerce(where, value, last)
+
+
+def _coerce_tuple(where: str, value: Any, kind: Any) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"got {where}={value!r} → expected a list → write {where}=[{value}]")
+    return tuple(_coerce(where, item, kind) for item in value)
 
 
 def _coerce_seeds(where: str, value: Any) -> tuple[int, ...]:

@@ -43,7 +43,11 @@ class Replica:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What an epoch did; epochs count from 1, ``lr`` is that of its last step, losses are class-weighted."""
+    """What an epoch did; epochs count from 1, ``lr`` is that of its last step.
+
+    Both losses are the class-weighted cross-entropy alone, without what some heads add to it (their auxiliary loss), so
+    that they can be compared.
+    """
 
     epoch: int
     lr: float
@@ -219,7 +223,7 @@ class _Loop:
         return np.random.default_rng((_DRAW_ORDER, self.replica.seed, epoch)).permutation(len(self.bags))
 
     def _step(self, members: IntArray, epoch: int) -> Tensor:
-        """One optimizer step on some training bags; returns the task's loss, detached."""
+        """One optimizer step on some training bags; returns [2], the task's loss and the sum with the head's own."""
         rows = self.bags.draw(members, self.config.instance_budget, self.replica.seed, epoch)
         pack = self.bags.pack(members, rows)
         offsets = pack.offsets.to(self.device)
@@ -232,15 +236,15 @@ class _Loop:
         if self.config.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.grad_clip)
         self.optimizer.step()
-        return total.detach()
+        return torch.stack([loss, total]).detach()
 
     def _mean_loss(self, losses: list[Tensor]) -> float:
         """Looked at once an epoch, because looking at a loss makes a GPU wait; the first bad step is the one named."""
-        values = torch.stack(losses).cpu().double().numpy()
-        bad = np.flatnonzero(~np.isfinite(values))
+        task, total = torch.stack(losses).cpu().double().numpy().T
+        bad = np.flatnonzero(~np.isfinite(total))
         if bad.size:
-            raise self._diverged(self.steps[bad[0]], f"loss {values[bad[0]]}")
-        return float(np.average(values, weights=[len(step.members) for step in self.steps]))
+            raise self._diverged(self.steps[bad[0]], f"loss {total[bad[0]]}")
+        return float(np.average(task, weights=[len(step.members) for step in self.steps]))
 
     def _diverged(self, step: "_Step", what: str) -> TrainingDivergedError:
         slides = listed([self.bags.slide_ids[bag] for bag in step.members])

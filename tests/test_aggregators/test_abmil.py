@@ -20,7 +20,7 @@ def test_every_branch_is_a_head_of_one_branch_and_embeddings_are_concatenated(ga
     assert output.embedding.shape == (2, 3 * 8)
     for branch in range(3):
         state = head.state_dict()
-        state["attention_w.weight"] = state["attention_w.weight"][branch : branch + 1]
+        state["attention.w.weight"] = state["attention.w.weight"][branch : branch + 1]
         state["classifier.weight"] = state["classifier.weight"][:, :8]
         single = _head(gated=gated)
         single.load_state_dict(state)

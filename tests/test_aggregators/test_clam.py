@@ -103,11 +103,33 @@ def test_dropout_acts_on_every_hidden_layer_of_the_attention(name, gated, zeroed
     assert seen[0].float().mean().item() == pytest.approx(zeroed, abs=0.03)
 
 
+@pytest.mark.parametrize("size", [5, 8, 40])
+@both
+def test_instances_of_equal_attention_have_one_answer_each(name, size):
+    head = _head(name)
+    torch.nn.init.zeros_(head.attention.w.weight)
+    output = head(_instances().repeat(2, 1)[:size])
+    assert output.attention.unique().numel() == 1
+    clusters = output.extras["cluster_logits"]
+    (gradient,) = torch.autograd.grad(head.instance_loss(output, torch.tensor([1]), None).sum(), clusters)
+    accepted, refused = gradient[:, 1, 1] < 0, gradient[:, 1, 1] > 0  # what raises and what lowers the evidence
+    pairs = min(4, size // 2)
+    assert (accepted.sum(), refused.sum()) == (pairs, pairs)
+
+
+@both
+def test_one_logit_has_no_classes_to_cluster(name):
+    head = create_aggregator(name, in_dim=6, n_classes=1)
+    output = head(_instances(), OFFSETS)
+    with pytest.raises(BagInputError, match=r"for 1 logits → expected class numbers, .* of at least two classes"):
+        head.auxiliary_loss(output, torch.tensor([0, 1, 1]), OFFSETS)
+
+
 @pytest.mark.parametrize("targets", [torch.rand(3), torch.ones(3, 3, dtype=torch.int64), torch.tensor([1])])
 @both
 def test_targets_that_are_no_class_numbers_are_refused(name, targets):
     head = _head(name)
-    with pytest.raises(BagInputError, match=r"expected class numbers, int64 \[3\] → pass bag_weight=1"):
+    with pytest.raises(BagInputError, match=r"expected class numbers, int64 \[3\], .* → pass bag_weight=1"):
         head.auxiliary_loss(head(_instances(), OFFSETS), targets, OFFSETS)
 
 

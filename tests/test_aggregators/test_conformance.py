@@ -10,7 +10,14 @@ from safetensors.torch import load, save
 from torch.func import functional_call
 from torch.nn import functional
 
-from aggregators import OffsetsError, aggregator_record, create_aggregator, keyword_names, list_aggregators
+from aggregators import (
+    BagInputError,
+    OffsetsError,
+    aggregator_record,
+    create_aggregator,
+    keyword_names,
+    list_aggregators,
+)
 from aggregators.segment import Segments, segment_mean, segment_softmax
 
 IN_DIM, CLASSES = 12, 3
@@ -33,11 +40,15 @@ VARIANTS = {
         {"top": 2, "bottom": 0, "branches": 3},
         {"embed_dim": 6, "hidden_dims": (), "input_norm": "standardize"},
     ],
-    "clam_mb": [{"subtyping": True}, {"gated": False, "bag_weight": 1.0}],
+    "clam_mb": [
+        {"subtyping": True, "input_norm": "layer"},
+        {"gated": False, "bag_weight": 1.0},
+        {"embed_dim": None, "official": True},
+    ],
     "clam_sb": [
         {"subtyping": True, "k_sample": 2},
         {"gated": False, "official": True, "temperature": 2.0},
-        {"bag_weight": 1.0, "input_norm": "layer"},
+        {"bag_weight": 1.0, "input_norm": "layer", "embed_dim": None},
     ],
     "dsmil": [
         {"embed_dim": None, "temperature": 2.0, "input_norm": "layer"},
@@ -48,12 +59,14 @@ VARIANTS = {
         {"distillation": "MaxS", "selected": 2},
         {"distillation": "MaxMinS", "pseudo_bags": 2, "input_norm": "layer"},
         {"official": True},
+        {"shuffle": False, "end_to_end": False},
         {"distillation": "MaxMinS", "official": True, "embed_dim": None, "temperature": 2.0},
     ],
     "instance_max": [{"embed_dim": 6}, {"official": True, "embed_dim": 6}],
     "lse": [{"embed_dim": 6, "temperature": 0.2}, {"normalised": False, "input_norm": "layer"}],
     "ilra": [
         {"depth": 1, "rank": 3, "norm": "none"},
+        {"norm": "instance"},
         {"embed_dim": 16, "norm": "batch", "input_norm": "layer"},
     ],
     "max": [{"embed_dim": 6}],
@@ -61,15 +74,15 @@ VARIANTS = {
     "noisy_or": [{"embed_dim": 6, "prior": 0.2}, {"input_norm": "standardize"}],
     "topk": [{"embed_dim": 6, "k": 2}, {"weighting": "softmax", "k": 3, "input_norm": "layer"}],
     "transformer": [
-        {"depth": 1},
-        {"depth": 3, "mlp_ratio": 0},
+        {"depth": 1, "embed_dim": 8},
+        {"depth": 3, "mlp_ratio": 0, "input_norm": "layer"},
         {"official": True},
         {"norm": "instance"},
         {"norm": "batch"},
         {"norm": "none"},
     ],
     "transmil": [
-        {"landmarks": 2},
+        {"landmarks": 2, "embed_dim": 16},
         {"landmarks": 3, "norm": "instance", "input_norm": "layer"},
         {"landmarks": 4, "norm": "batch"},
         {"landmarks": 4, "norm": "none"},
@@ -145,7 +158,22 @@ def _bags_alone(setting):
     return _without_dropout(setting)
 
 
+def _skip_unless_end_to_end(setting):
+    if setting[1].get("end_to_end") is False:
+        pytest.skip("by its definition the gradient of the logits stops before the instances")
+
+
 in_both_modes = pytest.mark.parametrize("build", [_build, _bags_alone], ids=["eval", "train-without-dropout"])
+
+
+def test_every_switch_is_thrown_in_some_variant():
+    """Booleans, choices and the projection make other heads of the same name."""
+    elsewhere = {"input_norm", "positions"}  # test_base, test_positions
+    for name in list_aggregators():
+        for keyword, default in keyword_names(name).items():
+            values = [variant.get(keyword, default) for variant in VARIANTS.get(name, [])]
+            switch = isinstance(default, bool | str) or keyword == "embed_dim"
+            assert not switch or keyword in elsewhere or set(values) - {default}, (name, keyword)
 
 
 @every_setting
@@ -210,13 +238,15 @@ def test_nothing_crosses_bags_bit_for_bit(setting, build):
             changed = [part.clone() for part in instances.split(SIZES)]
             changed[perturbed][0] = value
             got = _per_bag(head(torch.cat(changed), offsets), SIZES)
-            assert not torch.equal(got[perturbed]["logits"], expected[perturbed]["logits"])
+            if SIZES[perturbed] > 1:  # a norm over a bag may make all bags of one instance alike
+                assert not torch.equal(got[perturbed]["logits"], expected[perturbed]["logits"])
             for bag in set(range(len(SIZES))) - {perturbed}:
                 _assert_same(got[bag], expected[bag], exact=True)
 
 
 @every_setting
 def test_no_gradient_crosses_bags(setting):
+    _skip_unless_end_to_end(setting)
     head = _build(setting)
     instances, offsets = _batch()
     instances.requires_grad_()
@@ -282,6 +312,7 @@ def test_gradients_reach_every_parameter(setting):
 
 @every_setting
 def test_numerical_gradients_of_instances_and_parameters(setting):
+    _skip_unless_end_to_end(setting)
     name, keywords = setting
     tiny = {
         key: value for key, value in TINY.items() if key in keyword_names(name) and keywords.get(key, 0) is not None
@@ -292,7 +323,9 @@ def test_numerical_gradients_of_instances_and_parameters(setting):
 
     def run(bags, *values):
         output = functional_call(head, dict(zip(parameters, values, strict=True)), (bags, offsets))
-        return [value for value in (output.logits, output.attention, output.instance_logits) if value is not None]
+        own = head.auxiliary_loss(output, torch.tensor([0, 1, 2]), offsets)
+        outputs = (output.logits, output.attention, output.instance_logits, own if own.requires_grad else None)
+        return [value for value in outputs if value is not None]
 
     inputs = [value.detach().requires_grad_() for value in (instances, *parameters.values())]
     assert torch.autograd.gradcheck(lambda *values: tuple(run(*values)), inputs, fast_mode=True)  # random directions
@@ -349,13 +382,47 @@ def test_one_class_gives_one_logit(name):
     assert create_aggregator(name, in_dim=IN_DIM, n_classes=1)(torch.zeros(2, IN_DIM)).logits.shape == (1, 1)
 
 
-@every_head
-def test_auxiliary_loss_is_a_scalar(name):
-    head = _build((name, {})).train()
+@in_both_modes
+@every_setting
+def test_auxiliary_loss_is_the_mean_over_bags_of_each_ones_own(setting, build):
+    head, targets = build(setting), torch.tensor([0, 1, 2, 0])
     instances, offsets = _batch()
-    loss = head.auxiliary_loss(head(instances, offsets), torch.tensor([0, 1, 2, 0]), offsets)
+    loss = head.auxiliary_loss(head(instances, offsets), targets, offsets)
+    alone = [
+        head.auxiliary_loss(head(bag), target, None)
+        for bag, target in zip(instances.split(SIZES), targets.split(1), strict=True)
+    ]
     assert loss.shape == ()
-    assert loss.isfinite()
+    torch.testing.assert_close(loss, torch.stack(alone).mean(), rtol=_tolerance(setting), atol=_tolerance(setting))
+
+
+@every_setting
+def test_auxiliary_loss_of_other_targets_is_finite_or_refused(setting):
+    """Several labels at once, real numbers, and one logit: a number, or the error of the contract."""
+    instances, offsets = _batch()
+    labels, binary = torch.ones(4, CLASSES), torch.tensor([0, 1, 1, 0])
+    reals = [torch.tensor([0.1, 0.2, 0.7, 1.0]), torch.full((4, CLASSES), -1.5)]
+    for n_classes, targets in ((CLASSES, labels), (1, binary), *((CLASSES, real) for real in reals)):
+        keywords = {key: value for key, value in setting[1].items() if n_classes > 1 or key != "official"}
+        head = create_aggregator(setting[0], in_dim=IN_DIM, n_classes=n_classes, **keywords)
+        output = head(instances, offsets)
+        try:
+            loss = head.auxiliary_loss(output, targets, offsets)
+        except BagInputError:
+            continue
+        assert loss.isfinite()
+        assert loss == 0 or all(targets is not real for real in reals)
+
+
+@every_setting
+def test_equal_instances_give_finite_outputs_and_gradients(setting):
+    """Nothing varies within a bag, all scores tie, and the variance over a bag is zero."""
+    head, targets = _without_dropout(setting), torch.tensor([0, 1, 2])
+    instances, offsets = _batch((1,))[0].repeat(20, 1).requires_grad_(), torch.tensor([0, 1, 8, 20])
+    output = head(instances, offsets)
+    (functional.cross_entropy(output.logits, targets) + head.auxiliary_loss(output, targets, offsets)).backward()
+    assert output.logits.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in (instances, *head.parameters()) if p.grad is not None)
 
 
 def _assert_compiled_equals_eager(name, backend):

@@ -94,6 +94,15 @@ def test_instance_logits_sum_to_the_logits_of_their_pseudo_bag(distillation):
     torch.testing.assert_close(torch.stack(parts) + head.pseudo_classifier.bias, output.extras["pseudo_logits"])
 
 
+def test_attention_in_16_bits_is_that_of_both_tiers():
+    """Logs of the weights of a large bag, kept in 16 bits, would be off by several percent."""
+    head = _head(temperature=1.0).bfloat16()
+    output = head(torch.randn(3000, 6, generator=torch.Generator().manual_seed(1)))
+    for first in range(3):
+        share = output.attention[first::3] / output.extras["pseudo_attention"][first::3]
+        torch.testing.assert_close(share, share[:1].expand_as(share), rtol=1e-3, atol=0)
+
+
 def test_a_single_logit_ranks_instances_by_itself():
     head = _head(n_classes=1, distillation="MaxS", selected=1, pseudo_bags=1)
     output = head(_bags()[:11])

@@ -65,6 +65,15 @@ def test_values_are_taken_as_they_are() -> None:
     assert compose_config(values={"head": {"name": "mean", "dropout": 0.1}}).head.keywords["dropout"] == 0.1
 
 
+def test_widths_are_a_list_of_whole_numbers_that_may_repeat() -> None:
+    for text, widths in (("[64,64]", (64, 64)), ("[]", ()), ("[0]", (0,))):
+        assert compose_config(["head=chowder", f"head.hidden_dims={text}"]).head.keywords["hidden_dims"] == widths
+    for text, names in (("64", ["head.hidden_dims=64", "a list", "[64]"]), ("[6.5]", ["6.5", "a whole number"])):
+        with pytest.raises(ConfigError) as caught:
+            compose_config(["head=chowder", f"head.hidden_dims={text}"])
+        assert all(name in str(caught.value) for name in names), caught.value
+
+
 @pytest.mark.parametrize(
     ("override", "names"),
     [
@@ -85,6 +94,7 @@ def test_values_are_taken_as_they_are() -> None:
         ("head.dropout=much", ["head.dropout='much'", "a number"]),
         ("target=1", ["quote it"]),
         ("seeds=[1,1]", ["different seeds"]),
+        ("head.branches=[2]", ["head.branches=[2]", "a whole number"]),
         ("seeds=0", ["how many seeds"]),
         ("device=gpu", ["auto, cpu, cuda"]),
         ("epochs=1,2", ["one value"]),
