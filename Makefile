@@ -26,7 +26,7 @@ test-fast: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow_compile
 
-# Takes some minutes: writers killed and raced 1,000 times, every byte of a store damaged. The counts are printed.
+# Takes half an hour: writers killed and raced 1,000 times, stores damaged byte by byte. The counts are printed.
 test-crash: $(STAMP)
 	TESSERA_CRASH_ROUNDS=1000 TESSERA_RACE_ROUNDS=1000 TESSERA_MODEL_RUNS=300 $(BIN)/python -m pytest -rP \
 		tests/test_extract/test_crash.py tests/test_extract/test_races.py tests/test_extract/test_damage.py \

@@ -325,10 +325,12 @@ def _create_model(name: str, pretrained: bool) -> nn.Module:
     import timm
 
     if not name.startswith("hf-hub:") and name.split(".")[0] not in timm.list_models():
-        near = dict.fromkeys(get_close_matches(name, PRESETS) + get_close_matches(name, timm.list_models(), n=4))
+        near = dict.fromkeys(get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.3))
+        near |= dict.fromkeys(get_close_matches(name.lower(), timm.list_models(), n=3))
+        meant = f"did you mean {', '.join(near)}? " if near else ""
         raise BackboneError(
-            f"got backbone {name!r} → not a name that timm knows → "
-            f"{f'did you mean {list(near)}?' if near else 'see timm.list_models(), or use hf-hub:owner/model'}"
+            f"got backbone {name!r} → neither a preset nor a name that timm knows → {meant}mil models list shows the "
+            f"presets; hf-hub:owner/model works too"
         )
     try:
         with offline_if_unreachable() if pretrained else nullcontext():

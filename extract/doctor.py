@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 
 from extract.engine import CPU_BATCH_SIZE, GPU_BATCH_SIZE, available_cores
+from extract.errors import StoreError
 from extract.gpu import GpuFacts, describe_gpus, gather_facts, gpu_warnings, is_hidden
 from extract.isolation import ReaderProcess
 from extract.memory import keep_freed_memory
@@ -29,6 +30,7 @@ from extract.ring import Ring, RingShape
 from extract.slide import Slide
 from extract.store import TileRecipe
 from extract.store.files import sync
+from extract.store.remote_path import RemotePath, store_path
 from extract.synthetic import write_pyramid
 
 Status = Literal["ok", "warning", "error"]
@@ -104,7 +106,8 @@ def run_doctor(store: str | Path | None = None, on_check: Callable[[Check], None
     Returns:
         One `Check` per part. A check that fails in a way that nobody foresaw is an error of that part.
     """
-    folder = nearest_folder(Path(store) if store is not None else Path.cwd())
+    path = Path.cwd() if store is None else store_path(store)
+    folder = path if isinstance(path, RemotePath) else nearest_folder(path)
     done = []
     for name, check in checkers(folder):
         done.append(guarded(name, check))
@@ -127,9 +130,15 @@ def checkers(folder: Path) -> list[tuple[str, Checker]]:
         ("backbone", check_backbone),
         ("model hub", check_hub),
         *((f"extra {name}", lambda name=name: check_extra(name)) for name in EXTRAS),
-        ("file system", lambda: check_file_system(folder)),
-        ("disk", lambda: check_disk(folder)),
+        *_place_checkers(folder),
     ]
+
+
+def _place_checkers(folder: Path) -> list[tuple[str, Checker]]:
+    """The checks of where the store lies."""
+    if isinstance(folder, RemotePath):
+        return [("service", lambda: check_service(folder))]
+    return [("file system", lambda: check_file_system(folder)), ("disk", lambda: check_disk(folder))]
 
 
 def guarded(name: str, check: Checker) -> Check:
@@ -442,6 +451,21 @@ def nearest_folder(path: Path) -> Path:
     """The path itself if it is a folder, else the nearest folder above that exists."""
     path = path.absolute()
     return next(parent for parent in (path, *path.parents) if parent.is_dir())
+
+
+def check_service(url: RemotePath) -> Check:
+    """Whether the service behind a URL lets an object be written, read and removed."""
+    file = url / f"~{uuid.uuid4().hex}.doctor"
+    try:
+        file.create(b"doctor")
+        same = file.read_bytes() == b"doctor"
+        file.unlink()
+    except StoreError as error:
+        return Check("service", "error", str(error), "mend that, or put the --store on a disk")
+    if not same:
+        return Check("service", "error", f"{url} gives other bytes back than were written", "put the --store on a disk")
+    fix = "training copies every slide from there once; several runs are faster from a copy: mil store convert"
+    return Check("service", "ok", f"{url} is read and written", fix)
 
 
 def check_file_system(folder: Path, mounts: Path = Path("/proc/mounts")) -> Check:

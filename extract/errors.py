@@ -8,7 +8,9 @@
     │   ├── MaskError               (ValueError)  the mask given for the slide cannot be used
     │   ├── NoTissueError           (ValueError)  no tile passes the tissue threshold
     │   ├── SlideChangedError       (ValueError)  the file, or its stated scale, is not what was cut before
-    │   └── FeatureRangeError       (ValueError)  an embedding is not finite or does not fit the dtype
+    │   ├── FeatureRangeError       (ValueError)  an embedding is not finite or does not fit the dtype
+    │   └── ForeignFileError        (ValueError)  a feature file of another tool cannot be taken as it is
+    │       └── AmbiguousError                    it can be read in several ways; a flag says which
     ├── ReaderError                 (OSError)     the reading process failed in a way that nobody expected
     ├── TileDecodeError             (OSError)     one tile cannot be decoded; it is listed as invalid
     ├── RecipeError             (ValueError)  a setting of a recipe is out of range
@@ -21,6 +23,7 @@
         ├── RecipeMismatchError                   another recipe made this store or entry
         ├── UnitCorruptError                      a committed unit is not what its record says
         ├── StoreFullError          (OSError)     no space left
+        ├── StoreUnreachableError   (ConnectionError) the service that holds the store does not answer, or refuses
         ├── SlideClaimedError                     another process is at work on this slide
         ├── SlideNotFoundError      (KeyError)    the store holds no such slide
         └── EntryNotFoundError      (KeyError)    the store holds no such features entry
@@ -67,6 +70,14 @@ class SlideChangedError(SlideError, ValueError):
 
 class FeatureRangeError(SlideError, ValueError):
     """An embedding is not finite, or does not fit the dtype of the store."""
+
+
+class ForeignFileError(SlideError, ValueError):
+    """A feature file of another tool is damaged, incomplete, or not what its layout says."""
+
+
+class AmbiguousError(ForeignFileError):
+    """A feature file of another tool can be read in several ways; the message asks, and names the flag that answers."""
 
 
 class ReaderError(ExtractError, OSError):
@@ -119,6 +130,10 @@ class UnitCorruptError(StoreError):
 
 class StoreFullError(StoreError, OSError):
     """There is no space left where the store lies."""
+
+
+class StoreUnreachableError(StoreError, ConnectionError):
+    """The service that holds the store does not answer, or does not permit what was asked."""
 
 
 class SlideClaimedError(StoreError):

@@ -9,9 +9,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
-from extract.errors import BackboneError
+from extract.errors import BackboneError, StoreError
+from extract.store.remote_path import RemotePath
+
+LEFT_TO_OTHERS = 3
+"""Exit code of a run that failed nowhere, but left slides to another process that is at work on them."""
 
 
 def devices_of(text: str) -> list[str]:
@@ -33,6 +38,20 @@ def devices_of(text: str) -> list[str]:
     return [f"cuda:{i}" for i in range(count)]
 
 
+def check_claims(store: Path) -> None:
+    """Refuse to share slides among processes where none sees what another is at work on.
+
+    Raises:
+        StoreError: the store lies at a URL.
+    """
+    if isinstance(store, RemotePath):
+        raise StoreError(
+            f"got several devices for {store} → at a URL no process sees what another is at work on, and each would "
+            f"embed every slide → extract into a folder and copy it with mil store convert FOLDER {store} --format "
+            f"zarr, or give each device slides of its own with --device"
+        )
+
+
 def run_fleet(devices: Sequence[str], arguments: Sequence[str]) -> int:
     """Run the same command once per device, and show what each prints, line by line with its device.
 
@@ -43,21 +62,10 @@ def run_fleet(devices: Sequence[str], arguments: Sequence[str]) -> int:
         arguments: of the command ``mil``, with a ``--device`` that is replaced.
 
     Returns:
-        The largest exit code.
+        The largest exit code. `LEFT_TO_OTHERS` counts only where all end with it: what one process leaves to another of
+        the fleet, that one accounts for.
     """
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-P", "-c", "from mil.cli import main; main()", *with_device(arguments, device)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            # a signal from the terminal is handed on below, once
-            start_new_session=True,
-        )
-        for device in devices
-    ]
+    processes = _start_all(devices, arguments)
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         for process in processes:
@@ -77,19 +85,48 @@ def run_fleet(devices: Sequence[str], arguments: Sequence[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return max(abs(code) for code in codes)
+    return max((abs(code) for code in codes if code != LEFT_TO_OTHERS), default=LEFT_TO_OTHERS)
+
+
+def _start_all(devices: Sequence[str], arguments: Sequence[str]) -> list["subprocess.Popen[str]"]:
+    """One process per device, or none."""
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        for device in devices:
+            processes.append(_start(with_device(arguments, device)))
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.communicate()
+        raise
+    return processes
+
+
+def _start(arguments: Sequence[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", "from mil.cli import main; main()", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        # a signal from the terminal is handed on by the run, once
+        start_new_session=True,
+    )
 
 
 def with_device(arguments: Sequence[str], device: str) -> list[str]:
-    """The arguments with another ``--device``."""
+    """The arguments with another ``--device``; what stands behind ``--`` are slides, whatever it looks like."""
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
     kept, skip = [], False
-    for argument in arguments:
+    for argument in arguments[:end]:
         if skip or argument == "--device":
             skip = argument == "--device" and not skip
             continue
         if not argument.startswith("--device="):
             kept.append(argument)
-    return [*kept, "--device", device]
+    return [*kept, "--device", device, *arguments[end:]]
 
 
 def _show(device: str, process: "subprocess.Popen[str]") -> None:

@@ -31,6 +31,11 @@ def magnification_to_mpp(magnification: float) -> float:
     return MPP_AT_MAGNIFICATION_1 / magnification
 
 
+def mpp_to_magnification(mpp: float) -> float:
+    """The magnification that ``mpp`` micrometres per pixel are called: 0.5 gives 20; inverse of the above."""
+    return MPP_AT_MAGNIFICATION_1 / mpp
+
+
 def area_mm2(n_pixels: float, mpp: float) -> float:
     """Area in mm² of ``n_pixels`` square pixels of ``mpp`` micrometres."""
     return n_pixels * (mpp / 1000.0) ** 2

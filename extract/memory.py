@@ -7,11 +7,12 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep freed blocks of up to 32 MiB for the next forward, 256 MiB in all, instead of unmapping them.
+    """Tell glibc to keep freed blocks of up to 32 MiB for the next forward instead of unmapping them.
 
     By default every intermediate of a forward, and every decoded tile, is mapped and unmapped, and since threads share
-    one address space they queue for it: two cores embedded 35 tiles/s instead of 104. Holds for the process; does
-    nothing without glibc.
+    one address space they queue for it: two cores embedded 35 tiles/s instead of 104. What is kept is limited to
+    256 MiB at the end of each of glibc's arenas, of which threads have their own (by default up to 8 per core), not to
+    256 MiB in all. Holds for the process; does nothing without glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

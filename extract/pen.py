@@ -6,6 +6,8 @@ import numpy as np
 
 from extract.store.fingerprint import PenRecipe
 
+_DARK_PART = 0.9
+
 
 @dataclass(frozen=True)
 class Colours:
@@ -56,6 +58,20 @@ def find_colours(pixels: np.ndarray, recipe: PenRecipe) -> Colours:
         pen |= red_ink & _at_least(spread, recipe.red_saturation, largest)
     black = (largest <= recipe.black_value) & (spread <= recipe.black_range)
     return Colours(largest, spread, pen, black)
+
+
+def is_dark_field(picture: np.ndarray, recipe: PenRecipe) -> bool:
+    """Whether a slide is lit from the side or glows by itself: over nine tenths of its picture are dark.
+
+    Where there is no light glass, black is the background and colours are light, so that nothing is ink. A pixel is
+    dark where the mean of its channels is at most ``black_value``; one bright channel alone reaches 85.
+
+    Args:
+        picture: uint8 [h, w, 3] of the whole slide; a tile does not tell, since borders of scans are black.
+        recipe: the threshold.
+    """
+    dark = picture.sum(axis=2, dtype=np.uint16) <= 3 * recipe.black_value
+    return bool(np.count_nonzero(dark) > _DARK_PART * dark.size)
 
 
 def _at_most(part: np.ndarray, share: float, whole: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -47,29 +48,35 @@ from extract.gpu import check_device
 from extract.isolation import LocalReaders, ReaderLimits, ReaderProcess, Readers, reading_threads, rebuild_error
 from extract.masks import mask_sha256
 from extract.parity import Parity, measure_parity
-from extract.quality import flagged_rows
+from extract.pen import is_dark_field
+from extract.quality import PEN, flagged_rows
 from extract.reader import cut_request
 from extract.ring import INVALID, Ring, RingShape
-from extract.runtimes import CheckedForward
+from extract.runtimes import CheckedForward, choose_runtime
 from extract.sources import SlideSource, find_slides, shard
 from extract.store import (
     AugmentRecipe,
     FeatureRecipe,
     SlideFingerprint,
     SlideReader,
+    Store,
     TileRecipe,
     TilesUnit,
-    ZarrStore,
+    create_store,
     difference,
     fingerprint,
     to_dict,
 )
+from extract.store.backends import check_format
 from extract.store.draft import LEASE_S, Draft
+from extract.store.remote_path import RemotePath, store_path
 from extract.tiles import context_tiles, recorded_plan
 
 _PREPARED_AHEAD = 4
 _LOOK_S = 0.2
 _EXECUTIONS_LOOKED_AT = 64
+_METADATA = {"zarr.json", "tessera.json", "entry.json"}
+"""Files of a store in which there is no slide yet."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class ExtractionReport:
         outcomes: one per slide, sorted by id.
         stats: where the time went.
         seconds: wall time of the run.
-        log: the run's JSON lines.
+        log: the run's JSON lines. It is gone with the store where no slide could be cut into a new one.
     """
 
     store: Path
@@ -196,6 +203,7 @@ def run_extraction(
     reader: str = "auto",
     isolation: bool = True,
     limits: ReaderLimits | None = None,
+    format: str | None = None,
     **tiling: Any,
 ) -> ExtractionReport:
     """Embed slides into a store; resumes where an earlier run stopped, inside a slide too.
@@ -231,11 +239,13 @@ def run_extraction(
         reader: ``auto``, ``direct`` or ``openslide``, see `extract.slide.Slide`.
         isolation: read in a process of its own, so that a file that kills its decoder does not kill the run.
         limits: memory and time that the reading process may take.
+        format: ``zarr`` or ``h5``; by default that of the store that is there, or ``zarr``.
         **tiling: fields of `TileRecipe`, when no ``recipe`` is given.
 
     Raises:
         RecipeError: a setting is out of range.
         RecipeMismatchError: the store or the entry was made by another recipe; the message names the fields.
+        StoreError: the store is of another format, or its path is something else.
         StoreFullError: no space left; what was finished is kept.
         SlideTableError: there is no slide, or the table is unusable.
         BackboneError: the backbone cannot be loaded.
@@ -248,7 +258,10 @@ def run_extraction(
     """
     if default_mpp is not None and not (math.isfinite(default_mpp) and default_mpp > 0):
         raise RecipeError(f"got a default mpp of {default_mpp} → expected µm per pixel, such as 0.25 → correct it")
+    check_format(store, format)
     recipe, progress = recipe or TileRecipe(**tiling), progress or Silent()
+    check_contexts(recipe, context_mpp)
+    choose_runtime(runtime)
     for text in check_device(device):
         progress.warn(text)
     sources = find_slides([slides] if isinstance(slides, (str, Path)) else slides, table, masks, images)
@@ -280,15 +293,26 @@ def run_extraction(
     names = [column.entry for column in columns]
     if len(set(names)) < len(names):
         raise RecipeError(f"got the entries {names} → expected each once → name each backbone and --context-mpp once")
+    path = store_path(store)
+    # at a URL an empty store stays: it takes any recipe, and nobody can tell whether another run is at work in it
+    is_new = not isinstance(path, RemotePath) and not path.exists()
     run = _Run(
-        ZarrStore.create(Path(store), recipe),
+        create_store(store, recipe, format),
         columns,
         _Reading(default_mpp, reader, isolation, limits or ReaderLimits()),
         runtime,
         batch_size,
         progress,
     )
-    return run.embed(sources)
+    try:
+        report = run.embed(sources)
+    finally:
+        run.close_log()
+    if is_new and len(report.failed) == len(sources) > 0:
+        run.remove_empty_store()
+    else:
+        run.write_index()
+    return report
 
 
 def _check_entries(backbones: Sequence[str | Backbone], entry: str | None, weights: str | Path | None) -> None:
@@ -299,6 +323,21 @@ def _check_entries(backbones: Sequence[str | Backbone], entry: str | None, weigh
             f"got {len(backbones)} backbones with one --as or --weights → these belong to one backbone → run them one "
             f"after the other, or leave these out"
         )
+
+
+def check_contexts(recipe: TileRecipe, context_mpp: Sequence[float]) -> None:
+    """Contexts are coarser than the tiles, whatever the slide; with ``--native`` each slide tells.
+
+    Raises:
+        RecipeError: one is not.
+    """
+    for mpp in context_mpp:
+        if not (math.isfinite(mpp) and mpp > (recipe.mpp or 0.0)):
+            finest = "" if recipe.mpp is None else f", coarser than the tiles' {recipe.mpp:g}"
+            raise RecipeError(
+                f"got a context of {mpp:g} µm/px → expected µm per pixel{finest} → use such as --context-mpp "
+                f"{4 * (recipe.mpp or 0.5):g}"
+            )
 
 
 def entry_name(backbone: str) -> str:
@@ -349,6 +388,7 @@ class _Slide:
     jobs_left: int = 0
     n_tiles: int = 0
     n_resumed: int = 0
+    dark: bool = False
     flags: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
     read_by: str = ""
     error: Exception | None = None
@@ -359,7 +399,7 @@ class _Run:
 
     def __init__(
         self,
-        store: ZarrStore,
+        store: Store,
         columns: Sequence[Column],
         reading: _Reading,
         runtime: str,
@@ -369,6 +409,10 @@ class _Run:
         self._store, self._columns, self._reading, self._progress = store, list(columns), reading, progress
         for column in columns:
             store.create_entry(column.entry, column.backbone.recipe)
+        self._log = store.start_run()
+        # other runs see that this one is at work
+        self._log.path.touch()
+        self._all_expected = True
         self._device = columns[0].backbone.device
         default = CPU_BATCH_SIZE if self._device.type == "cpu" else GPU_BATCH_SIZE
         self._batch_size = batch_size or self._recorded_batch_size() or default
@@ -379,7 +423,6 @@ class _Run:
         self._claimed: list[SlideSource] = []
         self._drafts: dict[tuple[str, str], Draft] = {}
         self._stop = threading.Event()
-        self._log = store.start_run()
 
     def _choose_runtime(self, runtime: str) -> list[CheckedForward]:
         """Let every model compute by the runtime; columns of one model share what was compiled."""
@@ -569,12 +612,28 @@ class _Run:
             self._store.write_tiles(self._cut(source))
         tiles = self._store[source.slide_id]
         slide.n_tiles = len(tiles.coords())
+        slide.dark = self._is_dark(tiles)
         jobs = self._make_jobs(slide, tiles, missing)
         if not jobs:
             self._note_complete(source)
+            return []
         slide.jobs_left = len(jobs)
         self._slides[source.slide_id] = slide
         return jobs
+
+    def _is_dark(self, tiles: SlideReader) -> bool:
+        """Whether it is a dark-field image, on which there is no ink; the user is told where tissue was looked for."""
+        try:
+            dark = is_dark_field(tiles.thumbnail, self._store.tile_recipe.quality.pen)
+        except ExtractError:
+            # its tiles can be embedded without a picture
+            return False
+        if dark and tiles.record["tissue"]["method"] in ("default", "saturation"):
+            self._progress.warn(
+                f"slide {tiles.slide_id!r} is nearly all dark: a fluorescence or dark-field image? Tissue is told by "
+                f"the colour of stains on light glass; if some is missing, use --tissue none, or give a mask"
+            )
+        return dark
 
     def _cut(self, source: SlideSource) -> TilesUnit:
         """Have the readers cut a slide."""
@@ -597,14 +656,24 @@ class _Run:
         return unit
 
     def _make_jobs(self, slide: _Slide, tiles: SlideReader, missing: Sequence[Column]) -> list[SlideJob]:
-        """One job for the tiles, and one for each context around them."""
+        """One job for the tiles, and one for each context around them; the claims are given back if that fails."""
+        slide_id = slide.source.slide_id
         drafts = self._open_drafts(slide.source, missing)
-        # another process may have committed between the look and the claim
-        for column in missing:
-            if self._store.has_features(slide.source.slide_id, column.entry):
-                self._drafts.pop((slide.source.slide_id, column.entry)).discard()
-                drafts.pop(column.entry)
-        missing = [column for column in missing if column.entry in drafts]
+        try:
+            # another process may have committed between the look and the claim
+            for column in missing:
+                if self._store.has_features(slide_id, column.entry):
+                    self._drafts.pop((slide_id, column.entry)).discard()
+                    drafts.pop(column.entry)
+            return self._make_claimed_jobs(slide, tiles, drafts)
+        except BaseException:
+            for entry in drafts:
+                if (draft := self._drafts.pop((slide_id, entry), None)) is not None:
+                    draft.release()
+            raise
+
+    def _make_claimed_jobs(self, slide: _Slide, tiles: SlideReader, drafts: Mapping[str, Draft]) -> list[SlideJob]:
+        missing = [column for column in self._columns if column.entry in drafts]
         plan, coords = recorded_plan(tiles.record), tiles.coords()
         seed = str(tiles.record["slide"]["sampled_sha256"])
         jobs = []
@@ -649,6 +718,8 @@ class _Run:
                     f"got slide {job.slide_id!r} with no readable tile among {len(job.coords)} → the file is damaged → "
                     f"copy it again"
                 )
+            if slide.dark:
+                job.flags &= np.uint8(~PEN & 0xFF)
             flagged = None if job.quality is None else flagged_rows(job.flags)
             for entry, features in zip(entries, job.features, strict=True):
                 execution = self._executions[entry]
@@ -703,8 +774,34 @@ class _Run:
             source.slide_id, str(source.path), outcome, reason, mpp=mpp, seconds=round(seconds, 3), **facts
         )
         self._outcomes.append(noted)
+        self._all_expected &= not trace
         self._log.append(asdict(noted) | ({"traceback": trace} if trace else {}))
         self._progress.slide_done(noted)
+
+    def close_log(self) -> None:
+        """End the run's log."""
+        self._log.close()
+
+    def write_index(self) -> None:
+        """Let the store be listed faster from now on."""
+        self._store.write_index()
+
+    def remove_empty_store(self) -> None:
+        """Remove a store that this run made and cut nothing into, as where the scale suits no slide.
+
+        It stays where another run is at work in it, or where its log holds the trace of a surprise.
+        """
+        path, log = self._store.path, self._log.path
+        held = {file.name for file in path.rglob("*") if file.is_file() and file != log}
+        if not self._all_expected or not held <= _METADATA:
+            return
+        try:
+            log.unlink()
+            # refused where there is the log of another run
+            log.parent.rmdir()
+        except OSError:
+            return
+        shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager
     def _heartbeat(self) -> Iterator[None]:
@@ -789,6 +886,8 @@ def _check_unit(unit: TilesUnit, recipe: TileRecipe) -> None:
     Raises:
         ReaderError: what it sent is no tiles unit of this recipe.
     """
+    if unit.coords is None or unit.tissue_fraction is None or unit.thumbnail is None:
+        raise ReaderError(f"got tiles of slide {unit.slide_id!r} without coords, tissue or thumbnail → not stored")
     n, size = len(unit.coords), unit.thumbnail.shape[:2]
     right = (
         n > 0

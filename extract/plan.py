@@ -41,7 +41,7 @@ from extract.errors import (
 )
 from extract.geometry import ReadPlan
 from extract.isolation import LocalReaders, ReaderLimits, ReaderProcess, Readers, reading_threads, rebuild_error
-from extract.pipeline import check_same, entry_name, make_columns
+from extract.pipeline import check_contexts, check_same, entry_name, make_columns
 from extract.presets import find_preset
 from extract.reader import PREPARING_THREADS, cut_request, open_request
 from extract.ring import Ring, RingShape
@@ -51,8 +51,11 @@ from extract.store import (
     Store,
     TileRecipe,
     difference,
+    find_format,
     open_store,
 )
+from extract.store.backends import check_format
+from extract.store.remote_path import RemotePath, store_path
 from extract.tiles import context_tiles, recorded_plan
 
 _MOST_CUTTERS = 8
@@ -131,6 +134,7 @@ class MeasuredRate:
         tiles_per_s: tiles a second, each in all its views and contexts.
         device: what computed: its name, the precision, the runtime, the batch size.
         n_tiles: tiles that were counted, those of contexts included.
+        n_different: how many different ones: where the first slides hold few, they are embedded again and again.
         seconds: over which they were counted.
         bottleneck: the stage that the others waited for.
     """
@@ -138,6 +142,7 @@ class MeasuredRate:
     tiles_per_s: float
     device: str
     n_tiles: int
+    n_different: int
     seconds: float
     bottleneck: str
 
@@ -150,9 +155,11 @@ class ExtractionPlan:
         slides: every slide, sorted by id.
         entries: the features entries that will be written.
         store: where the store will lie, or None.
-        free_bytes: free disk space there, or None without a store.
+        free_bytes: free disk space there, or None without a store, or where it lies at a URL.
         rate: measured, or None.
         cut_seconds: how long opening and cutting will take; `mil extract` does it again.
+        start_seconds: how long it takes to load the backbones and to start the readers and the runtime, as measured;
+            each run does it once.
         problems: what stands in the way of the whole run.
     """
 
@@ -163,6 +170,7 @@ class ExtractionPlan:
     rate: MeasuredRate | None
     cut_seconds: float
     problems: tuple[str, ...]
+    start_seconds: float = 0.0
 
     @property
     def to_embed(self) -> tuple[PlannedSlide, ...]:
@@ -191,13 +199,15 @@ class ExtractionPlan:
 
     @property
     def seconds(self) -> float | None:
-        """How long it will take at the measured rate, cutting included; None without a rate.
+        """How long it will take at the measured rate, start and cutting included; None without a rate.
 
         An upper bound on a GPU, where the next slides are cut beside.
         """
         if not self.n_tiles:
             return 0.0
-        return None if self.rate is None else self.n_tiles / self.rate.tiles_per_s + self.cut_seconds
+        if self.rate is None:
+            return None
+        return self.start_seconds + self.cut_seconds + self.n_tiles / self.rate.tiles_per_s
 
     def _with(self, outcome: str) -> tuple[PlannedSlide, ...]:
         return tuple(slide for slide in self.slides if slide.outcome == outcome)
@@ -308,6 +318,7 @@ def plan_extraction(
     reader: str = "auto",
     isolation: bool = True,
     limits: ReaderLimits | None = None,
+    format: str | None = None,
     measure: bool = True,
     measure_s: float = _MEASURE_S,
     **tiling: Any,
@@ -327,7 +338,7 @@ def plan_extraction(
     Raises:
         RecipeError: a setting is out of range.
         RecipeMismatchError: the store or the entry was made by another recipe; the message names the fields.
-        StoreError: the store's path is something else.
+        StoreError: the store is of another format, or its path is something else.
         SlideTableError: there is no slide, or the table is unusable.
         BackboneError: there is no such backbone. Weights that are not to be had are one of the plan's ``problems``.
 
@@ -338,7 +349,10 @@ def plan_extraction(
     """
     if default_mpp is not None and not (math.isfinite(default_mpp) and default_mpp > 0):
         raise RecipeError(f"got a default mpp of {default_mpp} → expected µm per pixel, such as 0.25 → correct it")
+    if store is not None:
+        check_format(store, format)
     recipe = recipe or TileRecipe(**tiling)
+    check_contexts(recipe, context_mpp)
     sources = find_slides([slides] if isinstance(slides, (str, Path)) else slides, table, masks, images)
     if shard_text is not None:
         sources = shard(sources, shard_text)
@@ -366,9 +380,11 @@ def plan_extraction(
         compile=compile_model,
         allow_remote_code=allow_remote_code,
     )
-    given = [backbone] if isinstance(backbone, (str, Backbone)) else backbone
+    given, began = [backbone] if isinstance(backbone, (str, Backbone)) else backbone, time.monotonic()
     models = [_find_model(each, load, None if measure else pooling, dtype) for each in given]
-    return _plan(sources, wish, models, None if store is None else Path(store), measure, measure_s, progress)
+    loaded_s = time.monotonic() - began
+    plan = _plan(sources, wish, models, None if store is None else store_path(store), measure, measure_s, progress)
+    return replace(plan, start_seconds=plan.start_seconds + loaded_s)
 
 
 def _plan(
@@ -389,12 +405,12 @@ def _plan(
     planner = _Planner(wish, entries, there)
     slides, samples = planner.plan(sources, progress)
     problems = [model.problem for model in models if model.problem]
-    rate = None
+    rate, start_s = None, 0.0
     if measure and samples and not problems:
-        rate, problem = _measure(wish, models, samples, measure_s, progress)
+        rate, start_s, problem = _measure(wish, models, samples, measure_s, progress)
         problems += [problem] if problem else []
-    free = None if store is None else shutil.disk_usage(nearest_folder(store)).free
-    plan = ExtractionPlan(slides, tuple(entries), store, free, rate, planner.cut_seconds, tuple(problems))
+    free = None if store is None or isinstance(store, RemotePath) else shutil.disk_usage(nearest_folder(store)).free
+    plan = ExtractionPlan(slides, tuple(entries), store, free, rate, planner.cut_seconds, tuple(problems), start_s)
     if free is not None and free < plan.cache_bytes:
         full = (
             f"got {free / 1e9:.1f} GB of free space for {store} → the embeddings need {plan.cache_bytes / 1e9:.1f} GB "
@@ -433,7 +449,7 @@ def _find_model(
 
 def _open_existing(path: Path, recipe: TileRecipe) -> Store | None:
     """The store if it is there; an extraction would refuse it for the same reasons."""
-    if not (path / "zarr.json").is_file():
+    if find_format(path) is None:
         if path.exists() and (not path.is_dir() or any(not each.name.startswith("~") for each in path.iterdir())):
             raise StoreError(f"got {path} as store → it exists and is not a store → choose another --store")
         return None
@@ -649,6 +665,11 @@ class _Clock:
         with self._lock:
             self._marks.append((time.monotonic(), n))
 
+    @property
+    def first_at(self) -> float:
+        """When the first batch was embedded."""
+        return self._marks[0][0]
+
     def enough(self) -> bool:
         """Whether the time is up."""
         warm = len(self._marks) > self._warm_up
@@ -667,8 +688,9 @@ class _Clock:
 
 def _measure(
     wish: _Wish, models: Sequence[_Model], samples: Sequence[_Sample], seconds: float, progress: PlanProgress
-) -> tuple[MeasuredRate | None, str]:
-    """Embed sampled tiles through the ordinary stream; the rate, or why there is none."""
+) -> tuple[MeasuredRate | None, float, str]:
+    """Embed sampled tiles through the ordinary stream; the rate, seconds to the first batch, or why there is none."""
+    began = time.monotonic()
     backbones = [model.backbone for model in models if model.backbone is not None]
     device = backbones[0].device
     size = wish.batch_size or (CPU_BATCH_SIZE if device.type == "cpu" else GPU_BATCH_SIZE)
@@ -676,7 +698,7 @@ def _measure(
         for backbone in backbones:
             _use_runtime(backbone, wish.runtime, size)
     except ExtractError as error:
-        return None, str(error)
+        return None, 0.0, str(error)
     columns = [column for backbone in backbones for column in _columns(wish, backbone)]
     execution = backbones[0].execution(size)
     where = f"{execution.device} ({execution.precision}, {execution.runtime}, batch size {size})"
@@ -692,9 +714,12 @@ def _measure(
     errors = [error for error in errors if error is not None]
     n_rows, measured_s = clock.count(started)
     if errors or not n_rows:
-        return None, f"no rate could be measured: {errors[0] if errors else 'no tile was embedded in time'}"
+        return None, 0.0, f"no rate could be measured: {errors[0] if errors else 'no tile was embedded in time'}"
     kinds = len({column.backbone.recipe.context_mpp for column in columns})
-    return MeasuredRate(n_rows / kinds / measured_s, where, n_rows, measured_s, stream.stats.bottleneck), ""
+    n_different = min(n_rows, kinds * sum(len(sample.coords) for sample in samples))
+    rate = n_rows / kinds / measured_s
+    measured = MeasuredRate(rate, where, n_rows, n_different, measured_s, stream.stats.bottleneck)
+    return measured, clock.first_at - began, ""
 
 
 def _use_runtime(backbone: Backbone, runtime: str, batch_size: int) -> None:

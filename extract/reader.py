@@ -167,8 +167,8 @@ class Reader:
             slide.close()
             raise
         self._keep(_identity(request), slide)
-        arrays = [unit.coords, unit.tissue_fraction, unit.thumbnail]
-        return {"record": dict(unit.record)}, arrays if unit.tissue_mask is None else [*arrays, unit.tissue_mask]
+        arrays = (unit.coords, unit.tissue_fraction, unit.thumbnail, unit.tissue_mask)
+        return {"record": dict(unit.record)}, [array for array in arrays if array is not None]
 
     def _keep(self, identity: tuple[str, str, str], slide: SlideLike) -> None:
         """Keep a slide that was cut open: its tiles are about to be read."""

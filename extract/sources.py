@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from extract.errors import SlideTableError
@@ -21,6 +22,9 @@ SLIDE_EXTENSIONS = frozenset(
 
 _COLUMNS = ("path", "slide_id", "patient_id", "mpp", "mask")
 _DELIMITERS = (",", ";", "\t")
+_LINE = "line of the table"
+_MASK_WORD = re.compile(r"(?<![a-z])masks?(?![a-z])", re.IGNORECASE)
+_MASKS_LOOKED_AT = 16
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ def find_slides(
     if inputs:
         table_masks = {_resolved(row["mask"], table) for row in rows if row.get("mask")}
         pairs = _merge_series(_walk(inputs, None if images is None else _pattern(images), rule, table_masks))
+        if rule is None and images is None:
+            _check_no_masks(path for _, path in pairs if path.resolve() not in table_masks)
         named = _name(pairs)
         if rule is not None:
             named = [replace(s, mask=rule.mask_of(*pair)) for s, pair in zip(named, pairs, strict=True)]
@@ -237,6 +243,30 @@ def _slides_among(files: list[Path], images: re.Pattern[str] | None) -> list[Pat
     return slides or [file for file in files if file.suffix.lower() in PLAIN_EXTENSIONS]
 
 
+def _check_no_masks(files: Iterable[Path]) -> None:
+    """Where plain images come in pairs, ``img_1.png`` and ``mask_1.png``, the second is no slide.
+
+    Raises:
+        SlideTableError: they do; with the patterns that say so.
+    """
+    plain = [file for file in files if file.suffix.lower() in PLAIN_EXTENSIONS]
+    masks = (file for file in plain if _MASK_WORD.search(file.stem))
+    # the pairs of a folder are named alike
+    for mask in islice(masks, _MASKS_LOOKED_AT):
+        part = _MASK_WORD.sub("", mask.stem).strip(" ._-")
+        whole = re.compile(rf"(.*(?<!\d)|){re.escape(part)}((?!\d).*|)")
+        beside = (file for file in plain if file.parent == mask.parent and not _MASK_WORD.search(file.stem))
+        image = next((file for file in beside if whole.fullmatch(file.stem)), None) if part else None
+        if image is not None:
+            flags = f"--masks '{mask.stem.replace(part, '{}')}{mask.suffix}'"
+            if image.stem != part:
+                flags = f"--images '{image.stem.replace(part, '{}')}{image.suffix}' {flags}"
+            raise SlideTableError(
+                f"got {image.name} and {mask.name} in {mask.parent} → the second looks like the mask of the first, not "
+                f"like a slide → give {flags}; or --images '{{}}{mask.suffix}' to embed both as slides"
+            )
+
+
 def _merge_series(pairs: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
     """Keep one file of each DICOM series; OpenSlide finds the others beside it."""
     import openslide
@@ -288,7 +318,9 @@ def _read_table(table: Path) -> list[dict[str, str]]:
         raise SlideTableError(f"got slide table {table} → it is not UTF-8 ({error}) → save it as UTF-8 CSV") from error
     header, lines = _parse(table, text)
     _check_columns(table, header)
-    return [_check_row(table, number, dict(zip(header, cells, strict=False)), len(cells)) for number, cells in lines]
+    rows = [_check_row(table, number, dict(zip(header, cells, strict=False)), len(cells)) for number, cells in lines]
+    _check_once(table, rows)
+    return rows
 
 
 def _parse(table: Path, text: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -332,13 +364,28 @@ def _check_row(table: Path, line: int, cells: dict[str, str], n_values: int) -> 
         raise SlideTableError(
             f"got line {line} of slide table {table} without path and slide_id → fill one or remove it"
         )
-    return cells
+    # no column has this name
+    return cells | {_LINE: str(line)}
+
+
+def _check_once(table: Path, rows: Sequence[dict[str, str]]) -> None:
+    """No row says again what an earlier one did; one file may be two slides, with different ids and masks."""
+    lines: dict[tuple[str, str], str] = {}
+    for row in rows:
+        key = (str(_resolved(row["path"], table)) if row.get("path") else "", row.get("slide_id", ""))
+        other = lines.setdefault(key, row[_LINE])
+        if other != row[_LINE]:
+            what = row.get("path") or row["slide_id"]
+            raise SlideTableError(
+                f"got {what!r} in lines {other} and {row[_LINE]} of slide table {table} → expected one row a slide → "
+                f"remove one of them, or give each a slide_id of its own"
+            )
 
 
 def _from_row(row: dict[str, str], table: str | Path | None, rule: _MaskRule | None) -> SlideSource:
     if not row.get("path"):
         raise SlideTableError(
-            f"got a row without path in slide table {table} ({row}) → a table used alone names the files "
+            f"got line {row[_LINE]} of slide table {table} without path → a table used alone names the files "
             f"→ fill the path column"
         )
     path = Path(table or ".").parent / row["path"]
@@ -365,17 +412,21 @@ def _override(sources: list[SlideSource], rows: list[dict[str, str]], table: str
     """Apply the table's rows to the slides that they name, by path or by id."""
     by_path = {source.path.absolute().resolve(): i for i, source in enumerate(sources)}
     by_id = {source.slide_id: i for i, source in enumerate(sources)}
-    result, named = list(sources), set()
+    result, named = list(sources), dict[int, str]()
     for row in rows:
         path = _resolved(row["path"], table) if row.get("path") else None
         index = by_path.get(path) if path else by_id.get(row["slide_id"])
-        if index is None or index in named:
-            what = "that names none of the slides given" if index is None else "for a slide that has one already"
+        if index is None:
             raise SlideTableError(
-                f"got a row {what} in slide table {table}: {row} → expected one row a slide, its path relative to the "
-                f"table → correct or remove it"
+                f"got {row.get('path') or row['slide_id']!r} in line {row[_LINE]} of slide table {table} → it names "
+                f"none of the slides given → paths are relative to the table; correct or remove it"
             )
-        named.add(index)
+        if index in named:
+            raise SlideTableError(
+                f"got lines {named[index]} and {row[_LINE]} of slide table {table} for one slide, "
+                f"{sources[index].path} → expected one row a slide → remove one of them"
+            )
+        named[index] = row[_LINE]
         result[index] = _apply(result[index], row, table)
     return result
 
@@ -390,8 +441,8 @@ def _mpp(row: dict[str, str], table: str | Path | None) -> float | None:
         value = math.nan
     if not (math.isfinite(value) and value > 0):
         raise SlideTableError(
-            f"got mpp {text!r} in slide table {table} ({row}) → expected µm per pixel, such as 0.25 with a point "
-            f"→ correct it"
+            f"got mpp {text!r} in line {row[_LINE]} of slide table {table} → expected µm per pixel, such as 0.25 with "
+            f"a point → correct it"
         )
     return value
 

@@ -6,18 +6,19 @@ batch nor the threads nor other draws change a view, no lock is held, and the gl
 
 A policy is a row of names in `POLICIES`, a name a function of (tile [3, s, s], strength). Strength 0 leaves all but the
 flips undone; at 1 a transform goes as far as its constants here say.
+
+torchvision is imported on first use: it takes two seconds, and most runs make no views.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional
 
 from extract.errors import RecipeError
 from extract.store.fingerprint import AugmentRecipe, fingerprint
@@ -117,22 +118,28 @@ class _DrawFrom(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _v2() -> Any:
+    from torchvision.transforms import v2
+
+    return v2
+
+
 def _flip(tile: Tensor, strength: float) -> Tensor:
     """One of the eight ways to lay down a square, all alike likely; has no strength."""
     turns, mirrored = divmod(int(torch.randint(8, ())), 2)
     tile = torch.rot90(tile, turns, (1, 2))
-    return functional.horizontal_flip(tile) if mirrored else tile
+    return tile.flip(2) if mirrored else tile
 
 
 def _colour(tile: Tensor, strength: float) -> Tensor:
     """Brightness, contrast, saturation and hue, in a random order."""
-    changed: Tensor = v2.ColorJitter(**_light_at(strength), hue=MAX_HUE * strength)(tile)
+    changed: Tensor = _v2().ColorJitter(**_light_at(strength), hue=MAX_HUE * strength)(tile)
     return changed
 
 
 def _light(tile: Tensor, strength: float) -> Tensor:
     """Brightness, contrast and saturation, in a random order; for where the stains already change the hue."""
-    changed: Tensor = v2.ColorJitter(**_light_at(strength))(tile)
+    changed: Tensor = _v2().ColorJitter(**_light_at(strength))(tile)
     return changed
 
 
@@ -146,7 +153,7 @@ def _blur(tile: Tensor, strength: float) -> Tensor:
         return tile
     widest_px = MAX_BLUR_PX * strength
     kernel_px = 2 * math.ceil(3 * widest_px) + 1
-    blurred: Tensor = v2.GaussianBlur(kernel_px, (0.01, widest_px))(tile)
+    blurred: Tensor = _v2().GaussianBlur(kernel_px, (0.01, widest_px))(tile)
     return blurred
 
 
@@ -164,17 +171,25 @@ def _hed(tile: Tensor, strength: float) -> Tensor:
     reach = MAX_STAIN * strength
     if reach == 0:
         return tile
-    stains = torch.tensor(STAINS, dtype=torch.float64)
-    stains /= stains.norm(dim=1, keepdim=True)
+    split, join = _stain_matrices()
     draws = torch.rand(2, 3, dtype=torch.float64) * 2 - 1
     scale, shift = 1 + reach * draws[0], reach * draws[1]
-    # densities are rows of RGB: split, scale and join are one matrix
-    matrix = (torch.linalg.inv(stains) * scale @ stains).to(tile.device, torch.float32)
-    offset = (shift @ stains).to(tile.device, torch.float32)
+    # densities are rows of RGB: split, scale and join are one matrix; its twelve numbers go to the device in one copy
+    # that nothing waits for
+    matrix = torch.cat([split * scale @ join, (shift @ join)[None]])
+    matrix = matrix.to(tile.device, torch.float32, non_blocking=True)
     density = -torch.log((tile.flatten(1).float() + 1) / 256)  # [3, s * s]
-    density = torch.addmm(offset[:, None], matrix.T, density)
+    density = torch.addmm(matrix[3][:, None], matrix[:3].T, density)
     values = torch.exp(-density) * 256 - 1
     return values.round_().clamp_(0, 255).to(torch.uint8).view_as(tile)
+
+
+@cache
+def _stain_matrices() -> tuple[Tensor, Tensor]:
+    """Optical density to stains, and stains to optical density; both float64 [3, 3], for rows on the left."""
+    stains = torch.tensor(STAINS, dtype=torch.float64)
+    stains /= stains.norm(dim=1, keepdim=True)
+    return torch.linalg.inv(stains), stains
 
 
 Magnitudes = Callable[[int, int, int], Tensor | None]
@@ -203,7 +218,7 @@ def _randaugment(tile: Tensor, strength: float) -> Tensor:
         Cubuk et al., RandAugment: Practical automated data augmentation with a reduced search space, 2020. Deviations:
         no `LEFT_OUT`, and glass instead of black where a tile is moved away.
     """
-    transform = v2.RandAugment(magnitude=round(MAX_BIN * strength), num_magnitude_bins=BINS, fill=GLASS)
+    transform = _v2().RandAugment(magnitude=round(MAX_BIN * strength), num_magnitude_bins=BINS, fill=GLASS)
     transform._AUGMENTATION_SPACE = _operations(transform)
     changed: Tensor = transform(tile)
     return changed
@@ -216,7 +231,7 @@ def _trivialaugment(tile: Tensor, strength: float) -> Tensor:
         Müller and Hutter, TrivialAugment: Tuning-free yet state-of-the-art data augmentation, 2021. Deviations: as
         for RandAugment, and its range ends at the strength.
     """
-    transform = v2.TrivialAugmentWide(num_magnitude_bins=1 + round(MAX_BIN * strength), fill=GLASS)
+    transform = _v2().TrivialAugmentWide(num_magnitude_bins=1 + round(MAX_BIN * strength), fill=GLASS)
     transform._AUGMENTATION_SPACE = _operations(transform)
     changed: Tensor = transform(tile)
     return changed

@@ -4,12 +4,13 @@ A pack holds whole or sampled bags one after another, `instances [total, dim]` c
 padding. Whatever memory the bags are in, the same request gives the same bytes.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,8 @@ IntArray = npt.NDArray[np.int64]
 
 # Bags are copied into RAM when they take at most this part of what is free.
 RAM_SHARE = 0.5
+# A map keeps a file open; macOS allows a process 256 unless told otherwise, Linux 1,024.
+MAPS_KEPT = 64
 _CHUNK_ROWS = 4096
 _DRAW_ROWS = 1
 
@@ -110,15 +113,22 @@ class Bags:
     """
 
     def __init__(self, slide_ids: Sequence[str], features: Sequence[npt.NDArray[Any]], memory: Memory = "auto") -> None:
-        _check(slide_ids, features)
+        room = {"ram": math.inf, "mmap": -1.0}[memory] if memory != "auto" else RAM_SHARE * _free_bytes()
+        # each bag is opened once: it may have to be mapped, checked, or fetched for it
+        forms, copies, size = [], [], 0
+        for matrix in features:
+            forms.append((matrix.shape, matrix.dtype))
+            size += matrix.nbytes
+            if size <= room:
+                copies.append(np.array(matrix))
+            else:
+                copies.clear()
+        _check(slide_ids, forms)
         self.slide_ids = tuple(slide_ids)
-        self.n_instances: IntArray = np.array([len(matrix) for matrix in features], dtype=np.int64)
-        self.dim = int(features[0].shape[1])
-        size = sum(matrix.nbytes for matrix in features)
-        self.memory: Literal["mmap", "ram"] = "ram" if memory == "ram" else "mmap"
-        if memory == "auto" and size <= RAM_SHARE * _free_bytes():
-            self.memory = "ram"
-        self._matrices = [np.array(matrix) for matrix in features] if self.memory == "ram" else list(features)
+        self.n_instances: IntArray = np.array([shape[0] for shape, _ in forms], dtype=np.int64)
+        self.dim = int(forms[0][0][1])
+        self.memory: Literal["mmap", "ram"] = "ram" if size <= room else "mmap"
+        self._matrices = copies if self.memory == "ram" else features
 
     def __len__(self) -> int:
         return len(self.slide_ids)
@@ -196,10 +206,41 @@ def open_bags(store: FeatureStore, slide_ids: Sequence[str], entry: str, memory:
             f"got {len(missing)} slides without features in entry {entry!r} of {store.path}: {listed(missing)} → "
             f"expected complete features → run mil extract on them, or leave them out"
         )
-    slides = [store[slide_id] for slide_id in slide_ids]
-    for slide in slides:
-        slide.verify_features(entry)
-    return Bags(slide_ids, [slide.features(entry) for slide in slides], memory)
+    return Bags(slide_ids, _StoredMatrices(store, slide_ids, entry), memory)
+
+
+class _StoredMatrices(Sequence[npt.NDArray[Any]]):
+    """Bags where they lie in a store. The latest are kept open: a process may have some hundred files open, no more.
+
+    Every bag is compared with its checksum when it is read first.
+    """
+
+    def __init__(self, store: FeatureStore, slide_ids: Sequence[str], entry: str) -> None:
+        self._store, self._slide_ids, self._entry = store, tuple(slide_ids), entry
+        self._checked: set[str] = set()
+        self._open = lru_cache(maxsize=MAPS_KEPT)(self._read)
+
+    def __len__(self) -> int:
+        return len(self._slide_ids)
+
+    @overload
+    def __getitem__(self, index: int) -> npt.NDArray[Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[npt.NDArray[Any]]: ...
+
+    def __getitem__(self, index: int | slice) -> npt.NDArray[Any] | Sequence[npt.NDArray[Any]]:
+        if isinstance(index, slice):
+            return [self._open(slide_id) for slide_id in self._slide_ids[index]]
+        return self._open(self._slide_ids[index])
+
+    def _read(self, slide_id: str) -> npt.NDArray[Any]:
+        # both steps at once: a store at a URL sends the same matrix only once in a row
+        slide = self._store[slide_id]
+        if slide_id not in self._checked:
+            slide.verify_features(self._entry)
+            self._checked.add(slide_id)
+        return slide.features(self._entry)
 
 
 def choose_entry(store: FeatureStore, entry: str | None = None) -> str:
@@ -224,21 +265,22 @@ def choose_entry(store: FeatureStore, entry: str | None = None) -> str:
     return entries[0] if entry is None else entry
 
 
-def _check(slide_ids: Sequence[str], features: Sequence[npt.NDArray[Any]]) -> None:
-    if not features:
+def _check(slide_ids: Sequence[str], forms: Sequence[tuple[tuple[int, ...], np.dtype[Any]]]) -> None:
+    """Refuse bags that do not fit together, by the shape and dtype of each."""
+    if not forms:
         raise BagError("got no slides → expected at least one bag → check the slide ids and the store")
-    empty = [slide_id for slide_id, matrix in zip(slide_ids, features, strict=True) if len(matrix) == 0]
+    empty = [slide_id for slide_id, (shape, _) in zip(slide_ids, forms, strict=True) if shape[0] == 0]
     if empty:
         raise BagError(
             f"got no valid tile in {len(empty)} slides: {listed(empty)} → expected at least one instance per bag → "
             f"see why in the store's runs/*.jsonl, or leave them out of the label table"
         )
-    shape = (features[0].dtype, features[0].shape[1:])
-    for slide_id, matrix in zip(slide_ids, features, strict=True):
-        if (matrix.dtype, matrix.shape[1:]) != shape:
+    width, first = forms[0][0][1:], forms[0][1]
+    for slide_id, (shape, dtype) in zip(slide_ids, forms, strict=True):
+        if (dtype, shape[1:]) != (first, width):
             raise BagError(
-                f"got features {matrix.dtype} {matrix.shape} in slide {slide_id!r} → expected {shape[0]} (n, "
-                f"{', '.join(map(str, shape[1]))}) as in slide {slide_ids[0]!r} → extract both with one recipe"
+                f"got features {dtype} {shape} in slide {slide_id!r} → expected {first} (n, "
+                f"{', '.join(map(str, width))}) as in slide {slide_ids[0]!r} → extract both with one recipe"
             )
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mil import cli_extract, cli_models, cli_plan, cli_sheet
+from mil import cli_extract, cli_foreign, cli_models, cli_plan, cli_sheet, cli_store
 
 app = typer.Typer(
     name="mil",
@@ -26,13 +26,17 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 def main() -> None:
     """Run the command line; expected errors are printed in one line, without a traceback."""
-    from aggregators.errors import AggregatorError
-    from extract.errors import ExtractError
-    from mil.errors import MilError
-
     try:
         app()
-    except (ExtractError, MilError, AggregatorError) as error:
+    except SystemExit as end:
+        # Ctrl-C that no command took ends typer without a word
+        if end.__context__ is not None and isinstance(end.__context__.__cause__, KeyboardInterrupt):
+            Console(stderr=True).print("stopped.")
+        raise
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped.")
+        sys.exit(130)
+    except _own_errors() as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except OSError as error:
@@ -41,11 +45,21 @@ def main() -> None:
         sys.exit(2)
 
 
+def _own_errors() -> tuple[type[Exception], ...]:
+    """The bases of the errors that are raised on purpose; a package that no command has imported raises none."""
+    bases = {"extract": "ExtractError", "mil": "MilError", "aggregators": "AggregatorError"}
+    loaded = ((sys.modules.get(f"{package}.errors"), name) for package, name in bases.items())
+    return tuple(getattr(module, name) for module, name in loaded if module is not None)
+
+
 app.command()(cli_plan.doctor)
 app.command()(cli_plan.plan)
 app.command()(cli_extract.extract)
 app.command()(cli_sheet.sheet)
 app.add_typer(cli_models.app, name="models")
+app.add_typer(cli_store.store_app, name="store")
+cli_store.store_app.command("import")(cli_foreign.import_features)
+cli_store.store_app.command("export")(cli_foreign.export_features)
 
 
 RunOption = Annotated[Path, typer.Option("--run", help="The folder that mil train wrote with --out.")]

@@ -3,6 +3,8 @@
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +18,23 @@ _VIEWS = "Further views of each tile"
 _RUNNING = "Running"
 
 
+@contextmanager
+def resumable() -> Iterator[None]:
+    """Within it Ctrl-C ends the command with one line that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise stopped() from None
+
+
+def stopped() -> typer.Exit:
+    """Say that nothing is lost and how to go on; exit as a shell expects after Ctrl-C."""
+    again = shlex.join(["mil", *sys.argv[1:]])
+    Console(stderr=True).print(f"stopped. What was finished is kept. To go on: {again}", markup=False, soft_wrap=True)
+    return typer.Exit(130)
+
+
+@resumable()
 def extract(
     slides: Annotated[
         list[str] | None, typer.Argument(help="Slide files and folders of slides.", show_default=False)
@@ -76,7 +95,9 @@ def extract(
     tissue: Annotated[
         Literal["default", "saturation", "mask", "none"],
         typer.Option(
-            help="How tissue is found; mask: every slide comes with one; none tiles everything.",
+            help="How tissue is found: default or saturation (by colour), mask (every slide comes with one), none "
+            "(everything is tiled).",
+            metavar="METHOD",
             rich_help_panel=_TISSUE,
         ),
     ] = "default",
@@ -128,6 +149,14 @@ def extract(
     dtype: Annotated[
         Literal["float16", "float32"], typer.Option(help="How embeddings are stored.", rich_help_panel=_BACKBONE)
     ] = "float16",
+    format: Annotated[
+        Literal["zarr", "h5"] | None,
+        typer.Option(
+            help="zarr, or h5: one file per slide that TRIDENT and CLAM scripts read.  [default: the store's, or zarr]",
+            show_default=False,
+            rich_help_panel=_BACKBONE,
+        ),
+    ] = None,
     allow_remote_code: Annotated[
         bool,
         typer.Option(
@@ -215,15 +244,16 @@ def extract(
     """Cut slides into tissue tiles and store their embeddings.
 
     Resumes where an earlier run stopped, inside a slide too. Slides that fail are listed with the reason, and the exit
-    code is 1.
+    code is 1; it is 3 where none failed but another process is still at work on some.
 
     Example: `mil extract slides/ --store cohort.zarr --mpp 0.5`
     """
-    from extract.fleet import devices_of, run_fleet
+    from extract.fleet import LEFT_TO_OTHERS, check_claims, devices_of, run_fleet
     from extract.geometry import magnification_to_mpp
     from extract.isolation import ReaderLimits
     from extract.pipeline import run_extraction
     from extract.store import AugmentRecipe, TileRecipe, TissueRecipe
+    from extract.store.remote_path import store_path
     from mil.console import ExtractionProgress
 
     if sum((mpp is not None, magnification is not None, native)) > 1:
@@ -234,6 +264,7 @@ def extract(
         raise typer.BadParameter("got no slides → name files or folders, or a --slides table", param_hint="SLIDES")
     devices = devices_of(device)
     if len(devices) > 1:
+        check_claims(store_path(store))
         raise typer.Exit(run_fleet(devices, sys.argv[1:]))
     if magnification is not None:
         mpp = magnification_to_mpp(magnification)
@@ -279,26 +310,20 @@ def extract(
             reader=reader,
             isolation=not no_isolation,
             limits=ReaderLimits(int(reader_memory * 1e9), read_s=reader_timeout),
+            format=format,
         )
-    except KeyboardInterrupt:
-        raise stopped() from None
     finally:
         progress.end()
     print_extraction(console, report)
     if report.failed:
         raise typer.Exit(1)
-
-
-def stopped() -> typer.Exit:
-    """Say that nothing is lost and how to go on; exit as a shell expects after Ctrl-C."""
-    again = shlex.join(["mil", *sys.argv[1:]])
-    Console(stderr=True).print(f"stopped. What was finished is kept. To go on: {again}", markup=False, soft_wrap=True)
-    return typer.Exit(130)
+    if report.count("elsewhere"):
+        raise typer.Exit(LEFT_TO_OTHERS)
 
 
 def print_extraction(console: Console, report: Any) -> None:
     """Print what became of a run: counts and rates, invalid tiles, slides that failed and why."""
-    from mil.console import print_table
+    from mil.console import plain_reason, print_table
 
     stats = report.stats
     tiles = sum(o.n_tiles for o in report.outcomes)
@@ -329,13 +354,18 @@ def print_extraction(console: Console, report: Any) -> None:
     if invalid:
         print_table(console, "tiles that cannot be decoded (left out)", ["slide", "invalid", "tiles"], invalid)
     for what, title in (("failed", "slides that failed"), ("elsewhere", "slides left to other processes")):
-        rows = [[o.slide_id, o.reason] for o in report.outcomes if o.outcome == what]
+        rows = [[o.slide_id, plain_reason(o.slide_id, o.reason)] for o in report.outcomes if o.outcome == what]
         if rows:
             print_table(console, title, ["slide", "reason"], rows)
-    console.print(
+    left = report.count("elsewhere")
+    if left:
+        who = "1 slide is" if left == 1 else f"{left} slides are"
+        line = f"{who} being extracted by another process; run this command again when that has ended, to be sure"
+        console.print(line, style="yellow", markup=False, soft_wrap=True, highlight=False)
+    where = (
         f"store {report.store}, {'entry' if len(report.entries) == 1 else 'entries'} {', '.join(report.entries)}, log "
-        f"{report.log}",
-        markup=False,
-        soft_wrap=True,
-        highlight=False,
+        f"{report.log}"
+        if report.store.exists()
+        else "no slide could be cut, so no store was made"
     )
+    console.print(where, markup=False, soft_wrap=True, highlight=False)

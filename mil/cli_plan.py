@@ -3,9 +3,10 @@
 import csv
 import inspect
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +33,7 @@ _SAME = (
     "precision",
     "compile_model",
     "reader",
+    "format",
 )
 """Flags of ``mil extract`` that `extract.plan.plan_extraction` takes under the same name."""
 
@@ -76,26 +78,35 @@ def plan(
 
     Example: `mil plan slides/ --store cohort.zarr --mpp 0.5`
     """
-    from extract.plan import plan_extraction
-
     if csv_file is not None and (csv_file.is_dir() or not csv_file.absolute().parent.is_dir()):
         raise typer.BadParameter(
             f"got {csv_file} → expected a file in a folder that exists → correct it", param_hint="--csv"
         )
     console = Console()
-    progress = _PlanProgress(console)
     try:
-        planned = plan_extraction(store=store, measure=measure, progress=progress, **_arguments(flags))
+        planned = _plan(console, store=store, measure=measure, **flags)
     except KeyboardInterrupt:
         console.print("stopped. Nothing was written.")
         raise typer.Exit(130) from None
-    finally:
-        progress.end()
     if csv_file is not None:
         _write_csv(csv_file, planned)
     _print_plan(console, planned, csv_file)
     if planned.failed or planned.problems:
         raise typer.Exit(1)
+
+
+def _plan(console: Console, store: Path | None, measure: bool, **flags: Any) -> Any:
+    """The plan; its start-up counts the libraries too, which an extraction loads once more."""
+    began = time.monotonic()
+    from extract.plan import plan_extraction
+
+    loaded_s = time.monotonic() - began
+    progress = _PlanProgress(console)
+    try:
+        planned = plan_extraction(store=store, measure=measure, progress=progress, **_arguments(flags))
+    finally:
+        progress.end()
+    return replace(planned, start_seconds=planned.start_seconds + loaded_s)
 
 
 def _arguments(flags: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +193,7 @@ def _write_csv(file: Path, planned: Any) -> None:
 
 def _print_plan(console: Console, planned: Any, csv_file: Path | None) -> None:
     """Print the slides, the totals, and what will fail."""
-    from mil.console import print_table
+    from mil.console import plain_reason, print_table
 
     rows = [_row(slide) for slide in planned.to_embed]
     if rows:
@@ -194,7 +205,7 @@ def _print_plan(console: Console, planned: Any, csv_file: Path | None) -> None:
         where = f"{csv_file} lists all" if csv_file is not None else "--csv FILE lists all"
         console.print(f"... and {hidden} more; {where}", markup=False, soft_wrap=True, highlight=False)
     if planned.failed:
-        failed = [[slide.slide_id, slide.reason] for slide in planned.failed]
+        failed = [[slide.slide_id, plain_reason(slide.slide_id, slide.reason)] for slide in planned.failed]
         print_table(console, "slides that will fail", ["slide", "reason"], failed)
     for line in (*_notes(planned.to_embed), *_totals(planned)):
         console.print(line, markup=False, soft_wrap=True, highlight=False)
@@ -237,11 +248,15 @@ def _totals(planned: Any) -> list[str]:
     lines = [f"{_count(len(planned.slides), 'slide')}: {', '.join(counts)}", size]
     if planned.rate is not None:
         rate = planned.rate
+        again = ", some of them again and again" if rate.n_different < rate.n_tiles else ""
         lines.append(
-            f"about {_duration(planned.seconds)} on {rate.device}, at {rate.tiles_per_s:.1f} tiles/s measured on "
-            f"{rate.n_tiles} tiles of the first slides, waiting for {rate.bottleneck}"
+            f"about {_duration(planned.seconds)} on {rate.device}: {_duration(planned.start_seconds)} to start, "
+            f"{_duration(planned.cut_seconds)} to cut slides, then {rate.tiles_per_s:.1f} tiles/s; measured in "
+            f"{rate.seconds:.1f} s with {_count(rate.n_different, 'tile')} of the first slides{again}, waiting for "
+            f"{rate.bottleneck}"
         )
-    lines.append(f"cutting takes {_duration(planned.cut_seconds)}, which mil extract does again")
+    else:
+        lines.append(f"cutting takes {_duration(planned.cut_seconds)}, which mil extract does again")
     return lines
 
 

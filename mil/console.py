@@ -1,5 +1,6 @@
 """What long commands show: a live line on a terminal, plain lines elsewhere, and tables."""
 
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -85,7 +86,9 @@ class ExtractionProgress:
     def slide_done(self, outcome: Any) -> None:
         """A slide is finished."""
         if outcome.outcome == "failed":
-            self._count.say(f"failed: {outcome.slide_id}: {outcome.reason}", style="red")
+            # in short; the summary says what to do
+            what, _, _ = plain_reason(outcome.slide_id, outcome.reason).partition(" → ")
+            self._count.say(f"failed: {outcome.slide_id}: {what}", style="red")
         elif outcome.n_invalid and outcome.outcome == "embedded":
             self._count.say(f"{outcome.slide_id}: {outcome.n_invalid} of {outcome.n_tiles} tiles cannot be decoded")
         self._count.add(done=1)
@@ -97,6 +100,13 @@ class ExtractionProgress:
     def end(self) -> None:
         """The run is over."""
         self._count.end()
+
+
+def plain_reason(slide_id: str, reason: str) -> str:
+    """What an error says of a slide, without the slide's name, for where that stands beside it."""
+    name = re.escape(f"slide {slide_id!r}")
+    reason = re.sub(rf"^{name}: | (in|of|for) {name}(?=\W|$)", "", reason)
+    return re.sub(rf"{name}(?=\W|$)", "a slide", reason)
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

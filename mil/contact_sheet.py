@@ -255,20 +255,20 @@ def _read_logs(folder: Path) -> dict[str, _Logged]:
     latest: dict[str, _Logged] = {}
     # a log's name begins with the time at which its run started
     for file in sorted(folder.glob("*.jsonl")):
-        with open(file, encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    noted = json.loads(line)
-                    slide_id, outcome = str(noted["slide_id"]), str(noted["outcome"])
-                except (ValueError, LookupError, TypeError):
-                    # the last line of a killed run
-                    continue
-                if outcome == "elsewhere":
-                    continue
-                # a slide that was complete before was not read, so its reader is in an earlier line
-                reader = noted.get("reader") or latest.get(slide_id, _Logged()).reader
-                reason, path = (str(noted.get(key, "")) for key in ("reason", "path"))
-                latest[slide_id] = _Logged(outcome, reason, path, _started(file), str(reader))
+        # at a URL there is no open file
+        for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                noted = json.loads(line)
+                slide_id, outcome = str(noted["slide_id"]), str(noted["outcome"])
+            except (ValueError, LookupError, TypeError):
+                # the last line of a killed run
+                continue
+            if outcome == "elsewhere":
+                continue
+            # a slide that was complete before was not read, so its reader is in an earlier line
+            reader = noted.get("reader") or latest.get(slide_id, _Logged()).reader
+            reason, path = (str(noted.get(key, "")) for key in ("reason", "path"))
+            latest[slide_id] = _Logged(outcome, reason, path, _started(file), str(reader))
     return latest
 
 

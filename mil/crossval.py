@@ -159,7 +159,7 @@ def train(
             `train_replicas`.
     """
     seeds = seeds if isinstance(seeds, int) else list(seeds)
-    given = {"store": Path(store.path), "target": cohort.target, "head": head, "folds": folds, "seeds": seeds}
+    given = {"store": store.path, "target": cohort.target, "head": head, "folds": folds, "seeds": seeds}
     return _cross_validate(store, cohort, compose_config(values=given | options), progress)
 
 

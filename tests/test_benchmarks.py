@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_demo, bench_extract, bench_first_end, bench_reading, bench_runtimes
+from benchmarks import bench_demo, bench_extract, bench_first_end, bench_reading, bench_runtimes, bench_store
 from extract.store import TileRecipe, TissueRecipe
 from tests.test_extract.small import write_slide
 
@@ -99,3 +99,22 @@ def test_the_comparison_on_a_gpu_runs_on_a_cpu_too(tmp_path: Path) -> None:
         "device busy",
     ]
     assert all(row.median > 0 for row in results)
+
+
+def test_the_store_is_compared_with_other_layouts(tmp_path: Path) -> None:
+    sizes = ["--rows", "64", "--dim", "8", "--slides", "2", "--picked", "4", "--listed", "3", "--repeats", "1"]
+    bench_store.main([*sizes, "--dtypes", "float16", "--folder", str(tmp_path), "--out", str(tmp_path / "r.csv")])
+    rows = rows_of(tmp_path / "r.csv")
+    subjects = {row["subject"].partition(", ")[2] for row in rows if "float16" in row["subject"]}
+    ours = {"tessera, zarr", "tessera, h5"}
+    assert subjects - ours == {
+        "memory copy",
+        "torch .pt",
+        "safetensors",
+        "Zarr, defaults",
+        "HDF5, contiguous",
+        "HDF5, one row a chunk",
+    }
+    assert ours < subjects
+    assert all(float(row["median"]) > 0 for row in rows)
+    assert {row["subject"] for row in rows} >= {"checksums", "3 slides"}

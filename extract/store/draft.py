@@ -4,6 +4,7 @@ A draft is two files beside the place of the unit, which no reader takes for one
 
     ~<slide>.draft           JSON lines: who works, on what; then one line per saved run of rows, with its checksum
     ~<slide>.<token>.rows    the saved rows, raw
+    ~<slide>.left            the draft of an earlier worker, while it is taken over
 
 A run that was killed goes on after the last row whose checksum holds. The sign is a lease with a heartbeat (the
 draft's modification time): it spares two workers the same slide. Correctness does not need it: the unit is committed
@@ -46,7 +47,7 @@ class Draft:
 
     def __init__(self, unit: Path, dim: int, dtype: str) -> None:
         self._unit = unit
-        self._path = unit.with_name(f"~{unit.name}.draft")
+        self._path, self._aside = _draft_path(unit), _aside_path(unit)
         self._token = uuid.uuid4().hex
         self._rows = unit.with_name(f"~{unit.name}.{self._token}.rows")
         self.features = np.empty((0, dim), dtype=dtype)
@@ -71,12 +72,11 @@ class Draft:
         draft = cls(unit, dim, dtype)
         with clear_when_full(draft._path):
             unit.parent.mkdir(parents=True, exist_ok=True)
-            left = draft._path.exists()
+            left = draft._path.exists() or draft._aside.exists()
             if left:
                 draft._take_over(subject)
             draft._begin(subject)
-            if len(draft.features):
-                draft.save(draft.features, draft.invalid_rows, draft.flags)
+            draft._save_again()
             if left:
                 # only now: a process that dies before has lost nothing
                 draft._sweep()
@@ -140,29 +140,47 @@ class Draft:
                 journal.write(json.dumps(header) + "\n")
         except FileExistsError:
             raise self._claimed() from None
+        except OSError:
+            # a draft without a header would claim the slide until its lease ends
+            self._path.unlink(missing_ok=True)
+            raise
+
+    def _save_again(self) -> None:
+        """Save the rows that were taken over, in this draft; without space the earlier one stays."""
+        try:
+            self.save(self.features, self.invalid_rows, self.flags)
+        except OSError:
+            self.discard()
+            raise
 
     def _take_over(self, subject: Mapping[str, Any]) -> None:
-        """Load the rows of a draft that nobody works on and move it aside.
+        """Load the rows of a draft that nobody works on and move it aside; or of one that lies aside already.
 
         Of several takers all may succeed: they do the same work twice, and commit the same unit.
         """
         lines = _read_lines(self._path)
         if _is_alive(self._path, lines):
             raise self._claimed(lines)
-        aside = self._unit.with_name(f"~{self._unit.name}.{self._token}.left")
         try:
-            os.rename(self._path, aside)
+            if len(lines) < 2 and self._aside.exists():
+                # its worker died before it had saved what lies aside
+                os.unlink(self._path)
+            else:
+                os.rename(self._path, self._aside)
         except FileNotFoundError:
-            raise self._claimed() from None
+            # a worker died between this step and the next, or is there now: whoever begins first goes on
+            pass
+        lines = _read_lines(self._aside)
         rows = self._unit.with_name(f"~{self._unit.name}.{lines[0].get('token', '') if lines else ''}.rows")
         if lines and lines[0].get("subject") == json.loads(json.dumps(dict(subject))):
             self._load(rows, lines[1:])
 
     def _sweep(self) -> None:
         """Remove what earlier workers on this slide left."""
-        for path in self._unit.parent.glob(f"~{glob.escape(self._unit.name)}.*"):
-            if path.suffix in (".rows", ".left") and path != self._rows:
+        for path in _rows_of(self._unit):
+            if path != self._rows:
                 path.unlink(missing_ok=True)
+        self._aside.unlink(missing_ok=True)
 
     def _load(self, rows: Path, lines: Sequence[Mapping[str, Any]]) -> None:
         """The longest run of saved rows whose checksums hold."""
@@ -201,17 +219,30 @@ class Draft:
 
 def clear_draft(unit: Path) -> None:
     """Remove what is left of a draft whose unit is complete: its worker died between the two."""
-    path = unit.with_name(f"~{unit.name}.draft")
-    if path.exists() and not _is_alive(path, _read_lines(path)):
-        for rows in unit.parent.glob(f"~{glob.escape(unit.name)}.*.rows"):
-            rows.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
+    path, aside = _draft_path(unit), _aside_path(unit)
+    if (path.exists() or aside.exists()) and not _is_alive(path, _read_lines(path)):
+        for left in (*_rows_of(unit), aside, path):
+            left.unlink(missing_ok=True)
 
 
 def is_claimed(unit: Path) -> bool:
     """Whether someone is at work on the unit that will lie at this path."""
-    path = unit.with_name(f"~{unit.name}.draft")
+    path = _draft_path(unit)
     return _is_alive(path, _read_lines(path))
+
+
+def _draft_path(unit: Path) -> Path:
+    return unit.with_name(f"~{unit.name}.draft")
+
+
+def _aside_path(unit: Path) -> Path:
+    return unit.with_name(f"~{unit.name}.left")
+
+
+def _rows_of(unit: Path) -> list[Path]:
+    """Saved rows of all workers on a unit."""
+    # a token has 32 characters: "a.*.rows" would take the rows of slide a.b too
+    return list(unit.parent.glob(f"~{glob.escape(unit.name)}.{'?' * 32}.rows"))
 
 
 def _worker() -> dict[str, Any]:

@@ -29,6 +29,15 @@ def _as_floats(recipe: object, *names: str) -> None:
             object.__setattr__(recipe, name, float(value))
 
 
+UNKNOWN = "unknown:"
+"""Begins a recipe field of imported features that nobody recorded; the hash of their source follows."""
+
+
+def is_unknown(value: object) -> bool:
+    """Whether a field of a recipe is not known: what an importer writes, equal to no value that is known."""
+    return isinstance(value, str) and value.startswith(UNKNOWN)
+
+
 def _check(valid: bool, what: str, got: object, expected: str) -> None:
     if not valid:
         raise RecipeError(f"got {what} {got!r} → expected {expected} → correct it")
@@ -108,7 +117,12 @@ class TissueRecipe:
     def __post_init__(self) -> None:
         _as_floats(self, "min_object_tiles", "min_hole_tiles")
         methods = ("default", "saturation", "mask", "none")
-        _check(self.method in methods, "tissue method", self.method, "default, saturation, mask or none")
+        _check(
+            self.method in methods or is_unknown(self.method),
+            "tissue method",
+            self.method,
+            "default, saturation, mask or none",
+        )
         _check(self.pen_margin_px >= 0, "pen margin", self.pen_margin_px, "0 pixels or more")
 
 
@@ -179,6 +193,9 @@ class TileRecipe:
         _as_floats(self, "mpp", "min_tissue_fraction")
         valid_mpp = self.mpp is None or (math.isfinite(self.mpp) and self.mpp > 0)
         _check(valid_mpp, "mpp", self.mpp, "µm per pixel above 0, such as 0.5")
+        if is_unknown(self.edge):
+            # imported: what is not known is 0, and nothing will be cut by it
+            return
         _check(self.tile_px > 0, "tile size", self.tile_px, "at least one pixel")
         _check(0 <= self.overlap_px < self.tile_px, "overlap", self.overlap_px, f"0 to {self.tile_px - 1} pixels")
         _check(self.edge in ("shift", "drop"), "edge", self.edge, "shift or drop")
@@ -373,4 +390,6 @@ class SlideFingerprint:
 
 def sha256_of(array: Any) -> str:
     """SHA-256 (hex) of an array's bytes in C order."""
-    return hashlib.sha256(memoryview(array).cast("B")).hexdigest()
+    view = memoryview(array)
+    # a view without a byte cannot be cast
+    return hashlib.sha256(view.cast("B") if view.nbytes else b"").hexdigest()

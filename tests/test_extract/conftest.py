@@ -9,6 +9,8 @@ import pytest
 
 from tests.test_extract.small import write_slide
 
+pytest.register_assert_rewrite("tests.test_extract.store_conformance")
+
 
 @pytest.fixture
 def slide_file(tmp_path: Path) -> Path:

@@ -101,8 +101,11 @@ def matrix(n: int = 5, dim: int = 6, seed: int = 0, dtype: str = "float16") -> n
     return np.random.default_rng([seed, n, dim]).normal(size=(n, dim)).astype(dtype)
 
 
-def tree(folder: Path, but: tuple[str, ...] = ("runs",)) -> dict[str, bytes]:
-    """Every file under ``folder`` by its relative path, without what is under ``but`` and half-built units."""
+def tree(folder: Path, but: tuple[str, ...] = ("runs", "index.json")) -> dict[str, bytes]:
+    """Every file under ``folder`` by its relative path, without what is under ``but`` and half-built units.
+
+    ``index.json`` holds the age of files, which no two stores share.
+    """
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     named = {path.relative_to(folder).as_posix(): path for path in files}
     return {

@@ -1,5 +1,6 @@
 """Drafts: what a killed run had saved is found again, exactly; damaged rows are not; one worker a slide."""
 
+import errno
 import json
 import os
 import socket
@@ -12,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extract.errors import SlideClaimedError
+from extract.errors import SlideClaimedError, StoreFullError
 from extract.store import ZarrStore
-from extract.store.draft import LEASE_S, Draft, is_claimed
+from extract.store.draft import LEASE_S, Draft, clear_draft, is_claimed
 from tests.test_extract.small import EXECUTION, TILES, feature_recipe, tiles_unit
 
 SUBJECT = {"features": "f", "tiles": "t", "execution": "e"}
@@ -161,6 +162,50 @@ def test_an_interrupted_run_leaves_its_rows_to_the_next_at_once(unit: Path):
 def test_an_interrupted_run_without_rows_leaves_nothing(unit: Path):
     begin(unit).release()
     assert files(unit) == []
+
+
+@pytest.mark.parametrize("step", ["_begin", "_save_again", "_sweep"])
+def test_a_worker_that_dies_while_it_takes_over_loses_no_rows(unit: Path, monkeypatch: pytest.MonkeyPatch, step: str):
+    left_behind(unit, 9)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Draft, step, killed)
+        with pytest.raises(KeyboardInterrupt):
+            begin(unit)
+    if step != "_begin":
+        die(unit)
+    assert not is_claimed(unit)
+    draft = begin(unit)
+    assert np.array_equal(draft.features, ROWS[:9])
+    draft.discard()
+    assert files(unit) == []
+
+
+def test_a_full_disk_while_a_draft_is_taken_over_loses_no_rows(unit: Path, monkeypatch: pytest.MonkeyPatch):
+    left_behind(unit, 9)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("extract.store.draft.sync", full)
+        with pytest.raises(StoreFullError):
+            begin(unit)
+    assert not is_claimed(unit)
+    assert np.array_equal(begin(unit).features, ROWS[:9])
+
+
+def test_what_is_swept_is_not_of_a_slide_whose_name_goes_on(unit: Path):
+    neighbour = unit.with_name(unit.name + ".b")
+    left_behind(neighbour, 9)
+    left_behind(unit, 5)
+    begin(unit)
+    die(unit)
+    clear_draft(unit)
+    assert np.array_equal(begin(neighbour).features, ROWS[:9])
 
 
 def test_a_store_lists_no_draft_and_keeps_rows_by_recipe_tiles_and_execution(tmp_path: Path):

@@ -1,7 +1,11 @@
 """The fleet: one process a device, slides from one queue, one exit code."""
 
+import signal
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -42,6 +46,37 @@ def test_all_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch):
 )
 def test_each_process_gets_its_own_device(arguments: list[str]):
     assert with_device(arguments, "cuda:1") == ["extract", "s", "--store", "x", "--device", "cuda:1"]
+
+
+def test_slides_behind_two_dashes_stay_there():
+    arguments = ["extract", "--store", "x", "--device", "all", "--", "-a.svs", "--device"]
+    expected = ["extract", "--store", "x", "--device", "cpu", "--", "-a.svs", "--device"]
+    assert with_device(arguments, "cpu") == expected
+
+
+def test_no_process_outlives_one_that_could_not_be_started(monkeypatch: pytest.MonkeyPatch):
+    started: list[subprocess.Popen[str]] = []
+    popen = subprocess.Popen
+
+    def second_fails(command: list[str], **keywords: Any) -> "subprocess.Popen[str]":
+        if started:
+            raise OSError("no more processes")
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(60)"], **keywords))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", second_fails)
+    with pytest.raises(OSError, match="no more processes"):
+        run_fleet(["cpu", "cpu"], ["extract", "slides"])
+    assert started[0].returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(("codes", "code"), [((0, 3), 0), ((3, 3), 3), ((1, 3), 1), ((-9, 0), 9)])
+def test_what_one_leaves_to_another_is_the_others_to_account_for(
+    monkeypatch: pytest.MonkeyPatch, codes: tuple[int, ...], code: int
+):
+    processes = iter([SimpleNamespace(stdout=None, wait=lambda end=end: end) for end in codes])
+    monkeypatch.setattr("extract.fleet._start", lambda arguments: next(processes))
+    assert run_fleet(["cpu", "cuda:0"], ["extract"]) == code
 
 
 def test_two_processes_embed_each_slide_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]):

@@ -22,9 +22,10 @@ from extract.engine import StreamStats
 from extract.errors import ExtractError, RecipeError, RecipeMismatchError, SlideTableError, StoreFullError
 from extract.geometry import plan_read
 from extract.isolation import ReaderLimits, ReaderProcess
-from extract.pipeline import SlideOutcome, entry_name, run_extraction
+from extract.pipeline import Silent, SlideOutcome, _Run, entry_name, run_extraction
 from extract.slide import Slide
-from extract.store import TileRecipe, TissueRecipe, ZarrStore, open_store
+from extract.sources import SlideSource
+from extract.store import Store, TileRecipe, TissueRecipe, ZarrStore, open_store
 from extract.synthetic import write_pyramid
 from extract.tiles import context_tiles
 from tests.conftest import REPOSITORY
@@ -222,6 +223,98 @@ def test_no_slide_at_all_is_an_error_and_makes_no_store(tmp_path: Path, store: P
     with pytest.raises(SlideTableError):
         extract(tmp_path, store)
     assert not store.exists()
+
+
+@pytest.mark.parametrize(("mpp", "contexts"), [(0.5, (0.25,)), (0.5, (2.0, 0.5)), (None, (0.0,)), (0.5, (np.nan,))])
+def test_a_context_that_no_slide_can_have_makes_no_store(
+    slides: Path, store: Path, mpp: float | None, contexts: tuple[float, ...]
+):
+    with pytest.raises(RecipeError, match="--context-mpp"):
+        extract(slides, store, recipe=replace(TILES, mpp=mpp), context_mpp=contexts)
+    assert not store.exists()
+
+
+@pytest.mark.parametrize("format", ["zarr", "h5"])
+def test_a_run_that_cuts_nothing_leaves_no_new_store(slides: Path, store: Path, format: str):
+    report = extract(slides, store, recipe=replace(TILES, mpp=0.1), format=format)
+    assert report.count("failed") == 3
+    assert not store.exists()
+    (slides / "text.svs").write_text("not a slide")
+    assert extract(slides, store, format=format).count("failed") == 1
+    assert extract([slides / "text.svs"], store).log.exists()
+
+
+def test_an_empty_store_stays_where_it_is_not_ours_alone(
+    slides: Path, store: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    broken = slides / "text.svs"
+    broken.write_text("not a slide")
+    start = Store.start_run
+
+    def with_another(self: Store) -> object:
+        log = start(self)
+        (self.path / "runs" / "other.jsonl").touch()
+        return log
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ZarrStore, "start_run", with_another)
+        extract([broken], store)
+    assert open_store(store).slide_ids() == []
+    # a surprise: its trace is in the log
+    monkeypatch.setattr("extract.reader.cut_slide", lambda *arguments: 1 / 0)
+    report = extract([slides / "a.tif"], tmp_path / "new.zarr")
+    assert "ZeroDivisionError" in lines(report)[0]["traceback"]
+
+
+def test_claims_are_given_back_when_a_slide_fails_after_them(
+    slides: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+):
+    claimed = []
+
+    def fail(self: object, slide: object, tiles: object, drafts: dict[str, object]) -> None:
+        raise MemoryError
+
+    note = _Run._note
+
+    def look(self: _Run, source: SlideSource, *arguments: object, **keywords: object) -> None:
+        claimed.append((self._store.is_claimed(source.slide_id, "tiny"), dict(self._drafts), dict(self._slides)))
+        note(self, source, *arguments, **keywords)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(_Run, "_make_claimed_jobs", fail)
+    monkeypatch.setattr(_Run, "_note", look)
+    assert extract([slides / "a.tif"], store).count("failed") == 1
+    assert claimed == [(False, {}, {})]
+
+
+def test_a_slide_that_another_completed_meanwhile_leaves_no_trace(
+    slides: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+):
+    extract([slides / "a.tif"], store)
+    kept = []
+    there, claim, claimed = Store.has_features, _Run._open_drafts, []
+    monkeypatch.setattr(Store, "has_features", lambda self, *unit: bool(claimed) and there(self, *unit))
+    monkeypatch.setattr(_Run, "_open_drafts", lambda self, *a: claimed.append(1) or claim(self, *a))
+    finished = _Run._report
+    monkeypatch.setattr(_Run, "_report", lambda self, *a: kept.append(dict(self._slides)) or finished(self, *a))
+    monkeypatch.setattr(_Run, "_check_executions", lambda self, sources: None)
+    assert extract([slides / "a.tif"], store).count("complete") == 1
+    assert kept == [{}]
+
+
+def test_nothing_is_ink_on_a_dark_slide(tmp_path: Path, store: Path):
+    glow = np.zeros((300, 400, 3), dtype=np.uint8)
+    glow[40:260:6, 40:360:6, 2] = glow[41:261:6, 40:360:6, 2] = 250
+    write_pyramid(tmp_path / "glow.tif", glow, 0.5, levels=1)
+    write_pyramid(tmp_path / "ink.tif", np.where(glow > 0, glow, 245).astype(np.uint8), 0.5, levels=1)
+    heard = []
+    progress = Silent()
+    progress.warn = heard.append  # type: ignore[method-assign]
+    recipe = replace(TILES, tissue=TissueRecipe(method="saturation", exclude_pen=False))
+    report = extract([tmp_path / "glow.tif"], store, recipe=recipe, progress=progress)
+    assert report.count("embedded") == 1, report.outcomes
+    assert "pen" not in report.outcomes[0].flagged
+    assert len(heard) == 1
+    assert "fluorescence" in heard[0]
 
 
 def test_a_broken_tile_is_listed_and_dropped_by_readers(slides: Path, store: Path, tmp_path: Path):

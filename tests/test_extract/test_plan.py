@@ -2,8 +2,10 @@
 
 import inspect
 import shutil
+import time
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,8 +100,10 @@ def test_entries_are_named_as_the_extraction_names_them():
     assert [entry.context_mpp for entry in entries] == [column.backbone.recipe.context_mpp for column in columns]
 
 
-def test_a_context_that_is_not_coarser_fails_every_slide(slides: Path):
-    planned = plan(slides / "a", context_mpp=(0.25,))
+def test_a_context_that_is_not_coarser_is_refused_or_where_each_slide_tells_fails_it(slides: Path):
+    with pytest.raises(RecipeError, match=r"coarser than the tiles' 0\.5"):
+        plan(slides / "a", context_mpp=(0.25,))
+    planned = plan(slides / "a", context_mpp=(0.25,), recipe=replace(TILES, mpp=None))
     assert [slide.outcome for slide in planned.slides] == ["fail"]
     assert planned.failed[0].reason.startswith("slide 'same': ")
 
@@ -161,7 +165,20 @@ def test_the_rate_is_measured_through_the_stream(slides: Path):
     assert rate.tiles_per_s == pytest.approx(rate.n_tiles / rate.seconds)
     assert 0 < rate.seconds <= 0.5
     assert rate.device.startswith("cpu (fp32, torch, batch size 4")
-    assert planned.seconds == pytest.approx(planned.n_tiles / rate.tiles_per_s + planned.cut_seconds)
+    assert planned.start_seconds > 0
+    parts = planned.start_seconds, planned.cut_seconds, planned.n_tiles / rate.tiles_per_s
+    assert planned.seconds == pytest.approx(sum(parts))
+    # the first two slides hold fewer tiles than half a second is long: they come again, and are counted once
+    assert rate.n_different == min(rate.n_tiles, planned.n_tiles)
+
+
+def test_loading_the_backbone_is_part_of_the_start(slides: Path, monkeypatch: pytest.MonkeyPatch):
+    def load(name: str, **keywords: object) -> Backbone:
+        time.sleep(0.3)
+        return tiny_backbone()
+
+    monkeypatch.setattr("extract.plan.load_backbone", load)
+    assert plan(slides / "a", backbone="tiny").start_seconds >= 0.3
 
 
 def test_a_runtime_that_cannot_be_had_is_a_problem(slides: Path, monkeypatch: pytest.MonkeyPatch):

@@ -180,6 +180,7 @@ def test_an_absolute_path_in_a_table_is_taken_as_it_is(tmp_path: Path):
         ("slide_id,mpp\na,0.5\n", "without path"),
         ("path,slide_id\na.svs,x\nb.svs,X\n", "unique"),
         ("path\na/x.svs\nb/x.svs\n", "unique"),
+        ("path\na.svs\nb.svs\n./a.svs\n", "lines 2 and 4"),
         ("path,mpp\n", "no slide"),
     ],
     ids=str,
@@ -213,6 +214,37 @@ def test_a_row_that_names_no_slide_is_reported(tmp_path: Path, row: str):
     touch(tmp_path, "slides/a.svs")
     with pytest.raises(SlideTableError, match="typo"):
         find_slides([tmp_path / "slides"], write_table(tmp_path / "t.csv", f"path,slide_id,mpp\n{row}\n"))
+
+
+def test_one_file_may_be_two_slides_of_different_ids(tmp_path: Path):
+    assert ids(table=write_table(tmp_path / "t.csv", "path,slide_id,mask\na.svs,l,l.png\na.svs,r,r.png\n")) == [
+        "l",
+        "r",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "flags"),
+    [
+        ("img_0001.png", "mask_0001.png", "--images 'img_{}.png' --masks 'mask_{}.png';"),
+        ("0001.jpg", "0001_mask.png", "give --masks '{}_mask.png';"),
+        ("a7 x.bmp", "a7-Masks.bmp", "--images '{} x.bmp' --masks '{}-Masks.bmp';"),
+    ],
+)
+def test_masks_beside_images_are_no_slides_and_the_flags_are_named(tmp_path: Path, image: str, mask: str, flags: str):
+    touch(tmp_path, "deep/other.png", f"deep/{image}", f"deep/{mask}")
+    with pytest.raises(SlideTableError) as caught:
+        find_slides([tmp_path])
+    assert flags in str(caught.value)
+    given = flags.removeprefix("give ").rstrip(";").split("'")[1::2]
+    found = find_slides([tmp_path], masks=given[-1], images=given[0] if len(given) == 2 else None)
+    assert (tmp_path / "deep" / image, tmp_path / "deep" / mask) in [(s.path, s.mask) for s in found]
+
+
+@pytest.mark.parametrize("names", [("mask_1.png", "img_11.png"), ("unmasked_1.png", "1.png"), ("mask.png", "a.png")])
+def test_images_that_only_sound_like_masks_are_slides(tmp_path: Path, names: tuple[str, str]):
+    touch(tmp_path, *names)
+    assert len(ids(tmp_path)) == 2
 
 
 def test_two_rows_for_one_slide_are_refused(tmp_path: Path):

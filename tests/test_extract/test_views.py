@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from extract import views
 from extract.errors import RecipeError
 from extract.store.fingerprint import AUGMENT_POLICIES, AugmentRecipe
 from extract.views import GLASS, LEFT_OUT, MAX_STAIN, POLICIES, STAINS, augment, tile_key
@@ -140,6 +141,15 @@ def test_no_operation_turns_bright_tissue_black_or_shows_black_corners(policy: s
 def test_what_is_left_out_is_still_what_torchvision_would_draw():
     assert set(LEFT_OUT) < set(v2.RandAugment._AUGMENTATION_SPACE)
     assert set(LEFT_OUT) < set(v2.TrivialAugmentWide._AUGMENTATION_SPACE)
+
+
+def test_the_stains_are_inverted_once_and_not_per_tile(monkeypatch: pytest.MonkeyPatch):
+    inverted = []
+    inverse = torch.linalg.inv
+    monkeypatch.setattr(torch.linalg, "inv", lambda matrix: inverted.append(1) or inverse(matrix))
+    views._stain_matrices.cache_clear()
+    augment(tissue_tiles(12), KEYS, AugmentRecipe("hed", 1.0), 0)
+    assert len(inverted) == 1
 
 
 def test_hed_scales_and_shifts_each_stain_by_itself():

@@ -2,6 +2,11 @@
 
 import csv
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +15,7 @@ import pytest
 
 from extract.store import open_store
 from mil import cli
+from tests.conftest import REPOSITORY
 from tests.test_extract.small import write_slide
 
 TILING = ("--mpp", "0.5", "--tile-px", "64")
@@ -261,6 +267,83 @@ def test_predict_refuses_features_of_another_recipe(mil: Mil, cohort: Path, stor
     assert result.code == 2
     assert result.says("dtype", "float16", "float32")
     assert not (tmp_path / "p.csv").exists()
+
+
+@pytest.mark.parametrize("module", ["extract.pipeline", "torch", "torchvision"])
+def test_interrupting_while_it_starts_prints_one_line(tmp_path: Path, module: str) -> None:
+    write_slide(tmp_path / "a.tif", 260, 200)
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "from mil.cli import main\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-P", "-c", code, "extract", "a.tif", "--store", "s.zarr"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True
+    )
+    assert done.returncode == 130
+    assert done.stdout + done.stderr == (
+        "stopped. What was finished is kept. To go on: mil extract a.tif --store s.zarr\n"
+    )
+
+
+def test_interrupting_a_command_that_has_nothing_to_say_is_not_silent(
+    mil: Mil, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_report", interrupted)
+    result = mil("report", tmp_path)
+    assert (result.code, result.out + result.err) == (130, "stopped.\n")
+
+
+def test_help_and_usage_errors_load_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom mil.cli import main\ntry: main()\nexcept SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-P", "-c", code, "extract", "--help"]
+    assert (
+        subprocess.run(command, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True).returncode == 0
+    )
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize(
+    "command", ["extract", "plan", "doctor", "sheet", "models list", "models pull", "models verify"]
+)
+def test_help_fits_a_terminal(
+    command: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["mil", *command.split(), "--help"])
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit):
+        cli.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    # a type that is broken over lines has one bracket only
+    assert [line for line in lines if "…" in line or re.search("<(?!=)[^>]*$", line)] == []
+
+
+def test_slides_left_to_others_are_said_and_have_an_exit_code(mil: Mil, cohort: Path, tmp_path: Path) -> None:
+    from extract.backbones import load_backbone
+    from extract.store import TileRecipe, create_store
+
+    store = create_store(tmp_path / "s.zarr", TileRecipe(mpp=0.5, tile_px=64))
+    arguments = ("extract", cohort / "slides" / "000.tif", "--store", tmp_path / "s.zarr", *TILING)
+    assert mil(*arguments).code == 0
+    shutil.rmtree(store.feature_path("000", "efficientnet_lite0"))
+    claim = store.draft("efficientnet_lite0", "000", load_backbone().execution(4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("extract.pipeline.LEASE_S", 0.5)
+        result = mil(*arguments)
+    claim.release()
+    assert result.code == 3
+    assert result.says("1 slide is being extracted by another process")
 
 
 def test_interrupting_prints_how_to_go_on(mil: Mil, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 import extract.doctor
 from extract.doctor import Check
 from extract.pipeline import run_extraction
-from extract.plan import plan_extraction
+from extract.plan import ExtractionPlan, MeasuredRate, PlannedSlide, plan_extraction
 from mil import cli_extract, cli_plan
 from tests.test_extract.small import tree, write_slide
 
@@ -73,7 +74,8 @@ def test_plan_of_a_good_cohort_measures_and_exits_with_0(slides: Path, monkeypat
     assert code == 0
     assert "2 slides: 2 to embed, 0 will fail" in said
     assert "1 slide: µm/px from --default-mpp" in said
-    assert "tiles/s measured on" in said
+    assert "to start, " in said
+    assert "tiles of the first slides, " in said
     assert "on cpu (fp32, torch, batch size 4)" in said
 
 
@@ -116,6 +118,16 @@ def test_the_table_of_plan_is_written_whole(slides: Path, tmp_path: Path, monkey
 def test_plan_refuses_flags_that_contradict(slides: Path):
     assert run("plan", slides, "--native", "--mpp", "1")[0] == 2
     assert run("plan")[0] == 2
+
+
+def test_repeated_tiles_are_said_to_be(capsys: pytest.CaptureFixture[str]):
+    slide = PlannedSlide("a", "a.tif", "embed", n_tiles=600)
+    rate = MeasuredRate(10.0, "cpu", 50, 12, 5.0, "reading")
+    planned = ExtractionPlan((slide,), (), None, None, rate, 20.0, (), start_seconds=4.0)
+    cli_plan._print_plan(Console(width=200), planned, None)
+    said = capsys.readouterr().out
+    assert "about 84 s on cpu: 4 s to start, 20 s to cut slides, then 10.0 tiles/s" in said
+    assert "in 5.0 s with 12 tiles of the first slides, some of them again and again, waiting for reading" in said
 
 
 def test_plan_that_is_stopped_says_so(slides: Path, monkeypatch: pytest.MonkeyPatch):

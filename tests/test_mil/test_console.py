@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from mil import console as shown
-from mil.console import ExtractionProgress, LiveCount, print_metrics, print_table
+from mil.console import ExtractionProgress, LiveCount, plain_reason, print_metrics, print_table
 
 
 def plain() -> Console:
@@ -53,7 +53,21 @@ def test_failures_are_said_as_they_come() -> None:
     progress.slide_done(SlideOutcome("d", "d.tif", "embedded", n_tiles=9))
     progress.end()
     lines = text(console).splitlines()
-    assert lines == ["failed: a [b]: got nothing → expected tissue", "c: 2 of 9 tiles cannot be decoded"]
+    assert lines == ["failed: a [b]: got nothing", "c: 2 of 9 tiles cannot be decoded"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "plain"),
+    [
+        ("slide 'a b': got 16 px → use less", "got 16 px → use less"),
+        ("got no scale in slide 'a b' → give it", "got no scale → give it"),
+        ("got slide 'a b' with no readable tile", "got a slide with no readable tile"),
+        ("got slide 'a' → not this one", "got slide 'a' → not this one"),
+        ("got a file for slide 'a b' (3 bytes) unlike that of slide 'a b'", "got a file (3 bytes) unlike that"),
+    ],
+)
+def test_a_reason_beside_its_slide_does_not_name_it_again(reason: str, plain: str):
+    assert plain_reason("a b", reason) == plain
 
 
 def test_names_are_not_read_as_markup() -> None:

@@ -1,0 +1,25 @@
+"""Features of other tools: imported into a store, and exported from one. Imports no torch until a ``.pt`` is read."""
+
+from extract.store.foreign.base import Answers, CutFacts, ForeignBag, ForeignFile, ForeignLayout
+from extract.store.foreign.detect import LAYOUT_NAMES, Survey, survey
+from extract.store.foreign.exporting import WRITERS, export_store
+from extract.store.foreign.importing import ImportReport, Outcome, import_bags, write_labels
+
+EXPORT_FORMATS = tuple(WRITERS)
+
+__all__ = [
+    "EXPORT_FORMATS",
+    "LAYOUT_NAMES",
+    "Answers",
+    "CutFacts",
+    "ForeignBag",
+    "ForeignFile",
+    "ForeignLayout",
+    "ImportReport",
+    "Outcome",
+    "Survey",
+    "export_store",
+    "import_bags",
+    "survey",
+    "write_labels",
+]

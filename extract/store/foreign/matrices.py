@@ -1,0 +1,71 @@
+"""Feature matrices of other tools, checked and in a dtype that the store holds."""
+
+from typing import Any
+
+import numpy as np
+
+from extract.errors import FeatureRangeError, ForeignFileError
+
+_CHECK_ROWS = 4096
+
+
+def clean_features(matrix: Any, slide_id: str) -> np.ndarray:
+    """Features as the store holds them: [n, dim], float16 or float32, finite, in this machine's byte order.
+
+    float16 and float32 keep every bit. float64 is rounded to the nearest float32, and refused where a value has none;
+    bfloat16 becomes float32, which is exact, since each bfloat16 is the upper half of a float32. Other dtypes are
+    refused. A leading axis of length one, [1, n, dim], is dropped.
+
+    Args:
+        matrix: array-like.
+        slide_id: for the message.
+
+    Raises:
+        ForeignFileError: it is no matrix of numbers, or has no rows or columns.
+        FeatureRangeError: a value is not finite, or beyond float32.
+    """
+    array = np.asarray(matrix)
+    if array.ndim == 3 and array.shape[0] == 1:
+        array = array[0]
+    if array.ndim != 2 or 0 in array.shape:
+        raise ForeignFileError(
+            f"got features of shape {tuple(array.shape)} in slide {slide_id!r} → expected [tiles, dim] or "
+            f"[1, tiles, dim], not empty → slide embeddings and empty bags cannot be imported; leave the file out"
+        )
+    array = _as_stored_dtype(array, slide_id)
+    for start in range(0, len(array), _CHECK_ROWS):
+        finite = np.isfinite(array[start : start + _CHECK_ROWS])
+        if not finite.all():
+            row, column = (int(at) for at in np.argwhere(~finite)[0])
+            raise FeatureRangeError(
+                f"got {array[start + row, column]} in row {start + row}, column {column} of the features of slide "
+                f"{slide_id!r} → expected finite numbers that float32 holds → extract this slide again"
+            )
+    return array
+
+
+def _as_stored_dtype(array: np.ndarray, slide_id: str) -> np.ndarray:
+    if array.dtype.kind == "f" and array.dtype.itemsize in (2, 4):
+        return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    if array.dtype == np.float64 or array.dtype.name == "bfloat16":
+        # beyond float32 becomes infinite, which the caller refuses
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(array, dtype=np.float32)
+    raise ForeignFileError(
+        f"got features of dtype {array.dtype} in slide {slide_id!r} → expected float16, float32, float64 or bfloat16 → "
+        f"convert them first"
+    )
+
+
+def check_rows(features: np.ndarray, coords: np.ndarray | None, slide_id: str) -> None:
+    """Refuse coordinates that do not go row for row with the features.
+
+    Raises:
+        ForeignFileError: their numbers differ.
+    """
+    if coords is not None and len(coords) != len(features):
+        raise ForeignFileError(
+            f"got {len(features)} rows of features and {len(coords)} of coordinates in slide {slide_id!r} → expected "
+            f"as many → which row belongs to which tile cannot be known; extract this slide again, or leave the "
+            f"coordinates behind with --no-coords"
+        )
