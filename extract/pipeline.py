@@ -710,6 +710,7 @@ class _Run:
         """Commit one job's features; called from the writer thread."""
         slide = self._slides[job.slide_id]
         entries = [column.entry for column in job.columns]
+        failure: Exception | None = None
         try:
             if job.error is not None:
                 raise job.error
@@ -727,10 +728,11 @@ class _Run:
         except StoreFullError:
             raise
         except Exception as error:  # noqa: BLE001  noted with its traceback where it is not one of ours
+            failure = error
             slide.error = slide.error or error
         for entry in entries:
             draft = self._drafts.pop((job.slide_id, entry))
-            if isinstance(job.error, OSError):
+            if isinstance(failure, OSError) or isinstance(getattr(failure, "__cause__", None), OSError):
                 # the file or its disk may be better the next time: the rows stay
                 job.save()
                 draft.release()

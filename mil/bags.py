@@ -126,7 +126,7 @@ class Bags:
         _check(slide_ids, forms)
         self.slide_ids = tuple(slide_ids)
         self.n_instances: IntArray = np.array([shape[0] for shape, _ in forms], dtype=np.int64)
-        self.dim = int(forms[0][0][1])
+        self.dim, self._dtype = int(forms[0][0][1]), forms[0][1]
         self.memory: Literal["mmap", "ram"] = "ram" if size <= room else "mmap"
         self._matrices = copies if self.memory == "ram" else features
 
@@ -141,9 +141,14 @@ class Bags:
             rows: for some of them, the instances to take; the others are taken whole.
         """
         rows = rows or {}
-        parts = [self._matrices[bag][rows[bag]] if bag in rows else self._matrices[bag] for bag in bags.tolist()]
-        offsets = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
-        return Pack(torch.from_numpy(np.concatenate(parts)), torch.from_numpy(offsets), bags)
+        counts = [len(rows[bag]) if bag in rows else self.n_instances[bag] for bag in bags.tolist()]
+        offsets = np.cumsum([0, *counts], dtype=np.int64)
+        instances = np.empty((offsets[-1], self.dim), self._dtype)
+        # one after another: a pack of small bags may hold more of them than files can be open
+        for bag, start, stop in zip(bags.tolist(), offsets, offsets[1:], strict=False):
+            matrix = self._matrices[bag]
+            instances[start:stop] = matrix[rows[bag]] if bag in rows else matrix
+        return Pack(torch.from_numpy(instances), torch.from_numpy(offsets), bags)
 
     def draw(self, bags: IntArray, budget: int | None, seed: int, epoch: int) -> dict[int, IntArray]:
         """Draw ``budget`` instances of every larger bag, without replacement.
@@ -182,8 +187,8 @@ class Bags:
         """
         means = np.empty((len(self), self.dim))
         deviations = np.empty((len(self), self.dim))
-        for bag, matrix in enumerate(self._matrices):
-            means[bag], deviations[bag] = _moments(matrix)
+        for bag in range(len(self)):
+            means[bag], deviations[bag] = _moments(self._matrices[bag])
         broken = [self.slide_ids[bag] for bag in np.flatnonzero(~np.isfinite(deviations).all(axis=1))]
         if broken:
             raise BagError(

@@ -270,10 +270,9 @@ def _slide_files(console: Console, store: Any, slides: Path) -> dict[str, Path]:
 def _print_summary(console: Console, summary: Any) -> None:
     from mil.console import print_table
 
-    scale = "each slide's own scale" if summary.mpp is None else f"{summary.mpp:g} µm/px"
     lines = [
         f"{summary.path}: {summary.format}, {_count(len(summary.slides), 'slide')}, {summary.n_tiles} tiles of "
-        f"{summary.tile_px} px at {scale}, {size_text(summary.n_bytes)} on disk",
+        f"{summary.tiles}, {size_text(summary.n_bytes)} on disk",
         f"µm/px of level 0: {_range_text(summary.mpp_range('native_mpp'))}; "
         f"of the tiles: {_range_text(summary.mpp_range('achieved_mpp'))}",
     ]
@@ -283,7 +282,7 @@ def _print_summary(console: Console, summary: Any) -> None:
         _say(console, line)
     rows = [
         [
-            entry.name if entry.backbone in (None, entry.name) else f"{entry.name} ({entry.backbone})",
+            _entry_text(entry),
             "unreadable" if entry.dim is None else f"{entry.dim} {entry.dtype}",
             str(entry.rows),
             size_text(entry.n_bytes),
@@ -293,6 +292,15 @@ def _print_summary(console: Console, summary: Any) -> None:
     ]
     print_table(console, "features", ["entry", "each", "rows", "size", "which"], rows)
     _print_remarks(console, summary)
+
+
+def _entry_text(entry: Any) -> str:
+    """Name of an entry, and of its backbone where that is another."""
+    from extract.store.fingerprint import is_unknown
+
+    if entry.backbone in (None, entry.name):
+        return str(entry.name)
+    return f"{entry.name} ({'backbone unknown' if is_unknown(entry.backbone) else entry.backbone})"
 
 
 def _state_counts(entry: Any) -> str:

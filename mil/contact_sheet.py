@@ -24,6 +24,7 @@ from PIL import Image
 from extract.errors import EntryNotFoundError, ExtractError, StoreError
 from extract.store import SlideReader, Store, open_store
 from extract.store.base import encode_id
+from extract.store.fingerprint import tiles_text
 from mil import slide_picture
 from mil.errors import ConfigError, listed
 from mil.files import write_atomically
@@ -301,8 +302,8 @@ def _make_card(
     return card
 
 
-def _fill_card(card: _Card, slide: SlideReader, entries: Sequence[str], log: _Logged) -> tuple[bytes, bytes]:
-    """Note what the store holds of a slide; returns its pictures."""
+def _fill_card(card: _Card, slide: SlideReader, entries: Sequence[str], log: _Logged) -> tuple[bytes, ...]:
+    """Note what the store holds of a slide; returns its pictures, none where it was imported without."""
     record = slide.record
     tissue, mpp = record.get("tissue") or {}, record.get("mpp") or {}
     card.synthetic = bool(record.get("synthetic"))
@@ -317,6 +318,8 @@ def _fill_card(card: _Card, slide: SlideReader, entries: Sequence[str], log: _Lo
         ("Read from", _reading_text(record, log.reader)),
     ]
     flags = _add_flags(card, slide, entries)
+    if "thumbnail" not in record["sha256"]:
+        return ()
     picture, overlay = _draw(slide, flags)
     card.size_px = picture.size
     return slide_picture.encode_jpeg(picture), overlay
@@ -405,7 +408,7 @@ def _tiles_text(record: Mapping[str, Any]) -> str:
 def _mpp_text(mpp: Mapping[str, Any]) -> str:
     native, achieved = mpp.get("native"), mpp.get("achieved")
     if native is None:
-        return "unknown, read as it is" if mpp else MISSING
+        return "unknown, read as it is" if mpp and mpp.get("source") != "import" else MISSING
     return f"{native:.4g} → {MISSING if achieved is None else format(achieved, '.4g')} ({mpp.get('source')})"
 
 
@@ -424,7 +427,10 @@ def _flags_text(counts: Mapping[str, int], features: Mapping[str, Any] | None = 
 
 def _execution_text(entry: str, features: Mapping[str, Any]) -> str:
     execution = features.get("execution", {})
-    return ", ".join([entry, *(str(execution[key]) for key in ("runtime", "device", "precision") if key in execution)])
+    known = [
+        str(execution[key]) for key in ("runtime", "device", "precision") if execution.get(key, "unknown") != "unknown"
+    ]
+    return ", ".join([entry, *known])
 
 
 def _area(area_mm2: float) -> str:
@@ -462,16 +468,14 @@ def _summary(store: Store, cards: Sequence[_Card]) -> list[tuple[str, str]]:
     for card in cards:
         flags.update(card.counts)
     sources = Counter(card.mpp_source or "not recorded" for card in in_store)
-    recipe = store.tile_recipe
-    scale = "native resolution" if recipe.mpp is None else f"{recipe.mpp:g} µm/px"
     n_failed = sum("failed" in card.looks for card in cards)
     return [
         ("Slides", f"{len(cards):,}"),
         ("Failed", f"{n_failed}" if n_failed else "none"),
         ("Deserve a look", f"{sum(bool(card.looks) for card in cards)}"),
         ("Tiles", f"{sum(card.n_tiles or 0 for card in cards):,}"),
-        ("Tissue", f"{_area(sum(areas))} mm²" + (f" (unknown for {unknown})" if unknown else "")),
-        ("Tiles are", f"{recipe.tile_px} px at {scale}"),
+        ("Tissue", f"{_area(sum(areas))} mm²" + (f" (unknown for {unknown})" if unknown else "") if areas else MISSING),
+        ("Tiles are", tiles_text(store.tile_recipe)),
         ("µm/px from", ", ".join(f"{source}: {n}" for source, n in sources.most_common()) or MISSING),
         ("Flagged tiles", _flags_text(flags)),
         ("Features", ", ".join(store.entries()) or "none yet: tiles only"),

@@ -62,14 +62,15 @@ def _no_store(path: Path) -> StoreError:
     """What there is instead of a store, and what to do about it."""
     if path.is_file():
         return StoreError(f"got {path} as store → it is a file → name the folder that mil extract --store wrote")
+    roots = " or ".join(backend.root_name for backend in BACKENDS.values())
     if path.is_dir():
-        roots = " or ".join(backend.root_name for backend in BACKENDS.values())
         return StoreError(
             f"got {path} as store → there is no {roots} in it → name the folder that mil extract --store wrote; "
             f"features of other tools are taken in with mil store import"
         )
     return StoreError(
-        f"got {path} as store → there is nothing → check the path, or make a store with mil extract ... --store {path}"
+        f"got {path} as store → there is nothing, no {roots} → check the path, or make a store with mil extract ... "
+        f"--store {path}"
     )
 
 

@@ -25,10 +25,20 @@ from extract.errors import (
     RecipeMismatchError,
     SlideNotFoundError,
     StoreError,
+    StoreUnreachableError,
     UnitCorruptError,
 )
 from extract.store.draft import Draft, clear_draft, is_claimed
-from extract.store.files import clear_when_full, commit, discard, disk_bytes, make_folder, members, replace_json
+from extract.store.files import (
+    clear_when_full,
+    commit,
+    discard,
+    disk_bytes,
+    identity,
+    make_folder,
+    members,
+    replace_json,
+)
 from extract.store.fingerprint import (
     Execution,
     FeatureRecipe,
@@ -37,6 +47,7 @@ from extract.store.fingerprint import (
     fingerprint,
     from_dict,
     sha256_of,
+    tiles_text,
     to_dict,
 )
 from extract.store.ids import decode_id, encode_id
@@ -265,7 +276,10 @@ class SlideReader:
         """The record of a unit of this slide, with at least these keys."""
         record = self._store._read_record(unit)
         if absent := [key for key in keys if key not in record]:
-            raise UnitCorruptError(f"got a record without {absent} in {unit} → it is damaged → extract again")
+            raise UnitCorruptError(
+                f"got a record without {absent} in {unit} → it is damaged → run mil store repair, then mil extract "
+                f"again"
+            )
         if record["slide_id"] != self.slide_id:
             raise UnitCorruptError(
                 f"got the unit of slide {record['slide_id']!r} in {unit} → expected that of {self.slide_id!r} → it was "
@@ -416,13 +430,12 @@ class Store(ABC):
         """Let a unit be built and put it in its place; the second of two changes nothing."""
         commit(final, build, needed_bytes)
 
-    def _discard(self, unit: Path) -> None:
-        """Take a unit out of the store."""
-        discard(unit)
-
-    def _is_there(self, unit: Path) -> bool:
-        """Whether a unit, complete or damaged, is in the way of a new one."""
-        return unit.exists()
+    def _make_way(self, unit: Path, is_good: Callable[[], bool]) -> None:
+        """Take away what lies at the path of a unit, unless it is good; never what another writer puts there."""
+        with suppress(FileNotFoundError):
+            there = identity(unit)
+            if not is_good():
+                discard(unit, there)
 
     def _is_complete(self, unit: Path) -> bool:
         """Whether a unit with a record lies at this path."""
@@ -526,7 +539,10 @@ class Store(ABC):
             return False
         try:
             self[slide_id].feature_record(entry)
-        except UnitCorruptError:
+        except StoreUnreachableError:
+            raise
+        except StoreError:
+            # damaged, or just being replaced by another writer
             return False
         return True
 
@@ -535,8 +551,15 @@ class Store(ABC):
 
         Raises:
             SlideNotFoundError: the store holds no such slide.
+            UnitCorruptError: its tiles have no record, or none that may be read.
         """
         if slide_id not in self:
+            # at a URL a unit is what has a record
+            if isinstance(slide_id, str) and slide_id and os.path.exists(str(self.tiles_path(slide_id))):
+                raise UnitCorruptError(
+                    f"got slide {slide_id!r} whose tiles have no record that can be read → the files were damaged, or "
+                    f"may not be read → mil store verify {self.path} shows the fix"
+                )
             raise self._no_slide(slide_id)
         return SlideReader(self, slide_id)
 
@@ -550,10 +573,8 @@ class Store(ABC):
         return isinstance(slide_id, str) and bool(slide_id) and self._is_complete(self.tiles_path(slide_id))
 
     def __repr__(self) -> str:
-        recipe, n = self.tile_recipe, len(self)
-        scale = "native resolution" if recipe.mpp is None else f"{recipe.mpp:g} µm/px"
-        slides = f"{n} slide{'' if n == 1 else 's'}"
-        lines = [f"{type(self).__name__}({str(self.path)!r}, {slides}, tiles of {recipe.tile_px} px at {scale})"]
+        n, tiles = len(self), tiles_text(self.tile_recipe)
+        lines = [f"{type(self).__name__}({str(self.path)!r}, {n} slide{'' if n == 1 else 's'}, tiles of {tiles})"]
         for entry in self.entries():
             made = self.feature_recipe(entry)
             lines.append(f"  {entry}: {len(self.slide_ids(entry))} slides, {made.dtype} [n, {made.dim}]")
@@ -644,7 +665,11 @@ class Store(ABC):
                 _check_written(self._read_array(partial, name), checksum, slide_id)
             self._check_recipe()
 
-        self._commit(self.tiles_path(slide_id), build, sum(array.nbytes for array in arrays.values()))
+        final = self.tiles_path(slide_id)
+        # a folder that has lost its record is no unit, and would be in the way of one; a record that may not be read is
+        # there, and this raises
+        self._make_way(final, lambda: self._age(str(final)[len(self._prefix) :]) is not None)
+        self._commit(final, build, sum(array.nbytes for array in arrays.values()))
 
     def commit_features(self, entry: str, record: Mapping[str, Any], matrix: np.ndarray) -> None:
         """Commit a features unit whose record is there already; see `commit_tiles`.
@@ -669,8 +694,7 @@ class Store(ABC):
                 raise StoreError(f"got features of slide {slide_id!r} that are not finite → they are not stored")
 
         final = self.feature_path(slide_id, entry)
-        if self._is_there(final) and not self.has_features(slide_id, entry):
-            self._discard(final)
+        self._make_way(final, lambda: self.has_features(slide_id, entry))
         self._commit(final, build, matrix.nbytes)
 
     def draft(self, entry: str, slide_id: str, execution: Execution) -> Draft:
@@ -719,9 +743,9 @@ class Store(ABC):
             for entry in (None, *self.entries())
             for unit in self.unit_paths(entry).values()
         ]
-        listed = [unit for unit in units if self._line(unit) is not None]
+        # a unit that may not be read is for others to tell
         with suppress(OSError):
-            self._index.write(listed)
+            self._index.write([unit for unit in units if self._line(unit) is not None])
 
     def start_run(self) -> RunLog:
         """Open a new log of this run under ``runs/``."""
@@ -824,7 +848,7 @@ def _scale_of(record: Mapping[str, Any]) -> str:
 
 
 def _unreadable(file: Path, error: Exception) -> UnitCorruptError:
-    return UnitCorruptError(f"got {file} → it is damaged or not ours ({error!r}) → extract again")
+    return UnitCorruptError(f"got {file} → it is damaged or not ours ({error!r}) → run mil store verify to see the fix")
 
 
 def _has_checksum(array: np.ndarray, checksum: str) -> bool:

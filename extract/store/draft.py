@@ -108,9 +108,9 @@ class Draft:
                 file.seek(0, os.SEEK_END)
                 file.write(new.data.cast("B"))
             sync(self._rows)
-            with open(self._path, "a", encoding="utf-8") as journal:
-                journal.write(json.dumps(line) + "\n")
-            sync(self._path)
+            with suppress(FileNotFoundError):
+                self._append(line)
+                sync(self._path)
         self._n_saved = stop
 
     def touch(self) -> None:
@@ -130,8 +130,13 @@ class Draft:
             self.discard()
             return
         # without this line the rows are there too, once the lease has ended
-        with suppress(OSError), open(self._path, "a", encoding="utf-8") as journal:
-            journal.write('{"released": true}\n')
+        with suppress(OSError):
+            self._append({"released": True})
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        """Add a line to the journal, never making one: another worker may just have taken it away."""
+        with open(os.open(self._path, os.O_WRONLY | os.O_APPEND), "w", encoding="utf-8") as journal:
+            journal.write(json.dumps(line) + "\n")
 
     def _begin(self, subject: Mapping[str, Any]) -> None:
         header = {"token": self._token, **_worker(), "subject": dict(subject)}

@@ -361,8 +361,21 @@ def difference(one: Any, other: Any, prefix: str = "") -> list[str]:
         if isinstance(left, Mapping) and isinstance(right, Mapping):
             lines += difference(left, right, f"{prefix}{key}.")
         elif left != right:
-            lines.append(f"{prefix}{key}: {left} → {right}")
+            lines.append(f"{prefix}{key}: {_shorten(left)} → {_shorten(right)}")
     return lines
+
+
+def _shorten(value: Any) -> Any:
+    """What people are shown of a value: of the hash in an unknown one its beginning."""
+    return value[: len(UNKNOWN) + 8] if is_unknown(value) else value
+
+
+def tiles_text(recipe: TileRecipe) -> str:
+    """Size and scale of a store's tiles, for people: ``224 px at 0.5 µm/px``."""
+    size = f"{recipe.tile_px} px" if recipe.tile_px else "unknown size"
+    if recipe.mpp is not None:
+        return f"{size} at {recipe.mpp:g} µm/px"
+    return f"{size} at {'an unknown scale' if is_unknown(recipe.edge) else 'native resolution'}"
 
 
 @dataclass(frozen=True)

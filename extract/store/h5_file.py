@@ -51,20 +51,30 @@ def write_h5(
     little = {name: np.ascontiguousarray(array, array.dtype.newbyteorder("<")) for name, array in arrays.items()}
     places = []
     with h5py.File(image, "w", **_LAYOUT) as file:
-        file.attrs[_RECORD], file.attrs[_RECORD_SHA256] = text, sha256(text.encode()).hexdigest()
+        _set_attributes(file, {_RECORD: text, _RECORD_SHA256: sha256(text.encode()).hexdigest()})
         for name, array in little.items():
             if name in compressed and array.size:
                 dataset = file.create_dataset(name, data=array, chunks=array.shape, compression="gzip")
             else:
                 dataset = _reserve(file, name, array)
                 places.append((dataset.id.get_offset(), array))
-            dataset.attrs.update(attributes.get(name, {}))
+            _set_attributes(dataset, attributes.get(name, {}))
     with open(path, "wb") as out:
         out.write(image.getbuffer())
         for offset, array in places:
             if array.size:
                 out.seek(offset)
                 out.write(array.data.cast("B"))
+
+
+def _set_attributes(node: Any, attributes: Mapping[str, Any]) -> None:
+    """Set attributes, texts as strings of fixed length.
+
+    HDF5 keeps strings of variable length in a heap without a checksum: with one bit of it changed, its library may
+    look for the string for ever.
+    """
+    for key, value in attributes.items():
+        node.attrs[key] = np.bytes_(value.encode()) if isinstance(value, str) else value
 
 
 def _reserve(file: Any, name: str, array: np.ndarray) -> Any:
@@ -136,10 +146,10 @@ def _remember(read: Callable[..., T]) -> Callable[..., T]:
 def _record_text(path: Path) -> str:
     """The record in a file, as it stands there."""
     with open_h5(path) as file:
-        text, checksum = file.attrs[_RECORD], file.attrs[_RECORD_SHA256]
-        if sha256(text.encode()).hexdigest() != checksum:
+        text, checksum = bytes(file.attrs[_RECORD]), bytes(file.attrs[_RECORD_SHA256])
+        if sha256(text).hexdigest() != checksum.decode():
             raise ValueError("its record does not match its checksum")
-        return str(text)
+        return text.decode()
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -195,7 +205,8 @@ def read_array(path: Path, name: str, rows: slice | np.ndarray | None = None) ->
 def read_attributes(path: Path, name: str) -> dict[str, Any]:
     """The attributes of an array."""
     with open_h5(path) as file:
-        return {key: getattr(value, "tolist", lambda value=value: value)() for key, value in file[name].attrs.items()}
+        found = {key: getattr(value, "tolist", lambda value=value: value)() for key, value in file[name].attrs.items()}
+        return {key: value.decode() if isinstance(value, bytes) else value for key, value in found.items()}
 
 
 def _raw_offset(data: Any) -> int | None:

@@ -73,7 +73,8 @@ def read_record(node: Path) -> dict[str, Any]:
         return record_in(json.loads(text))
     except (ValueError, LookupError, TypeError) as error:
         raise UnitCorruptError(
-            f"got {node / 'zarr.json'} → it is damaged or not ours ({error!r}) → extract again"
+            f"got {node / 'zarr.json'} → it is damaged or not ours ({error!r}) → run mil store repair, then mil "
+            f"extract again"
         ) from error
 
 
@@ -106,7 +107,7 @@ def raw_layout(folder: Path) -> tuple[tuple[int, ...], np.dtype[Any]] | None:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UnitCorruptError(
-            f"got {folder / 'zarr.json'} → unreadable ({error}) → extract the slide again"
+            f"got {folder / 'zarr.json'} → unreadable ({error}) → run mil store repair, then mil extract again"
         ) from error
     return (shape, np.dtype(_ZARR_TYPES[layout["data_type"]])) if raw else None
 
@@ -142,7 +143,9 @@ def read_with_zarr(folder: Path, rows: slice | np.ndarray | None = None) -> np.n
         array = zarr.open_array(str(folder), mode="r")
         return take_rows(array.oindex if array.shape else array, array.shape, rows)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise UnitCorruptError(f"got {folder} → unreadable ({error}) → extract the slide again") from error
+        raise UnitCorruptError(
+            f"got {folder} → unreadable ({error}) → run mil store repair, then mil extract again"
+        ) from error
 
 
 def write_array(folder: Path, array: np.ndarray, record: Mapping[str, Any] | None = None) -> None:

@@ -104,10 +104,6 @@ class RemoteStore(ZarrStore):
     def _is_complete(self, unit: Path) -> bool:
         return self._age(str(unit)[len(self._prefix) :]) is not None
 
-    def _is_there(self, unit: Path) -> bool:
-        # a writer may be at work on a unit without a record; whoever is next takes over what is equal
-        return (unit / self.entry_name).is_file()
-
     def _age(self, unit: str) -> int | None:
         path = self.path / unit
         listing = self._recent(path.parent)
@@ -181,7 +177,10 @@ class RemoteStore(ZarrStore):
         self._check_writable()
         return RemoteRunLog(self.path / "runs")
 
-    def _discard(self, unit: Path) -> None:
+    def _make_way(self, unit: Path, is_good: Callable[[], bool]) -> None:
+        # a writer may be at work on a unit without a record; whoever is next takes over what is equal
+        if not (unit / self.entry_name).is_file() or is_good():
+            return
         (unit / self.entry_name).unlink(missing_ok=True)
         self._listings.pop(unit.parent, None)
         for name in cast(RemotePath, unit).files():

@@ -10,6 +10,7 @@ from typing import Any
 
 from extract.errors import ExtractError, StoreUnreachableError
 from extract.store.base import SlideReader, Store
+from extract.store.fingerprint import tiles_text
 
 QUARANTINE = "quarantine"
 """The folder of a store that holds what was moved aside; no reader looks into it."""
@@ -85,7 +86,8 @@ class StoreSummary:
         path: its folder.
         format: ``zarr`` or ``h5``.
         tile_px: side of a tile in pixels.
-        mpp: µm/px that was asked for, or None for each slide's own.
+        mpp: µm/px that was asked for, or None for each slide's own, or an unknown one.
+        tiles: the two in words.
         n_tiles: tiles of all slides.
         entries: the entries by name.
         slides: the slides by id.
@@ -99,6 +101,7 @@ class StoreSummary:
     format: str
     tile_px: int
     mpp: float | None
+    tiles: str
     n_tiles: int
     entries: tuple[EntrySummary, ...]
     slides: tuple[SlideSummary, ...]
@@ -142,6 +145,7 @@ def summarise(store: Store) -> StoreSummary:
         format=store.format,
         tile_px=store.tile_recipe.tile_px,
         mpp=store.tile_recipe.mpp,
+        tiles=tiles_text(store.tile_recipe),
         n_tiles=sum(slide.n_tiles or 0 for slide in slides),
         entries=tuple(_entry(store, name, slides, rows[name], sizes[name]) for name in names),
         slides=tuple(slides),

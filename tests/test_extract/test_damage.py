@@ -77,7 +77,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(1800, method="thread")
 def test_a_flipped_bit_anywhere_is_found_or_changes_nothing(folder: Path):
     expected, unseen, seen = content(folder), [], Counter[str]()
     stride = max(1, sum(path.stat().st_size for path in unit_files(folder)) // FLIPS)

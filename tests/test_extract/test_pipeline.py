@@ -19,7 +19,7 @@ from PIL import Image
 from extract.backbones import Backbone
 from extract.direct import TileCache
 from extract.engine import StreamStats
-from extract.errors import ExtractError, RecipeError, RecipeMismatchError, SlideTableError, StoreFullError
+from extract.errors import ExtractError, RecipeError, RecipeMismatchError, SlideTableError, StoreError, StoreFullError
 from extract.geometry import plan_read
 from extract.isolation import ReaderLimits, ReaderProcess
 from extract.pipeline import Silent, SlideOutcome, _Run, entry_name, run_extraction
@@ -641,6 +641,19 @@ def test_a_disk_that_fails_keeps_the_rows_and_is_tried_again(
     assert again.outcomes[0].n_resumed > 0
     assert again.outcomes[0].n_invalid == 0
     assert tree(store) == tree(tmp_path / "whole.zarr")
+
+
+def test_a_store_that_cannot_be_written_keeps_the_rows(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch):
+    file = write_slide(tmp_path / "a.tif", 1800, 1400)
+
+    def refuse(*_: object) -> None:
+        raise StoreError("read-only") from PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("extract.store.zarr_store.ZarrStore.write_features", refuse)
+        assert "read-only" in reasons(extract([file], store))["a"]
+    again = extract([file], store)
+    assert again.outcomes[0].n_resumed > 0
 
 
 def test_flags_of_tiles_are_recorded(tmp_path: Path, store: Path):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extract.errors import StoreError, UnitCorruptError
-from extract.store import Store, ZarrStore
+from extract.store import Store, ZarrStore, open_store
 from extract.store.ids import decode_id, encode_id
 from tests.conftest import REPOSITORY
 from tests.test_extract.small import feature_recipe, tiles_unit, tree
@@ -43,6 +43,15 @@ class TestZarrStore(StoreConformance):
     def record_file(self, unit: Path) -> Path:
         """The node's metadata."""
         return unit / "zarr.json"
+
+    def test_tiles_that_have_lost_their_record_are_cut_again(self, store: Store):
+        features = add(store, "s")
+        (store.tiles_path("s") / "zarr.json").unlink()
+        assert "s" not in store
+        with pytest.raises(UnitCorruptError, match="mil store verify"):
+            _ = store["s"]
+        store.write_tiles(tiles_unit("s"))
+        assert np.array_equal(store["s"].features("tiny"), features)
 
     def test_zarr_python_reads_the_same_bytes(self, store: Store):
         features = add(store, "a/b c", 11)
@@ -137,6 +146,13 @@ def test_file_names_of_ids_are_safe_and_reversible(slide_id: str):
 @given(st.lists(st.text(st.sampled_from("aA.%_~/ é2F"), min_size=1, max_size=6), unique=True, min_size=2))
 def test_two_ids_never_share_a_file_name(ids: list[str]):
     assert len({encode_id(slide_id) for slide_id in ids}) == len(ids)
+
+
+def test_what_is_no_store_is_told_by_what_it_is(tmp_path: Path):
+    (tmp_path / "slide.tif").touch()
+    for name, told in (("slide.tif", "it is a file"), ("absent", "there is nothing"), (".", "mil store import")):
+        with pytest.raises(StoreError, match=told):
+            open_store(tmp_path / name)
 
 
 # ---------------------------------------------------------------- crashes

@@ -1,11 +1,12 @@
 """Bags: the same bytes from any memory, budgets, moments and errors."""
 
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mil.bags import Bags, choose_entry, open_bags
+from mil.bags import MAPS_KEPT, Bags, Memory, choose_entry, open_bags
 from mil.errors import BagError
 from tests.test_mil.small import FEATURES, make_cohort, make_features, make_store
 
@@ -40,6 +41,50 @@ def test_ram_and_mmap_give_the_same_bytes(tmp_path: Path) -> None:
     assert a.instances.numpy().tobytes() == b.instances.numpy().tobytes()
     for x, y in zip(mapped.moments.mean_std(order), resident.moments.mean_std(order), strict=True):
         assert x.numpy().tobytes() == y.numpy().tobytes()
+
+
+class _Counted:
+    """A store of small bags that counts which of its matrices are still held."""
+
+    def __init__(self, n: int) -> None:
+        self.path, self.n, self.read, self.most = Path("counted"), n, 0, 0
+        self._held: weakref.WeakSet[_Held] = weakref.WeakSet()
+
+    def entries(self) -> list[str]:
+        return ["tiny"]
+
+    def slide_ids(self, entry: str | None = None) -> list[str]:
+        return [str(i) for i in range(self.n)]
+
+    def __getitem__(self, slide_id: str) -> "_Counted":
+        self._slide_id = slide_id
+        return self
+
+    def verify_features(self, entry: str) -> None:
+        self.read += 1
+
+    def features(self, entry: str) -> np.ndarray:
+        matrix = np.full((2, 3), int(self._slide_id), np.float32).view(_Held)
+        self._held.add(matrix)
+        self.most = max(self.most, len(self._held))
+        return matrix
+
+
+class _Held(np.ndarray):
+    """An array that can be watched."""
+
+    __hash__ = object.__hash__
+
+
+@pytest.mark.parametrize("memory", ["mmap", "ram", "auto"])
+def test_few_bags_are_open_at_a_time(memory: Memory) -> None:
+    store = _Counted(5 * MAPS_KEPT)
+    bags = open_bags(store, store.slide_ids(), "tiny", memory)
+    everything = bags.pack(np.arange(store.n)).instances.numpy()
+    assert np.array_equal(everything, np.repeat(np.arange(store.n), 2)[:, None] + np.zeros((1, 3)))
+    assert np.array_equal(bags.moments.means[:, 0], np.arange(store.n))
+    assert store.read == store.n
+    assert store.most <= MAPS_KEPT + 2
 
 
 def test_a_pack_is_a_copy(tmp_path: Path) -> None:

@@ -63,6 +63,17 @@ def test_a_table_of_mpps_that_is_wrong_is_refused(tmp_path: Path, table: str):
     assert "--mpps" in text
 
 
+def test_what_an_import_does_not_know_is_said_in_words(tmp_path: Path):
+    np.savez(tmp_path / "t.npz", x=np.ones((6, 4), np.float32), bag=np.arange(6) // 2, y=np.array([0, 1, 0]))
+    run("store", "import", tmp_path / "t.npz", "--store", tmp_path / "t.zarr")
+    code, text = run("store", "ls", tmp_path / "t.zarr")
+    assert code == 0
+    assert "6 tiles of unknown size at an unknown scale" in text
+    assert "imported (backbone unknown)" in text
+    assert "unknown:" not in text
+    assert "unknown size at an unknown scale" in repr(open_store(tmp_path / "t.zarr"))
+
+
 def test_a_head_trains_on_bags_without_places(tmp_path: Path):
     rng = np.random.default_rng(0)
     y = np.arange(24) % 2

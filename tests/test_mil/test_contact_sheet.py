@@ -258,6 +258,17 @@ def test_an_imported_slide_without_frame_and_mask_has_a_picture_and_no_geojson(t
     assert write_geojson(store, tmp_path / "qupath") == []
 
 
+def test_an_imported_slide_without_picture_is_not_damaged(tmp_path: Path):
+    store = make_store(tmp_path)
+    store.write_tiles(TilesUnit("imported", None, None, None, {"n_tiles": 12, "mpp": {"source": "import"}}))
+    store.write_features("tiny", "imported", np.zeros((12, DIM), dtype=np.float16), [1], EXECUTION)
+    page = written(store)
+    assert page.looks("imported") == {"invalid", "scale"}
+    assert page.images("imported") == []
+    assert "no picture" in page.text
+    assert "0 mm²" not in page.text
+
+
 def test_a_damaged_unit_costs_its_picture_and_not_the_sheet(tmp_path: Path):
     store = make_store(tmp_path)
     for slide_id in ("a", "picture", "record", "stale"):
@@ -285,7 +296,7 @@ def test_wrong_inputs_are_refused_and_leave_the_old_sheet(tmp_path: Path):
             write_contact_sheet(store, path)
     with pytest.raises(EntryNotFoundError, match="'tiny'"):
         write_contact_sheet(store, tmp_path / "sheet.html", entry="other")
-    with pytest.raises(StoreError, match=r"no zarr\.json"):
+    with pytest.raises(StoreError, match="there is nothing"):
         write_contact_sheet(tmp_path / "absent.zarr", tmp_path / "sheet.html")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="expected a folder"):

@@ -71,6 +71,8 @@ def export_store(
         raise StoreError(
             f"got {out} to export to → it is not an empty folder → choose another --out, or add --overwrite"
         )
+    with clear_when_full(out):
+        out.mkdir(parents=True, exist_ok=True)
     slides, outcomes = store.slide_ids(entry), []
     for slide_id in slides:
         try:
