@@ -63,6 +63,7 @@ class Layout:
         whole: a slide's matrix, in memory of its own.
         rows: some rows of it, in ascending order.
         files: the files that hold a slide's matrix.
+        view: a slide's matrix as it lies in the file, where that is possible.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Layout:
     whole: Callable[[int], np.ndarray]
     rows: Callable[[int, np.ndarray], np.ndarray]
     files: Callable[[int], list[Path]]
+    view: Callable[[int], np.ndarray] | None = None
 
 
 def store_layout(folder: Path, kind: str, dim: int, dtype: str) -> Layout:
@@ -91,6 +93,7 @@ def store_layout(folder: Path, kind: str, dim: int, dtype: str) -> Layout:
         lambda slide: np.array(open_store(folder)[f"slide-{slide}"].features(ENTRY)),
         lambda slide, rows: np.array(open_store(folder)[f"slide-{slide}"].features(ENTRY)[rows]),
         files,
+        lambda slide: open_store(folder)[f"slide-{slide}"].features(ENTRY),
     )
 
 
@@ -238,7 +241,7 @@ def measure_layouts(options: argparse.Namespace, folder: Path, dtype: str) -> li
         size = sum(path.stat().st_size for i in range(len(matrices)) for path in layout.files(i))
         add(layout.name, "size / matrix", "ratio", size / gigabytes / 1e9)
     for _ in range(options.repeats):
-        copy_s = seconds(lambda: [np.array(matrix) for matrix in matrices])
+        copy_s = sum(seconds(lambda: np.array(matrix)) for matrix in matrices)  # noqa: B023
         add("memory copy", "whole bag, warm", "GB/s", gigabytes / copy_s)
         times = {(layout.name, *key): spent for layout in each for key, spent in read(layout, matrices, picks).items()}
         for (name, what, state), spent in times.items():
@@ -251,6 +254,12 @@ def measure_layouts(options: argparse.Namespace, folder: Path, dtype: str) -> li
                 add(name, f"{what}, {state} / HDF5, one row a chunk", "ratio", by_rows / spent)
             if name.startswith("tessera") and (what, state) == ("whole bag", "warm"):
                 add(name, "whole bag, warm / memory copy", "ratio", copy_s / spent)
+        for layout in each:
+            if layout.view is not None:
+                view_s = sum(seconds(partial(layout.view, i)) for i in range(len(matrices)))
+                add(layout.name, "view of the whole bag, nothing copied", "ms", 1000 * view_s / len(matrices))
+        by_rows = times["HDF5, one row a chunk", "whole bag", "warm"]
+        add("memory copy", "whole bag, warm / HDF5, one row a chunk", "ratio", by_rows / copy_s)
     subject = f"{options.rows} x {options.dim} {dtype}"
     return [Result.of(f"{subject}, {name}", metric, unit, got) for (name, metric, unit), got in values.items()]
 
