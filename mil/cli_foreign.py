@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from mil.console import LiveCount, counted, print_table, say
+
 _ROWS_SHOWN = 20
 _QUESTIONS = "What the files do not say"
 
@@ -103,7 +105,7 @@ def import_features(
         with _progress(console) as progress:
             report = import_bags(source, store, entry, answers, format, recipe, progress)
     except KeyboardInterrupt:
-        _say(console, f"stopped. {store} is valid; run the same command again to go on.")
+        say(console, f"stopped. {store} is valid; run the same command again to go on.")
         raise typer.Exit(130) from None
     _print_import(console, store, report, time.monotonic() - started)
     if report.labels and report.entry is not None:
@@ -136,11 +138,11 @@ def export_features(
         with _progress(console) as progress:
             outcomes = export_store(open_store(store), out, format, entry, overwrite, progress)
     except KeyboardInterrupt:
-        _say(console, f"stopped. {out} holds whole files; run the same command again with --overwrite.")
+        say(console, f"stopped. {out} holds whole files; run the same command again with --overwrite.")
         raise typer.Exit(130) from None
     failed = [each for each in outcomes if each.outcome == "failed"]
     done, seconds = len(outcomes) - len(failed), time.monotonic() - started
-    _say(console, f"{out}: {_count(done, 'slide')} written, {len(failed)} failed, in {seconds:.1f} s")
+    say(console, f"{out}: {counted(done, 'slide')} written, {len(failed)} failed, in {seconds:.1f} s")
     _print_failures(console, failed)
     if failed:
         raise typer.Exit(1)
@@ -149,8 +151,6 @@ def export_features(
 @contextmanager
 def _progress(console: Console) -> Iterator[Any]:
     """Counts slides; the first failures are told as they come."""
-    from mil.console import LiveCount
-
     count, begun = LiveCount(console, "slides"), False
 
     def report(total: int, outcome: Any) -> None:
@@ -170,31 +170,31 @@ def _print_import(console: Console, store: Path, report: Any, seconds: float) ->
     counts = Counter(each.outcome for each in report.outcomes)
     rows = sum(each.n_rows for each in report.of("imported"))
     layouts = " and ".join(report.layouts) or "no layout"
-    _say(
+    say(
         console,
         f"{store}, entry {report.entry or '–'}: {counts['imported']} imported from {layouts} ({rows} rows), "
         f"{counts['complete']} there before, {counts['failed']} failed, in {seconds:.1f} s",
     )
     bare = [each for each in report.outcomes if each.outcome != "failed" and not each.has_coords]
     if bare:
-        _say(
-            console, f"{_count(len(bare), 'slide')} without coordinates: they train and predict; no heatmaps.", "yellow"
+        say(
+            console,
+            f"{counted(len(bare), 'slide')} without coordinates: they train and predict; no heatmaps.",
+            "yellow",
         )
     if report.skipped:
         first = next(iter(report.skipped.items()))
-        _say(console, f"{_count(len(report.skipped), 'file')} left out, such as {first[0]}: {first[1]}")
+        say(console, f"{counted(len(report.skipped), 'file')} left out, such as {first[0]}: {first[1]}")
     _print_failures(console, report.of("failed"))
 
 
 def _print_failures(console: Console, failed: Sequence[Any]) -> None:
-    from mil.console import print_table
-
     if not failed:
         return
     rows = [[each.slide_id, each.reason] for each in failed]
     print_table(console, "what could not be taken", ["slide", "reason"], rows[:_ROWS_SHOWN])
     if len(rows) > _ROWS_SHOWN:
-        _say(console, f"  and {len(rows) - _ROWS_SHOWN} more")
+        say(console, f"  and {len(rows) - _ROWS_SHOWN} more")
 
 
 def _write_labels(console: Console, store: Path, report: Any) -> None:
@@ -203,7 +203,7 @@ def _write_labels(console: Console, store: Path, report: Any) -> None:
     path = store.with_name(f"{store.name.removesuffix(store.suffix)}.labels.csv")
     taken = {each.slide_id for each in report.outcomes if each.outcome != "failed"}
     write_labels(path, {slide_id: label for slide_id, label in report.labels.items() if slide_id in taken})
-    _say(console, f"labels {path}: mil train --store {store} --labels {path} --target label --out RUN")
+    say(console, f"labels {path}: mil train --store {store} --labels {path} --target label --out RUN")
 
 
 def _read_mpps(table: Path | None) -> dict[str, float]:
@@ -226,11 +226,3 @@ def _bad_mpps(table: Path, what: str) -> typer.BadParameter:
         f"got {table}: {what} → expected the columns slide_id and mpp, µm per pixel above 0 → correct it",
         param_hint="--mpps",
     )
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
-
-
-def _say(console: Console, line: str, style: str | None = None) -> None:
-    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from mil.console import LiveCount, counted, print_table, say
+
 store_app = typer.Typer(
     name="store",
     help="Embedding stores: list, verify, repair, clear, convert, import and export.",
@@ -110,18 +112,18 @@ def repair(store: StoreArgument, *, quick: QuickOption = False, yes: YesOption =
         return
     plan = plan_repair(findings)
     if plan.moves:
-        _say(console, f"{_count(len(plan.moves), 'unit')} ({size_text(plan.n_bytes)}) to move to {store}/quarantine:")
+        say(console, f"{counted(len(plan.moves), 'unit')} ({size_text(plan.n_bytes)}) to move to {store}/quarantine:")
         for move in plan.moves[:_ROWS_SHOWN]:
-            _say(console, f"  {move.path.relative_to(store)}")
+            say(console, f"  {move.path.relative_to(store)}")
         _say_more(console, len(plan.moves))
         if not (yes or _agreed("Move them?")):
-            _say(console, "Nothing was moved.")
+            say(console, "Nothing was moved.")
             raise typer.Exit(1)
         moved = repair_store(open_store(store, "r+"), plan)
-        _say(console, f"{_count(len(moved), 'unit')} moved. Now run the same mil extract again: it makes them anew.")
+        say(console, f"{counted(len(moved), 'unit')} moved. Now run the same mil extract again: it makes them anew.")
     if plan.left:
-        _say(
-            console, f"{_count(len(plan.left), 'problem')} that moving mends not; see the fix of each above.", "yellow"
+        say(
+            console, f"{counted(len(plan.left), 'problem')} that moving mends not; see the fix of each above.", "yellow"
         )
         raise typer.Exit(1)
 
@@ -151,15 +153,15 @@ def gc(
     garbage = find_garbage(open_store(store, "r+"), _seconds(older_than), quarantine)
     kinds = Counter(piece.kind for piece in garbage)
     for piece in garbage[:_ROWS_SHOWN]:
-        _say(console, f"  {piece.path.relative_to(store)}  {piece.kind}, {size_text(piece.n_bytes)}")
+        say(console, f"  {piece.path.relative_to(store)}  {piece.kind}, {size_text(piece.n_bytes)}")
     _say_more(console, len(garbage))
     total = size_text(sum(piece.n_bytes for piece in garbage))
     what = ", ".join(f"{kind}: {n}" for kind, n in sorted(kinds.items())) or "nothing to remove"
     if not garbage or not yes:
         hint = "; add --yes to remove them" if garbage else ""
-        _say(console, f"{what} ({total}){hint}")
+        say(console, f"{what} ({total}){hint}")
         return
-    _say(console, f"{what}; {size_text(gc_store(garbage))} freed")
+    say(console, f"{what}; {size_text(gc_store(garbage))} freed")
 
 
 @store_app.command()
@@ -174,7 +176,6 @@ def convert(
     Example: `mil store convert cohort.zarr cohort.h5store --format h5`
     """
     from extract.store.convert import convert_store
-    from mil.console import print_table
 
     console, started = Console(), time.monotonic()
     with _progress(console) as count:
@@ -186,13 +187,13 @@ def convert(
 
         report = convert_store(source, target, format, progress=report_unit)
     seconds = time.monotonic() - started
-    counts = f"{_count(report.copied, 'unit')} copied, {report.skipped} there before, {len(report.failed)} failed"
-    _say(console, f"{target}: {counts}, in {seconds:.1f} s")
+    counts = f"{counted(report.copied, 'unit')} copied, {report.skipped} there before, {len(report.failed)} failed"
+    say(console, f"{target}: {counts}, in {seconds:.1f} s")
     if report.failed:
         rows = [[unit, reason] for unit, reason in report.failed.items()]
         print_table(console, "what could not be converted", ["slide", "reason"], rows[:_ROWS_SHOWN])
         _say_more(console, len(rows))
-        _say(console, f"fix: mil store repair {source}, then mil extract again, then this command again")
+        say(console, f"fix: mil store repair {source}, then mil extract again, then this command again")
         raise typer.Exit(1)
 
 
@@ -226,8 +227,8 @@ def _verify(
         open_store(path, "r+").write_index(anew=True)
     seconds = time.monotonic() - started
     read = "records and sizes" if quick else f"{size_text(n_bytes)} ({size_text(n_bytes / max(seconds, 1e-9))}/s)"
-    wrong = f"{_count(len(findings), 'problem')}" if findings else "nothing is wrong"
-    _say(console, f"{path}: {_count(units, 'unit')}, {read} in {seconds:.1f} s: {wrong}")
+    wrong = f"{counted(len(findings), 'problem')}" if findings else "nothing is wrong"
+    say(console, f"{path}: {counted(units, 'unit')}, {read} in {seconds:.1f} s: {wrong}")
     return findings
 
 
@@ -239,8 +240,6 @@ def _open(path: Path) -> Any:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Any]:
-    from mil.console import LiveCount
-
     count = LiveCount(console, "units")
     try:
         yield count
@@ -263,15 +262,13 @@ def _slide_files(console: Console, store: Any, slides: Path) -> dict[str, Path]:
         )
     absent = len(ids) - len(files)
     note = f"; {absent} of the store have no file there and are not compared" if absent else ""
-    _say(console, f"comparing {_count(len(files), 'slide file')}{note}")
+    say(console, f"comparing {counted(len(files), 'slide file')}{note}")
     return files
 
 
 def _print_summary(console: Console, summary: Any) -> None:
-    from mil.console import print_table
-
     lines = [
-        f"{summary.path}: {summary.format}, {_count(len(summary.slides), 'slide')}, {summary.n_tiles} tiles of "
+        f"{summary.path}: {summary.format}, {counted(len(summary.slides), 'slide')}, {summary.n_tiles} tiles of "
         f"{summary.tiles}, {size_text(summary.n_bytes)} on disk",
         f"µm/px of level 0: {_range_text(summary.mpp_range('native_mpp'))}; "
         f"of the tiles: {_range_text(summary.mpp_range('achieved_mpp'))}",
@@ -279,7 +276,7 @@ def _print_summary(console: Console, summary: Any) -> None:
     if any(slide.synthetic for slide in summary.slides):
         lines.append("SYNTHETIC DATA: some of these slides were drawn by a program.")
     for line in lines:
-        _say(console, line)
+        say(console, line)
     rows = [
         [
             _entry_text(entry),
@@ -319,10 +316,10 @@ def _print_remarks(console: Console, summary: Any) -> None:
         which = f": {damaged[0].slide_id}" if damaged else ""
         remarks.append(f"some units cannot be used{which}; see mil store verify {summary.path}")
     if waiting:
-        remarks.append(f"{_count(waiting, 'slide')} with features but no tiles; mil extract cuts them again")
+        remarks.append(f"{counted(waiting, 'slide')} with features but no tiles; mil extract cuts them again")
     if summary.n_leftovers:
         remarks.append(
-            f"{_count(summary.n_leftovers, 'leftover')} of runs, stopped or at work "
+            f"{counted(summary.n_leftovers, 'leftover')} of runs, stopped or at work "
             f"({size_text(summary.leftover_bytes)}); see mil store gc {summary.path}"
         )
     if summary.quarantine_bytes:
@@ -330,12 +327,10 @@ def _print_remarks(console: Console, summary: Any) -> None:
             f"{size_text(summary.quarantine_bytes)} in quarantine; see mil store gc {summary.path} --quarantine"
         )
     for remark in remarks:
-        _say(console, remark, "yellow")
+        say(console, remark, "yellow")
 
 
 def _print_slides(console: Console, summary: Any) -> None:
-    from mil.console import print_table
-
     rows = [
         [
             slide.slide_id,
@@ -362,8 +357,6 @@ def _states(entries: Mapping[str, str], problem: str | None) -> str:
 
 def _print_findings(console: Console, findings: Sequence[Any]) -> None:
     """A table of what is wrong, and each fix once."""
-    from mil.console import print_table
-
     if not findings:
         return
     rows = [
@@ -373,7 +366,7 @@ def _print_findings(console: Console, findings: Sequence[Any]) -> None:
     print_table(console, "what is wrong", ["slide", "which", "reason"], rows[:_ROWS_SHOWN])
     _say_more(console, len(rows), "; --json lists all")
     for fix, n in Counter(finding.fix for finding in findings).items():
-        _say(console, f"fix for {n}: {fix}" if n < len(findings) else f"fix: {fix}")
+        say(console, f"fix for {n}: {fix}" if n < len(findings) else f"fix: {fix}")
 
 
 def _agreed(question: str) -> bool:
@@ -413,17 +406,9 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
-
-
-def _say(console: Console, line: str, style: str | None = None) -> None:
-    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
-
-
 def _say_more(console: Console, n: int, hint: str = "") -> None:
     if n > _ROWS_SHOWN:
-        _say(console, f"  and {n - _ROWS_SHOWN} more{hint}")
+        say(console, f"  and {n - _ROWS_SHOWN} more{hint}")
 
 
 def _print_json(console: Console, value: Any) -> None:

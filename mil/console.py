@@ -150,3 +150,13 @@ def _interval(value: dict[str, float | None], digits: int) -> tuple[str, str]:
     point, low, high = (value[key] for key in ("value", "low", "high"))
     text = "–" if point is None else f"{point:.{digits}f}"
     return text, "–" if low is None or high is None else f"[{low:.{digits}f} {high:.{digits}f}]"
+
+
+def counted(n: int, what: str) -> str:
+    """A number of things: ``1 slide``, ``2 slides``."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def say(console: Console, line: str, style: str | None = None) -> None:
+    """Print a line as it is: no markup, no colours for numbers, no breaks."""
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

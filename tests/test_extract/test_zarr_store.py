@@ -1,10 +1,7 @@
 """The Zarr store: what every backend does, what zarr-python reads, and the bytes of format 1."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,7 +14,6 @@ from hypothesis import strategies as st
 from extract.errors import StoreError, UnitCorruptError
 from extract.store import Store, ZarrStore, open_store
 from extract.store.ids import decode_id, encode_id
-from tests.conftest import REPOSITORY
 from tests.test_extract.small import feature_recipe, tiles_unit, tree
 from tests.test_extract.store_conformance import RECIPE, StoreConformance, add
 
@@ -153,18 +149,3 @@ def test_what_is_no_store_is_told_by_what_it_is(tmp_path: Path):
     for name, told in (("slide.tif", "it is a file"), ("absent", "there is nothing"), (".", "mil store import")):
         with pytest.raises(StoreError, match=told):
             open_store(tmp_path / name)
-
-
-# ---------------------------------------------------------------- crashes
-
-
-def test_killed_writers_leave_whole_units_or_none(tmp_path: Path):
-    rounds = int(os.environ.get("TESSERA_CRASH_ROUNDS", "30"))
-    command = [sys.executable, "-m", "tests.test_extract.crash_writer", str(tmp_path), str(rounds), "1"]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60 + 2 * rounds)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result["wrong"] == []
-    # the kills hit writers at work, some of them within a unit
-    assert result["hits"] >= rounds // 3
-    assert result["partials"] >= 1
