@@ -285,14 +285,7 @@ def run_extraction(
         )
         for each in given
     ]
-    columns = [
-        column
-        for each in backbones
-        for column in make_columns(each, entry, views, augment or AugmentRecipe(), context_mpp)
-    ]
-    names = [column.entry for column in columns]
-    if len(set(names)) < len(names):
-        raise RecipeError(f"got the entries {names} → expected each once → name each backbone and --context-mpp once")
+    columns = _all_columns(backbones, entry, views, augment or AugmentRecipe(), context_mpp)
     path = store_path(store)
     # at a URL an empty store stays: it takes any recipe, and nobody can tell whether another run is at work in it
     is_new = not isinstance(path, RemotePath) and not path.exists()
@@ -313,6 +306,25 @@ def run_extraction(
     else:
         run.write_index()
     return report
+
+
+def _all_columns(
+    backbones: Sequence[Backbone],
+    entry: str | None,
+    views: int,
+    augment: AugmentRecipe,
+    context_mpp: Sequence[float],
+) -> list[Column]:
+    """The columns of every backbone.
+
+    Raises:
+        RecipeError: two of them would be one entry.
+    """
+    columns = [column for each in backbones for column in make_columns(each, entry, views, augment, context_mpp)]
+    names = [column.entry for column in columns]
+    if len(set(names)) < len(names):
+        raise RecipeError(f"got the entries {names} → expected each once → name each backbone and --context-mpp once")
+    return columns
 
 
 def _check_entries(backbones: Sequence[str | Backbone], entry: str | None, weights: str | Path | None) -> None:
