@@ -7,10 +7,12 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "Board": "mil.benchmark",
     "Cohort": "mil.cohort",
     "MilError": "mil.errors",
-    "Run": "mil.crossval",
+    "Run": "mil.run",
     "TrainConfig": "mil.config",
+    "benchmark": "mil.benchmark",
     "compose_config": "mil.config",
     "open_store": "extract.store",
     "predict": "mil.inference",
@@ -20,10 +22,12 @@ _HOME = {
 }
 
 __all__ = [
+    "Board",
     "Cohort",
     "MilError",
     "Run",
     "TrainConfig",
+    "benchmark",
     "compose_config",
     "open_store",
     "predict",

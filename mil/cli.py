@@ -9,7 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mil import cli_extract, cli_foreign, cli_models, cli_plan, cli_sheet, cli_store
+from mil import cli_benchmark, cli_extract, cli_foreign, cli_models, cli_plan, cli_sheet, cli_store
+from mil.console import counted, say
 
 app = typer.Typer(
     name="mil",
@@ -105,10 +106,17 @@ def train(
         with _replica_progress(console, f"replicas of {settings.head.name}") as progress:
             run = run_training(settings, out, progress, overwrite)
     except KeyboardInterrupt:
-        console.print(f"stopped. Nothing was written to {out}; training starts anew.", markup=False, soft_wrap=True)
+        say(console, f"stopped. {_kept(out)}; the same command goes on from there.")
         raise typer.Exit(130) from None
     _print_run(console, run)
     _report(console, run.folder or out, settings.store)
+
+
+def _kept(out: Path) -> str:
+    """What of a stopped training the next one will find."""
+    from mil.unfinished import kept_replicas, unfinished_folder
+
+    return f"{counted(kept_replicas(unfinished_folder(out.absolute())), 'finished replica')} kept"
 
 
 @contextmanager
@@ -146,7 +154,7 @@ def _print_run(console: Console, run: Any) -> None:
         )
     rows = [[reason, str(count), _shorten(ids)] for reason, count, ids in metrics["cohort"]["attrition"] if count]
     print_table(console, "where the rows and slides went", ["rows and slides", "count", "which"], rows)
-    seeds = _count(len(run.config.seeds), "seed")
+    seeds = counted(len(run.config.seeds), "seed")
     title = f"{metrics['target']} by {metrics['head']}: mean out-of-fold probability over {seeds}"
     print_metrics(console, title, metrics["out_of_fold"])
     for warning in metrics["warnings"]:
@@ -158,10 +166,6 @@ def _print_run(console: Console, run: Any) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _shorten(ids: list[str]) -> str:
@@ -190,6 +194,9 @@ def _report(console: Console, folder: Path, store: Path | None) -> None:
         console.print(f"results {folder}; no report: {error}", markup=False, soft_wrap=True, highlight=False)
     else:
         console.print(f"results {folder}, report {path}", markup=False, soft_wrap=True, highlight=False)
+
+
+app.command()(cli_benchmark.benchmark)
 
 
 @app.command()

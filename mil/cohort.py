@@ -2,10 +2,12 @@
 
 import csv
 import io
+import json
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -84,6 +86,12 @@ class Cohort:
 
     def __len__(self) -> int:
         return len(self.slide_ids)
+
+    def digest(self) -> str:
+        """SHA-256 of target, slides, patients and labels, whatever their order."""
+        names = [self.class_names[label] for label in self.labels.tolist()]
+        rows = sorted(zip(self.slide_ids, self.patient_ids, names, strict=True))
+        return sha256(json.dumps([self.target, rows]).encode()).hexdigest()
 
     def subset(self, indices: Iterable[int]) -> "Cohort":
         """The slides at these positions, in this order; classes and attrition stay as they are."""

@@ -166,13 +166,15 @@ class TrainConfig(_Checked):
 
 
 def compose_config(
-    overrides: Sequence[str] = (), file: str | Path | None = None, values: Mapping[str, Any] | None = None
+    overrides: Sequence[str] = (),
+    file: str | Path | Mapping[str, Any] | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
     """Compose a configuration; later sources win: defaults, ``file``, ``overrides``, ``values``.
 
     Args:
         overrides: Hydra overrides, ``group=option`` or ``a.b=value``.
-        file: a ``config.yaml`` of an earlier run, or any part of one.
+        file: a ``config.yaml`` of an earlier run, or any part of one; or what stands in it.
         values: plain values by name, for flags and Python keywords: ``{"head": "mean"}`` chooses an option,
             ``{"optimizer": {"lr": 1e-3}}`` sets one. Strings are taken as they are, without Hydra's quoting.
 
@@ -185,7 +187,8 @@ def compose_config(
     """
     values = dict(values or {})
     chosen = [f"{group}={_pop_option(values, group)}" for group in GROUPS if _names_option(values, group)]
-    defaults = _defaults(_read_file(Path(file)) if file is not None else {})
+    given = file if isinstance(file, Mapping) else read_config_file(Path(file)) if file is not None else {}
+    defaults = _defaults(given)
     tree = _compose(defaults, [*overrides, *chosen])
     return _from_tree(_merge(tree, values))
 
@@ -264,7 +267,12 @@ def _defaults(given: Mapping[str, Any]) -> _Defaults:
     return _Defaults(top, options, chosen)
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The tree that a config file holds.
+
+    Raises:
+        ConfigError: it cannot be read, is no mapping, or names code.
+    """
     import yaml  # type: ignore[import-untyped]
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -341,18 +349,44 @@ def _compose(defaults: _Defaults, overrides: Sequence[str]) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def _check_overrides(defaults: _Defaults, overrides: Sequence[str]) -> None:
-    """Refuse unknown keys and options, sweeps, and Hydra's adding and deleting of keys."""
+def take_overrides(overrides: Sequence[str], names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Take the overrides of some plain names out of a list: their values, and the others.
+
+    Example:
+        >>> take_overrides(["heads=[mean,{name: abmil, gated: true}]", "folds=3"], ["heads"])
+        ({'heads': ['mean', {'name': 'abmil', 'gated': True}]}, ['folds=3'])
+    """
+    taken = [text for text in overrides if text.partition("=")[0].strip() in names]
+    values = {item.key_or_group: _plain_value(item.value()) for item in _parse(taken)}
+    return values, [text for text in overrides if text not in taken]
+
+
+def _plain_value(value: Any) -> Any:
+    """Hydra's own kinds of text as plain text, at any depth."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain_value(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain_value(inner) for inner in value]
+    return value if isinstance(value, bool | int | float) or value is None else str(value)
+
+
+def _parse(overrides: Sequence[str]) -> Any:
+    """Overrides as Hydra reads them."""
     import hydra.errors
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        return OverridesParser.create().parse_overrides(list(overrides))
     except hydra.errors.HydraException as error:
         raise ConfigError(
             f"got {' '.join(overrides)} → expected group=option or a.b=value → write it so, and quote "
             f"text with special characters: target='\"my column\"'"
         ) from error
+
+
+def _check_overrides(defaults: _Defaults, overrides: Sequence[str]) -> None:
+    """Refuse unknown keys and options, sweeps, and Hydra's adding and deleting of keys."""
+    parsed = _parse(overrides)
     chosen = dict(defaults.chosen)
     for item in parsed:
         if item.is_sweep_override() or item.is_add() or item.is_delete() or item.package is not None:

@@ -10,10 +10,11 @@ import numpy as np
 
 from extract.store import Store, open_store
 from mil.config import compose_config
-from mil.crossval import Run, run_training
+from mil.crossval import run_training
 from mil.errors import RunError
 from mil.inference import predict
 from mil.replicas import OnProgress
+from mil.run import Run
 from mil.statistics import PairedDifference, paired_difference
 
 HEADS = ("mean", "abmil")

@@ -7,6 +7,7 @@ import torch
 
 from mil.bags import Bags
 from mil.training import EpochRecord, IntArray, PartArray, Replica, TrainedReplica, train_replica
+from mil.unfinished import UnfinishedTraining
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ def train_replicas(
     n_classes: int,
     device: torch.device,
     progress: OnProgress | None = None,
+    unfinished: UnfinishedTraining | None = None,
 ) -> list[TrainedReplica]:
     """Train every replica on the same bags, which are read into memory once.
 
@@ -47,6 +49,7 @@ def train_replicas(
         n_classes: classes.
         device: where to train.
         progress: called after each epoch and each replica.
+        unfinished: keeps what is done; replicas that it holds are not trained again.
 
     Raises:
         BagError: features that are not finite.
@@ -59,6 +62,12 @@ def train_replicas(
         def epoch_done(record: EpochRecord, index: int = index, replica: Replica = replica) -> None:
             report(Progress(index, len(replicas), replica, record=record))
 
-        trained.append(train_replica(bags, labels, replica, part, n_classes, device, epoch_done))
+        kept = unfinished.load(replica, bags, n_classes) if unfinished is not None else None
+        if kept is None:
+            saved = unfinished.epoch(replica) if unfinished is not None else None
+            kept = train_replica(bags, labels, replica, part, n_classes, device, epoch_done, saved)
+            if unfinished is not None:
+                unfinished.keep(kept)
+        trained.append(kept)
         report(Progress(index, len(replicas), replica, trained=trained[-1]))
     return trained

@@ -1,10 +1,10 @@
 """The training loop of one replica."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from mil.evaluation import bag_logits, cpu_threads
 from mil.losses import balanced_class_weights, log_loss, probabilities, weighted_cross_entropy
 from mil.metrics import balanced_accuracy, confusion
 from mil.optim import create_optimizer, learning_rate, set_learning_rate
+from mil.usage import PeakMemory
 
 IntArray = npt.NDArray[np.int64]
 PartArray = npt.NDArray[np.str_]
@@ -68,6 +69,8 @@ class TrainedReplica:
         history: one record per epoch that ran.
         best_epoch: epoch of the lowest validation loss.
         seconds: wall time.
+        inference_seconds: of it, the final prediction of all bags.
+        peak_bytes: most memory while it was trained, see `mil.usage.PeakMemory`; None where that cannot be measured.
     """
 
     replica: Replica
@@ -76,9 +79,32 @@ class TrainedReplica:
     history: tuple[EpochRecord, ...]
     best_epoch: int
     seconds: float
+    inference_seconds: float
+    peak_bytes: int | None
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that the head learned."""
+        return sum(parameter.numel() for parameter in self.head.parameters() if parameter.requires_grad)
 
 
 EpochDone = Callable[[EpochRecord], None]
+
+
+class SavedEpoch(Protocol):
+    """Where a replica keeps its state between epochs."""
+
+    def load(self) -> dict[str, Any] | None:
+        """The state that was saved last, if there is any."""
+        ...
+
+    def due(self) -> bool:
+        """Whether enough has been done since the last to save again."""
+        ...
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the saved state."""
+        ...
 
 
 def train_replica(
@@ -89,6 +115,7 @@ def train_replica(
     n_classes: int,
     device: torch.device,
     epoch_done: EpochDone | None = None,
+    saved: SavedEpoch | None = None,
 ) -> TrainedReplica:
     """Train one head with early stopping on the validation part, and predict every bag with its best weights.
 
@@ -103,16 +130,18 @@ def train_replica(
         n_classes: C.
         device: where to train.
         epoch_done: called after each epoch.
+        saved: where to keep the state between epochs; what it holds of an earlier training is gone on from.
 
     Raises:
         BagError: features that are not finite.
         TrainingDivergedError: a loss that is not finite.
     """
-    started = time.perf_counter()
+    started, peak = time.perf_counter(), PeakMemory(device)
     with _own_randomness(replica.seed, device), cpu_threads(_step_elements(bags, replica.config)):
         loop = _Loop(bags, labels, replica, parts, n_classes, device)
-        history, best = _fit(loop, replica.config, epoch_done)
+        history, best = _fit(loop, replica.config, epoch_done, saved)
         loop.head.load_state_dict(best.weights)
+        predicting = time.perf_counter()
         logits = bag_logits([loop.head], bags, np.arange(len(bags)), device)[0]
     return TrainedReplica(
         replica=replica,
@@ -121,6 +150,8 @@ def train_replica(
         history=tuple(history),
         best_epoch=best.epoch,
         seconds=time.perf_counter() - started,
+        inference_seconds=time.perf_counter() - predicting,
+        peak_bytes=peak.read(),
     )
 
 
@@ -133,11 +164,18 @@ class _Best:
     weights: dict[str, Tensor]
 
 
-def _fit(loop: "_Loop", config: TrainConfig, epoch_done: EpochDone | None) -> tuple[list[EpochRecord], _Best]:
+def _fit(
+    loop: "_Loop", config: TrainConfig, epoch_done: EpochDone | None, saved: SavedEpoch | None
+) -> tuple[list[EpochRecord], _Best]:
     """Train until the validation loss has not improved for ``patience`` epochs."""
     history: list[EpochRecord] = []
     best = _Best(0, float("inf"), {})
-    for epoch in range(1, config.epochs + 1):
+    state = saved.load() if saved is not None else None
+    if state is not None:
+        loop.load_state_dict(state["loop"])
+        history = [EpochRecord(**record) for record in state["history"]]
+        best = _Best(**state["best"])
+    for epoch in range(len(history) + 1, config.epochs + 1):
         started = time.perf_counter()
         train_loss = loop.train_epoch(epoch)
         validation_loss, validation_score = loop.validate()
@@ -150,6 +188,9 @@ def _fit(loop: "_Loop", config: TrainConfig, epoch_done: EpochDone | None) -> tu
             epoch_done(history[-1])
         if epoch - best.epoch >= config.patience:
             break
+        if saved is not None and saved.due():
+            records = [asdict(record) for record in history]
+            saved.save({"loop": loop.state_dict(), "history": records, "best": vars(best)})
     return history, best
 
 
@@ -253,6 +294,24 @@ class _Loop:
             f"{step.rate:.3g}, slides {slides} → expected finite numbers → lower optimizer.lr, or set grad_clip=1"
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the next epoch depends on."""
+        return {
+            "head": self.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "torch": _global_states(self.device),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from another loop's state."""
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch"][0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["torch"][1], self.device)
+
     def validate(self) -> tuple[float, float]:
         """Class-weighted loss and balanced accuracy of the validation part, from all instances."""
         try:
@@ -270,6 +329,11 @@ def _step_elements(bags: Bags, config: TrainConfig) -> float:
     """Numbers in the instances of a mean training step."""
     taken = np.minimum(bags.n_instances, config.instance_budget or bags.n_instances)
     return float(taken.mean()) * min(config.batch_bags, len(bags)) * bags.dim
+
+
+def _global_states(device: torch.device) -> list[Tensor]:
+    """Of torch's own generators: the CPU's, and that of a GPU."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 @contextmanager

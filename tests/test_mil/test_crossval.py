@@ -9,8 +9,10 @@ import pytest
 
 from mil.cohort import Cohort
 from mil.config import compose_config
-from mil.crossval import LEDGER, Run, check_folder, run_training, train
+from mil.crossval import run_training, train
 from mil.errors import BagError, ConfigError, RunError
+from mil.looks import LEDGER
+from mil.run import Run, check_folder
 from mil.splits import read_splits
 from mil.statistics import evaluate
 from tests.test_mil.small import FAST, FEATURES, MemoryStore, make_cohort, make_store
@@ -158,7 +160,7 @@ def test_a_killed_save_leaves_no_run_that_looks_whole(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"mil.crossval.{at}", killed)
+    monkeypatch.setattr(f"mil.run.{at}", killed)
     with pytest.raises(KeyboardInterrupt):
         run.save(folder, overwrite=True)
     assert (folder / "report.html").exists() == older == folder.exists()
@@ -169,7 +171,7 @@ def test_a_full_disk_is_said_so(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mil.crossval.save_checkpoint", full)
+    monkeypatch.setattr("mil.run.save_checkpoint", full)
     with pytest.raises(RunError, match="No space left"):
         run.save(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from extract.store import TileRecipe
-from mil.crossval import Run, train
+from mil.crossval import train
 from mil.errors import BagError, CheckpointError, RunError
 from mil.inference import predict
+from mil.run import Run
 from tests.test_mil.small import FEATURES, MemoryStore, make_cohort, make_store
 
 COHORT = make_cohort()

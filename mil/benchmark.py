@@ -1,0 +1,382 @@
+"""Benchmarking heads: heads and features, folds and seeds on one cohort, in one go that may be stopped and resumed.
+
+Every cell of the board is a training by `mil.crossval`, under the same settings, on the same slides and folds, and
+saved as a run folder of its own; baselines are added. A head that fails costs its row, not the board.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from aggregators import list_aggregators
+from aggregators.errors import AggregatorError
+from extract.store import Store, open_store
+from extract.store.remote_path import store_path
+from mil.bags import Bags, choose_entry, open_bags
+from mil.baselines import run_baselines
+from mil.board import REFERENCE, Board, Entrant, rank
+from mil.board_page import write_page
+from mil.cohort import Cohort, join_store, read_cohort
+from mil.config import HeadConfig, TrainConfig, compose_config, read_config_file, take_overrides
+from mil.crossval import cross_validate, is_synthetic
+from mil.errors import ConfigError, MilError, MissingExtraError, RunError, listed
+from mil.evaluation import resolve_device
+from mil.files import write_atomically
+from mil.looks import Look
+from mil.replicas import OnProgress
+from mil.splits import make_splits, write_splits
+from mil.unfinished import discard_unfinished, training_key
+
+DEFAULT_HEADS = ("mean", "max", "abmil", "transformer")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What to benchmark.
+
+    Attributes:
+        stores: embedding stores with the cohort's slides.
+        heads: names, or mappings of ``name`` and keywords. The head ``mean`` is always among them.
+        backbones: features entries to read; None takes all that the stores hold.
+        train: how every head is trained; its own head, store and backbone are not read.
+    """
+
+    stores: tuple[Path, ...]
+    heads: tuple[HeadConfig, ...]
+    backbones: tuple[str, ...] | None
+    train: TrainConfig
+
+    def to_yaml(self) -> str:
+        """The text of the board's ``config.yaml``."""
+        plain = self.train.to_dict()
+        for name in ("head", "store", "backbone"):
+            plain.pop(name)
+        heads = [{"name": head.name} | given_keywords(head) for head in self.heads]
+        chosen = {"stores": [str(path) for path in self.stores], "heads": heads}
+        chosen["backbones"] = None if self.backbones is None else list(self.backbones)
+        text: str = yaml.safe_dump(chosen | plain, sort_keys=False, allow_unicode=True)
+        return text
+
+
+def compose_benchmark(
+    overrides: Sequence[str] = (), file: str | Path | None = None, values: Mapping[str, Any] | None = None
+) -> BenchmarkConfig:
+    """Compose a benchmark's settings: those of `compose_config`, and ``heads``, ``backbones`` and ``stores``.
+
+    Raises:
+        ConfigError: an unknown key, head, keyword or value.
+    """
+    given = read_config_file(Path(file)) if file is not None else {}
+    own, others = take_overrides(overrides, ("heads", "backbones", "stores"))
+    values = dict(values or {})
+    chosen: dict[str, Any] = {}
+    for name in ("heads", "backbones", "stores"):
+        chosen[name] = given.pop(name, None)
+        chosen[name] = own.get(name, chosen[name])
+        chosen[name] = values.pop(name, chosen[name]) or chosen[name]
+    misplaced = [text for text in others if re.match(r"(head|store|backbone)\b", text)]
+    if misplaced:
+        raise ConfigError(
+            f"got {misplaced[0]} → a benchmark takes heads=[...], backbones=[...] and --store → give a head's keywords "
+            f"as heads=[mean,'{{name: abmil, dropout: 0.5}}']"
+        )
+    return BenchmarkConfig(
+        stores=tuple(store_path(path).expanduser().absolute() for path in chosen["stores"] or ()),
+        heads=_heads(chosen["heads"]),
+        backbones=tuple(_list("backbones", chosen["backbones"])) if chosen["backbones"] is not None else None,
+        train=compose_config(others, given, values),
+    )
+
+
+def given_keywords(head: HeadConfig) -> dict[str, Any]:
+    """The keywords of a head that are not its defaults."""
+    defaults = HeadConfig(head.name).keywords
+    return {key: value for key, value in head.keywords.items() if value != defaults[key]}
+
+
+def head_title(head: HeadConfig) -> str:
+    """Such as ``abmil gated=False``."""
+    return " ".join([head.name, *(f"{key}={value}" for key, value in given_keywords(head).items())])
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if isinstance(value, str | Mapping):
+        return [value]
+    if not isinstance(value, Sequence) or not value:
+        raise ConfigError(f"got {name}={value!r} → expected a list → write {name}=[...]")
+    return list(value)
+
+
+def _heads(given: Any) -> tuple[HeadConfig, ...]:
+    """The heads asked for; mean pooling first, since all are compared with it."""
+    wanted = list_aggregators() if given == "all" else _list("heads", given) if given is not None else DEFAULT_HEADS
+    heads = [HeadConfig(REFERENCE)]
+    for each in wanted:
+        if isinstance(each, Mapping) and "name" not in each:
+            raise ConfigError(
+                f"got the head {dict(each)} → expected a name among its keys → write '{{name: abmil, ...}}'"
+            )
+        keywords = dict(each) if isinstance(each, Mapping) else {"name": str(each)}
+        head = HeadConfig(str(keywords.pop("name")), keywords)
+        if head not in heads:
+            heads.append(head)
+        elif head != heads[0]:
+            raise ConfigError(f"got the head {head_title(head)} twice in heads → expected each once → take one out")
+    return tuple(heads)
+
+
+@dataclass(frozen=True)
+class BenchmarkProgress:
+    """Where a benchmark is: ``done`` of ``total`` replicas, working on ``what``."""
+
+    done: int
+    total: int
+    what: str
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """Features that heads read."""
+
+    store: Store
+    entry: str
+    name: str
+    bags: Bags
+
+
+@dataclass
+class _Count:
+    """Counts the replicas of all cells in one line."""
+
+    total: int
+    report: Callable[[BenchmarkProgress], None]
+    done: int = 0
+    inside: int = 0
+
+    def cell(self, what: str) -> OnProgress:
+        """The progress of one training."""
+        self.inside = 0
+
+        def step(progress: Any) -> None:
+            if progress.trained is not None:
+                self.inside += 1
+            note = what
+            if progress.record is not None:
+                note = f"{what}, {progress.replica.name} epoch {progress.record.epoch}"
+            self.report(BenchmarkProgress(self.done + self.inside, self.total, note))
+
+        return step
+
+    def finish(self, replicas: int, what: str) -> None:
+        """A cell is over, however it ended."""
+        self.done += replicas
+        self.report(BenchmarkProgress(self.done, self.total, what))
+
+
+def benchmark(
+    store: Store | Sequence[Store],
+    cohort: Cohort,
+    heads: Sequence[str | Mapping[str, Any]] | str = DEFAULT_HEADS,
+    out: str | Path | None = None,
+    backbones: Sequence[str] | None = None,
+    progress: Callable[[BenchmarkProgress], None] | None = None,
+    **options: Any,
+) -> Board:
+    """Train and compare heads on the same slides, folds and seeds; always beside mean pooling and three baselines.
+
+    Args:
+        store: one store or several; every features entry of each is a column of the comparison.
+        cohort: slides, patients and labels; slides that one of the stores lacks are left out and listed.
+        heads: names, or mappings of ``name`` and keywords, or "all".
+        out: folder of the board; a benchmark that was stopped goes on from what it holds. None keeps nothing.
+        backbones: features entries; None takes all.
+        progress: called as replicas and epochs are done.
+        **options: any other field of `TrainConfig`: ``folds=5, seeds=3, epochs=20``.
+
+    Raises:
+        ConfigError: an unknown head, keyword or option.
+        CohortError, SplitError, BagError: as in `mil.train`. A head that fails is a row of the board instead.
+        RunError: ``out`` holds something else than a board.
+    """
+    stores = [store] if not isinstance(store, Sequence) else list(store)
+    values = {"target": cohort.target, "heads": heads, "backbones": backbones} | options
+    config = compose_benchmark(values=values | {"stores": [each.path for each in stores]})
+    if out is not None:
+        return _benchmark(stores, cohort, config, Path(out).absolute(), progress)
+    with tempfile.TemporaryDirectory() as folder:
+        return replace(_benchmark(stores, cohort, config, Path(folder), progress), folder=None)
+
+
+def run_benchmark(
+    config: BenchmarkConfig, out: str | Path, progress: Callable[[BenchmarkProgress], None] | None = None
+) -> Board:
+    """Benchmark as a configuration says, into the folder ``out``.
+
+    Raises:
+        ConfigError: store, labels or target is not given.
+        MilError, ExtractError: as in `benchmark`.
+    """
+    train = config.train
+    lacking = {"store": config.stores, "labels": train.labels, "target": train.target}
+    missing = [name for name, value in lacking.items() if not value]
+    if missing or train.labels is None or train.target is None:
+        raise ConfigError(
+            f"got no {' and no '.join(missing)} → a benchmark needs store, labels and target → give "
+            f"{' '.join(f'--{name}' for name in missing)}, or name them in the config file"
+        )
+    cohort = read_cohort(train.labels, train.target, train.slide_column, train.patient_column)
+    stores = [open_store(path) for path in config.stores]
+    return _benchmark(stores, cohort, config, Path(out).absolute(), progress)
+
+
+# ------------------------------------------------------------------------------------------------------------ the cells
+
+
+def _benchmark(
+    stores: Sequence[Store],
+    cohort: Cohort,
+    config: BenchmarkConfig,
+    folder: Path,
+    progress: Callable[[BenchmarkProgress], None] | None,
+) -> Board:
+    _prepare(folder)
+    cohort, sources = _sources(stores, cohort, config)
+    train = config.train
+    splits = make_splits(cohort, train.folds, train.split_seed, train.seeds, train.validation_fraction)
+    write_atomically(folder / "config.yaml", config.to_yaml().encode())
+    write_splits(folder / "splits.csv", splits, cohort)
+    entrants: list[Entrant] = []
+    for source in sources:
+        for each in run_baselines(source.bags, cohort, splits):
+            # guessing is the same on any features
+            if each.name not in {other.name for other in entrants} or "instance" in each.name:
+                entrants.append(Entrant(each.name, source.name, "baseline", each.probabilities))
+    replicas = train.folds * len(train.seeds)
+    count = _Count(len(sources) * len(config.heads) * replicas, progress or (lambda _: None))
+    for source in sources:
+        for head in config.heads:
+            entrants.append(_enter(source, head, cohort, config, folder, count))
+            count.finish(replicas, f"{head_title(head)} on {source.name}")
+            board = _board(entrants, cohort, config, sources, splits.warnings, folder)
+            # after each cell, so that a long benchmark can be followed
+            board.write_csv(folder / "leaderboard.csv")
+            with suppress(MissingExtraError):
+                write_page(folder / "leaderboard.html", board)
+    return board
+
+
+def _prepare(folder: Path) -> None:
+    """Refuse a folder that holds anything but a board; an unfinished board is gone on with."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"got {folder} as folder of a board → it is a file → give another folder with --out")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
+        raise RunError(
+            f"got {folder} as folder of a board → it holds something else → give a new folder with --out, or that of a "
+            f"board, which is gone on with"
+        )
+    if (folder / "metrics.json").is_file():
+        raise RunError(f"got {folder} as folder of a board → it holds a run of mil train → give another with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _sources(stores: Sequence[Store], cohort: Cohort, config: BenchmarkConfig) -> tuple[Cohort, list[_Source]]:
+    """The features to read, and the slides that all of them hold."""
+    found = []
+    for store in stores:
+        entries = store.entries()
+        wanted = entries if config.backbones is None else [name for name in config.backbones if name in entries]
+        found += [(store, choose_entry(store, entry)) for entry in wanted]
+    unknown = sorted(set(config.backbones or ()) - {entry for _, entry in found})
+    if unknown or not found:
+        there = sorted({entry for store in stores for entry in store.entries()})
+        raise ConfigError(
+            f"got backbones={listed(unknown)} → the stores hold {listed(there) or 'no features'} → name some of these, "
+            f"or run mil extract"
+        )
+    common = set(found[0][0].slide_ids(found[0][1]))
+    for store, entry in found[1:]:
+        common &= set(store.slide_ids(entry))
+    cohort = join_store(cohort, sorted(common))
+    repeated = len({entry for _, entry in found}) < len(found)
+    sources = []
+    for store, entry in found:
+        bags = open_bags(store, cohort.slide_ids, entry, config.train.memory)
+        # features that are not finite stop the benchmark here, before any head is blamed
+        _ = bags.moments
+        sources.append(_Source(store, entry, f"{entry} ({store.path.name})" if repeated else entry, bags))
+    return cohort, sources
+
+
+def _enter(
+    source: _Source, head: HeadConfig, cohort: Cohort, config: BenchmarkConfig, folder: Path, count: _Count
+) -> Entrant:
+    """Train one cell, unless an earlier benchmark has; the row is made from its run folder either way."""
+    title = head_title(head)
+    cell = f"{_slug(title)}--{_slug(source.name)}"
+    run_folder, unfinished = folder / "runs" / cell, folder / "unfinished" / cell
+    train = replace(config.train, head=head, store=source.store.path, backbone=source.entry)
+    try:
+        if not _is_trained(run_folder, train, cohort, source.bags):
+            progress = count.cell(f"{title} on {source.name}")
+            run = cross_validate(source.store, cohort, train, progress, unfinished, source.bags)
+            run.save(run_folder, overwrite=True)
+            discard_unfinished(unfinished)
+    except (MilError, AggregatorError, MemoryError, RuntimeError) as error:
+        return Entrant(title, source.name, "head", reason=str(error).partition("\n")[0])
+    return Entrant.of_run(title, source.name, run_folder, f"runs/{cell}")
+
+
+def _is_trained(run_folder: Path, train: TrainConfig, cohort: Cohort, bags: Bags) -> bool:
+    """Whether a run folder holds the result of exactly this training."""
+    try:
+        found = json.loads((run_folder / "metrics.json").read_text(encoding="utf-8"))["key"]
+    except (OSError, ValueError, KeyError):
+        return False
+    splits = make_splits(cohort, train.folds, train.split_seed, train.seeds, train.validation_fraction)
+    return bool(found == training_key(train, cohort, splits, bags, resolve_device(train.device)))
+
+
+def _board(
+    entrants: Sequence[Entrant],
+    cohort: Cohort,
+    config: BenchmarkConfig,
+    sources: Sequence[_Source],
+    warnings: Sequence[str],
+    folder: Path,
+) -> Board:
+    train = config.train
+    scored = rank(entrants, cohort)
+    facts = {
+        "folds": train.folds,
+        "seeds": len(train.seeds),
+        "epochs": f"at most {train.epochs}",
+        "optimizer": f"{train.optimizer.name}, learning rate {train.optimizer.lr:g}",
+        "features": ", ".join(source.name for source in sources),
+        "device": train.device,
+        "looks at the test folds": Look.at(folder / "runs" / "-", cohort, "", "").count_earlier(),
+    }
+    return Board(
+        target=cohort.target,
+        class_names=cohort.class_names,
+        n_slides=len(cohort),
+        n_patients=len(set(cohort.patient_ids)),
+        rows=scored.rows,
+        warnings=(*warnings, *scored.warnings),
+        facts=facts,
+        synthetic=any(is_synthetic(source.store, cohort.slide_ids) for source in sources),
+        folder=folder,
+    )
+
+
+def _slug(text: str) -> str:
+    """A title as part of a folder's name: never empty, never a path, and different for different titles."""
+    plain = re.sub(r"[^A-Za-z0-9._=-]+", "-", text).strip(".-")[:80]
+    return plain if plain == text else f"{plain}-{sha256(text.encode()).hexdigest()[:6]}"

@@ -1,0 +1,100 @@
+"""``mil benchmark``: heads and features compared on one cohort."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mil.console import LiveCount, counted, print_table, say
+
+
+def benchmark(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Settings: heads=[mean,abmil] (or heads=all) backbones=[...] folds=5 seeds=3 ...", show_default=False
+        ),
+    ] = None,
+    *,
+    store: Annotated[
+        list[Path] | None,
+        typer.Option(help="An embedding store; repeat it for several. Required without --config.", show_default=False),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Label table (CSV); required without --config.", show_default=False)
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Column to predict; required without --config.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the board; one that was stopped is gone on with.")],
+    slide_column: Annotated[str | None, typer.Option(help="Column of slide ids.", show_default=False)] = None,
+    patient_column: Annotated[str | None, typer.Option(help="Column of patient ids.", show_default=False)] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="config.yaml of an earlier board, to run it again.", show_default=False)
+    ] = None,
+) -> None:
+    """Compare heads (and features) on the same slides, folds and seeds; writes a leaderboard.
+
+    Mean pooling, logistic regression and nearest neighbours on mean instances, and the majority class are always on it.
+
+    Example: `mil benchmark --store cohort.zarr --labels labels.csv --target subtype --out board heads=[max,abmil]`
+    """
+    from mil.benchmark import compose_benchmark, run_benchmark
+
+    values: dict[str, Any] = {"labels": labels, "target": target}
+    values |= {"slide_column": slide_column, "patient_column": patient_column}
+    given: dict[str, Any] = {name: str(value) for name, value in values.items() if value is not None}
+    if store:
+        given["stores"] = [str(path) for path in store]
+    settings = compose_benchmark(overrides or [], config, given)
+    console = Console()
+    count = LiveCount(console, "replicas")
+    begun, shown = False, 0
+
+    def report(progress: Any) -> None:
+        nonlocal begun, shown
+        if not begun:
+            count.begin(progress.total)
+            begun = True
+        count.add(done=progress.done - shown, note=progress.what)
+        shown = progress.done
+
+    try:
+        board = run_benchmark(settings, out, report)
+    except KeyboardInterrupt:
+        count.end()
+        say(console, f"stopped. What is done is kept in {out}; the same command goes on from there.")
+        raise typer.Exit(130) from None
+    finally:
+        count.end()
+    _print(console, board, out)
+    if any(row.verdict == "failed" for row in board.rows):
+        raise typer.Exit(1)
+
+
+def _print(console: Console, board: Any, out: Path) -> None:
+    if board.synthetic:
+        console.print("SYNTHETIC DATA: these slides were drawn by a program.", style="bold", highlight=False)
+    several = len({row.entry for row in board.rows}) > 1
+    rows = []
+    for row in board.rows:
+        name = f"{row.name} on {row.entry}" if several else row.name
+        p = "–" if row.p_holm is None else f"{row.p_holm:.3f}"
+        cells = (str(row.macro_f1), str(row.auroc), str(row.difference), p)
+        rows.append(
+            [str(row.rank or "–"), name, *(cell.replace(" [", "\n[") for cell in cells), row.verdict or row.kind]
+        )
+    columns = ["rank", "name", "macro-F1", "AUROC", "minus mean", "p Holm", "verdict"]
+    slides, patients = counted(board.n_slides, "slide"), counted(board.n_patients, "patient")
+    print_table(console, f"{board.target}: {slides}, {patients}; 95 % intervals over patients", columns, rows)
+    for row in board.rows:
+        if row.reason:
+            say(console, f"failed: {row.name} on {row.entry}: {row.reason}", style="red")
+    for warning in board.warnings:
+        say(console, f"warning: {warning}", style="yellow")
+    page = out / "leaderboard.html"
+    if page.is_file():
+        say(console, f"leaderboard {out / 'leaderboard.csv'}, page {page}")
+    else:
+        say(console, f'leaderboard {out / "leaderboard.csv"}; for the page: pip install "tessera-mil[report]"')

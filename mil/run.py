@@ -1,0 +1,205 @@
+"""A finished training and its folder of plain files."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+
+from mil.checkpoint import CheckpointRecord, save_checkpoint
+from mil.cohort import Cohort
+from mil.config import TrainConfig
+from mil.errors import RunError, listed
+from mil.files import Row, probability_text, write_atomically, write_csv
+from mil.looks import Look
+from mil.out_of_fold import out_of_fold_rows
+from mil.splits import Splits, write_splits
+from mil.training import EpochRecord, PartArray, Replica, TrainedReplica
+
+RUN_FILES = frozenset(
+    "config.yaml splits.csv predictions.csv history.csv oof.csv metrics.json checkpoints figures report.html".split()  # noqa: SIM905
+)
+"""What a run folder holds, the report included; nothing else is ever deleted."""
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class ReplicaPredictions:
+    """What every replica says about every slide.
+
+    Attributes:
+        cohort: the n slides with patients and labels.
+        replicas: the R replicas.
+        parts: [R, n], the part that each slide was in.
+        probabilities: float64 [R, n, C].
+
+    Example:
+        >>> run.predictions.out_of_fold().shape      # doctest: +SKIP
+        (106, 2)
+    """
+
+    cohort: Cohort
+    replicas: tuple[Replica, ...]
+    parts: PartArray
+    probabilities: FloatArray
+
+    def out_of_fold(self) -> FloatArray:
+        """Mean probability [n, C] over the replicas that had the slide in their test part."""
+        tested = (self.parts == "test").astype(np.float64)  # [R, n]
+        mean: FloatArray = np.einsum("rn,rnc->nc", tested, self.probabilities) / tested.sum(axis=0)[:, None]
+        return mean
+
+    def rows(self) -> Iterator[Row]:
+        """Rows of ``predictions.csv``."""
+        names, cohort = self.cohort.class_names, self.cohort
+        yield ("slide_id", "patient_id", "replica", "fold", "seed", "split", "target", *(f"p_{name}" for name in names))
+        for replica, parts, values in zip(self.replicas, self.parts, self.probabilities, strict=True):
+            for at, slide_id in enumerate(cohort.slide_ids):
+                target = names[cohort.labels[at]]
+                who = (slide_id, cohort.patient_ids[at], replica.name, replica.fold, replica.seed)
+                yield (*who, parts[at], target, *map(probability_text, values[at]))
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A finished training.
+
+    Attributes:
+        config: what was asked for, all defaults filled in.
+        cohort: the slides that were used.
+        splits: their parts.
+        trained: the replicas, with their heads on the CPU.
+        predictions: of every replica for every slide.
+        metrics: the content of ``metrics.json``; its ``looks`` counts this run alone until it is saved, and then the
+            saved runs of the same cohort beside it.
+        entry: the features entry.
+        recipes: feature and tile recipe as plain values.
+        folder: where the run was saved, or None.
+
+    Example:
+        >>> run = train(store, cohort, head="abmil", folds=5, seeds=3)           # doctest: +SKIP
+        >>> run.metrics["out_of_fold"]["macro_f1"]                               # doctest: +SKIP
+        {'value': 0.71, 'low': 0.6, 'high': 0.8}
+    """
+
+    config: TrainConfig
+    cohort: Cohort
+    splits: Splits
+    trained: tuple[TrainedReplica, ...]
+    predictions: ReplicaPredictions
+    metrics: dict[str, Any]
+    entry: str
+    recipes: tuple[dict[str, Any], dict[str, Any]]
+    folder: Path | None = None
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> "Run":
+        """Write the run folder and return the run with its ``folder``.
+
+        The files are written beside the folder and renamed into place, so a folder that exists is whole. The look at
+        the test folds is added to the ledger ``looks.jsonl`` beside the run folders, and counted in the metrics.
+
+        Raises:
+            RunError: ``folder`` exists and is not empty, unless ``overwrite``; or it cannot be written.
+        """
+        folder = Path(folder).absolute()
+        check_folder(folder, overwrite)
+        look = Look.at(folder, self.cohort, self.config.head.name, self.entry)
+        saved = replace(self, folder=folder, metrics=self.metrics | {"looks": look.count_earlier() + 1})
+        partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
+        try:
+            partial.mkdir(parents=True)
+            _write_run(partial, saved)
+            look.append()
+            _put_in_place(partial, folder)
+        except OSError as error:
+            raise RunError(f"got {error} while writing {folder} → free some space or choose another --out") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return saved
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse a run folder that is taken or cannot be written; its parent is made.
+
+    Raises:
+        RunError: ``folder`` is a file, holds anything while ``overwrite`` is False, holds anything besides a finished
+            run (which replacing would delete), or its parent takes no files.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"got {folder} as run folder → it is a file → give another folder with --out")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise RunError(
+            f"got {folder} as run folder → it exists and is not empty → give another folder with --out, or add "
+            f"--overwrite to replace it"
+        )
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    foreign = names - RUN_FILES
+    if foreign or (names and "metrics.json" not in names):
+        what = f"besides a run it holds {listed(sorted(foreign))}" if foreign else "it holds no finished run"
+        raise RunError(f"got {folder} to overwrite → {what} → only a run is replaced; give another folder with --out")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
+    except OSError as error:
+        raise RunError(f"got {folder} as run folder → {error} → give another folder with --out") from error
+
+
+def _write_run(folder: Path, run: Run) -> None:
+    """Write every file of a run into an empty folder."""
+    (folder / "config.yaml").write_text(run.config.to_yaml(), encoding="utf-8")
+    write_splits(folder / "splits.csv", run.splits, run.cohort)
+    write_csv(folder / "predictions.csv", run.predictions.rows())
+    write_csv(folder / "history.csv", _history_rows(run.trained))
+    write_csv(folder / "oof.csv", out_of_fold_rows(run.cohort, run.predictions.out_of_fold()))
+    (folder / "checkpoints").mkdir()
+    for each in run.trained:
+        save_checkpoint(folder / "checkpoints" / f"{each.replica.name}.safetensors", each.head, _record(run, each))
+    text = json.dumps(run.metrics, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(folder / "metrics.json", text.encode())
+
+
+def _record(run: Run, trained: TrainedReplica) -> CheckpointRecord:
+    return CheckpointRecord(
+        head=run.config.head.name,
+        keywords=dict(run.config.head.keywords),
+        in_dim=trained.head.in_dim,
+        class_names=run.cohort.class_names,
+        target=run.cohort.target,
+        entry=run.entry,
+        feature_recipe=run.recipes[0],
+        tile_recipe=run.recipes[1],
+        replica=trained.replica.name,
+        fold=trained.replica.fold,
+        seed=trained.replica.seed,
+        best_epoch=trained.best_epoch,
+        config=run.config.to_dict(),
+        versions=run.metrics["versions"],
+    )
+
+
+def _history_rows(trained: Iterable[TrainedReplica]) -> Iterator[Row]:
+    names = list(EpochRecord.__dataclass_fields__)
+    yield ("replica", "fold", "seed", *names)
+    for each in trained:
+        for record in each.history:
+            values = [getattr(record, name) for name in names]
+            yield (each.replica.name, each.replica.fold, each.replica.seed, *values)
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Rename ``partial`` to ``folder``; an older folder is moved aside first and deleted last."""
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    older = folder.with_name(f".{folder.name}.{uuid4().hex}.replaced")
+    folder.rename(older)
+    partial.rename(folder)
+    shutil.rmtree(older)
