@@ -16,6 +16,8 @@ from mil.cohort import Cohort
 from mil.splits import Splits
 
 NEIGHBOURS = 5
+ON_FEATURES = "mean instance"
+"""How the names of those begin that read features."""
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -81,6 +83,6 @@ def _neighbours(n: int) -> Any:
 
 _LEARNERS: dict[str, Callable[[int], Any]] = {
     "majority class": _majority,
-    "mean instance, logistic regression": _logistic_regression,
-    f"mean instance, {NEIGHBOURS} nearest neighbours": _neighbours,
+    f"{ON_FEATURES}, logistic regression": _logistic_regression,
+    f"{ON_FEATURES}, {NEIGHBOURS} nearest neighbours": _neighbours,
 }

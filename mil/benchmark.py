@@ -21,8 +21,8 @@ from aggregators.errors import AggregatorError
 from extract.store import Store, open_store
 from extract.store.remote_path import store_path
 from mil.bags import Bags, choose_entry, open_bags
-from mil.baselines import run_baselines
-from mil.board import REFERENCE, Board, Entrant, rank
+from mil.baselines import ON_FEATURES, run_baselines
+from mil.board import REFERENCE, Board, BoardRow, Entrant, rank, score
 from mil.board_page import write_page
 from mil.cohort import Cohort, join_store, read_cohort
 from mil.config import HeadConfig, TrainConfig, compose_config, read_config_file, take_overrides
@@ -32,7 +32,7 @@ from mil.evaluation import resolve_device
 from mil.files import write_atomically
 from mil.looks import Look
 from mil.replicas import OnProgress
-from mil.splits import make_splits, write_splits
+from mil.splits import Splits, make_splits, write_splits
 from mil.unfinished import discard_unfinished, training_key
 
 DEFAULT_HEADS = ("mean", "max", "abmil", "transformer")
@@ -253,24 +253,33 @@ def _benchmark(
     splits = make_splits(cohort, train.folds, train.split_seed, train.seeds, train.validation_fraction)
     write_atomically(folder / "config.yaml", config.to_yaml().encode())
     write_splits(folder / "splits.csv", splits, cohort)
-    entrants: list[Entrant] = []
-    for source in sources:
-        for each in run_baselines(source.bags, cohort, splits):
-            # guessing is the same on any features
-            if each.name not in {other.name for other in entrants} or "instance" in each.name:
-                entrants.append(Entrant(each.name, source.name, "baseline", each.probabilities))
     replicas = train.folds * len(train.seeds)
     count = _Count(len(sources) * len(config.heads) * replicas, progress or (lambda _: None))
+    rows: list[BoardRow] = []
     for source in sources:
+        reference: Entrant | None = None
         for head in config.heads:
-            entrants.append(_enter(source, head, cohort, config, folder, count))
+            entrants = [_enter(source, head, cohort, config, folder, count)]
+            if reference is None:
+                # mean pooling is the first of the heads, and the baselines are compared with it too
+                reference = entrants[0]
+                entrants += _baselines(source, cohort, splits, rows)
+            rows += [score(each, reference, cohort) for each in entrants]
             count.finish(replicas, f"{head_title(head)} on {source.name}")
-            board = _board(entrants, cohort, config, sources, splits.warnings, folder)
+            board = _board(rows, cohort, config, sources, splits.warnings, folder)
             # after each cell, so that a long benchmark can be followed
             board.write_csv(folder / "leaderboard.csv")
             with suppress(MissingExtraError):
                 write_page(folder / "leaderboard.html", board)
+    discard_unfinished(folder / "unfinished")
     return board
+
+
+def _baselines(source: _Source, cohort: Cohort, splits: Splits, rows: Sequence[BoardRow]) -> list[Entrant]:
+    """The baselines on one source; guessing is the same on any and comes once."""
+    there = {row.name for row in rows if not row.name.startswith(ON_FEATURES)}
+    found = run_baselines(source.bags, cohort, splits)
+    return [Entrant(each.name, source.name, "baseline", each.probabilities) for each in found if each.name not in there]
 
 
 def _prepare(folder: Path) -> None:
@@ -345,7 +354,7 @@ def _is_trained(run_folder: Path, train: TrainConfig, cohort: Cohort, bags: Bags
 
 
 def _board(
-    entrants: Sequence[Entrant],
+    rows: Sequence[BoardRow],
     cohort: Cohort,
     config: BenchmarkConfig,
     sources: Sequence[_Source],
@@ -353,7 +362,7 @@ def _board(
     folder: Path,
 ) -> Board:
     train = config.train
-    scored = rank(entrants, cohort)
+    mind = dict.fromkeys([*warnings, *(text for row in rows for text in row.warnings)])
     facts = {
         "folds": train.folds,
         "seeds": len(train.seeds),
@@ -368,8 +377,8 @@ def _board(
         class_names=cohort.class_names,
         n_slides=len(cohort),
         n_patients=len(set(cohort.patient_ids)),
-        rows=scored.rows,
-        warnings=(*warnings, *scored.warnings),
+        rows=rank(rows),
+        warnings=tuple(mind),
         facts=facts,
         synthetic=any(is_synthetic(source.store, cohort.slide_ids) for source in sources),
         folder=folder,

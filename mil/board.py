@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -109,6 +109,7 @@ class BoardRow:
         cost: see `Cost`.
         reason: why it failed.
         folder: its run folder, relative to the board's.
+        warnings: what a reader of the intervals must know.
     """
 
     rank: int | None
@@ -127,6 +128,7 @@ class BoardRow:
     cost: Cost | None = None
     reason: str = ""
     folder: str = ""
+    warnings: tuple[str, ...] = ()
 
     def flat(self) -> dict[str, object]:
         """The row as columns of ``leaderboard.csv``."""
@@ -137,7 +139,7 @@ class BoardRow:
                 plain |= {item.name: value.value, f"{item.name}_low": value.low, f"{item.name}_high": value.high}
             elif item.name == "cost":
                 plain |= _flat_cost(value)
-            else:
+            elif item.name != "warnings":
                 plain[item.name] = value
         return plain
 
@@ -193,40 +195,26 @@ class Board:
             yield tuple("" if value is None else _rounded(value) for value in row.values())
 
 
-class Ranking(NamedTuple):
-    """Rows by rank, and what a reader of their intervals must know."""
+def score(entrant: Entrant, reference: Entrant | None, cohort: Cohort) -> BoardRow:
+    """The row of an entrant, compared with mean pooling on the same features, before its place is known.
 
-    rows: tuple[BoardRow, ...]
-    warnings: tuple[str, ...]
-
-
-def rank(entrants: Sequence[Entrant], cohort: Cohort) -> Ranking:
-    """Score every entrant, compare it with mean pooling on the same features, and sort."""
-    warnings: list[str] = []
-    references = {each.entry: each for each in entrants if each.name == REFERENCE and each.kind == "head"}
-    rows = _corrected([_row(each, references.get(each.entry), cohort, warnings) for each in entrants])
-    scored = sorted((row for row in rows if row.macro_f1.value is not None), key=_order)
-    failed = [row for row in rows if row.macro_f1.value is None]
-    return Ranking((*(replace(row, rank=at) for at, row in enumerate(scored, 1)), *failed), tuple(warnings))
-
-
-def _order(row: BoardRow) -> tuple[float, str, str]:
-    return -(row.macro_f1.value or 0.0), row.name, row.entry
-
-
-def _row(entrant: Entrant, reference: Entrant | None, cohort: Cohort, warnings: list[str]) -> BoardRow:
+    Args:
+        entrant: what to score.
+        reference: the head ``mean`` on the same features, which may be the entrant itself.
+        cohort: the slides.
+    """
     row = BoardRow(
         None, entrant.name, entrant.entry, entrant.kind, cost=entrant.cost, reason=entrant.reason, folder=entrant.folder
     )
     if entrant.probabilities is None:
         return replace(row, verdict="failed")
     found = statistics.evaluate(cohort.labels, entrant.probabilities, cohort.patient_ids, cohort.class_names)
-    warnings += [text for text in found["warnings"] if text not in warnings]
     row = replace(
         row,
         macro_f1=Interval(**found["macro_f1"]),
         balanced_accuracy=Interval(**found["balanced_accuracy"]),
         auroc=Interval(**found["auroc"]),
+        warnings=tuple(found["warnings"]),
     )
     if entrant.seed_scores:
         row = replace(row, seed_low=min(entrant.seed_scores), seed_high=max(entrant.seed_scores))
@@ -237,6 +225,18 @@ def _row(entrant: Entrant, reference: Entrant | None, cohort: Cohort, warnings: 
     both = (cohort.labels, entrant.probabilities, reference.probabilities, cohort.patient_ids)
     row = replace(row, difference=Interval(*statistics.paired_difference(*both)))
     return row if entrant.kind == "baseline" else replace(row, p=permutation_test(*both))
+
+
+def rank(rows: Iterable[BoardRow]) -> tuple[BoardRow, ...]:
+    """Sort by macro-F1, failures last, with p values corrected over all heads that were compared."""
+    rows = _corrected(rows)
+    scored = sorted((row for row in rows if row.macro_f1.value is not None), key=_order)
+    failed = [row for row in rows if row.macro_f1.value is None]
+    return (*(replace(row, rank=at) for at, row in enumerate(scored, 1)), *failed)
+
+
+def _order(row: BoardRow) -> tuple[float, str, str]:
+    return -(row.macro_f1.value or 0.0), row.name, row.entry
 
 
 def _corrected(rows: Iterable[BoardRow]) -> list[BoardRow]:

@@ -16,7 +16,10 @@ def write_page(path: Path, board: Board) -> None:
     template = load_template("leaderboard.html", "the page of a leaderboard", key=_key, size=_size)
     scores = [each for row in board.rows for each in (row.macro_f1.low, row.macro_f1.high) if each is not None]
     low, high = (min(scores), max(scores)) if scores else (0.0, 1.0)
-    page = template.render(board=board, bar=lambda interval: _bar(interval, low, high), baseline=_baseline)
+    several = len({row.entry for row in board.rows}) > 1
+    page = template.render(
+        board=board, several=several, bar=lambda interval: _bar(interval, low, high), baseline=_baseline
+    )
     # an id that is not UTF-8 reaches us with lone surrogates, which no HTML file can hold
     write_atomically(path, page.encode("utf-8", "backslashreplace"))
 

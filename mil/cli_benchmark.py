@@ -73,6 +73,16 @@ def benchmark(
         raise typer.Exit(1)
 
 
+_VERDICTS = {"beats mean pooling": "yes", "does not beat mean pooling": "no"}
+
+
+def _stacked(interval: Any) -> str:
+    """The value, and its interval on the line below."""
+    if interval.value is None:
+        return "–"
+    return f"{interval.value:.3f}" + ("" if interval.low is None else f"\n{interval.low:.3f}–{interval.high:.3f}")
+
+
 def _print(console: Console, board: Any, out: Path) -> None:
     if board.synthetic:
         console.print("SYNTHETIC DATA: these slides were drawn by a program.", style="bold", highlight=False)
@@ -81,11 +91,9 @@ def _print(console: Console, board: Any, out: Path) -> None:
     for row in board.rows:
         name = f"{row.name} on {row.entry}" if several else row.name
         p = "–" if row.p_holm is None else f"{row.p_holm:.3f}"
-        cells = (str(row.macro_f1), str(row.auroc), str(row.difference), p)
-        rows.append(
-            [str(row.rank or "–"), name, *(cell.replace(" [", "\n[") for cell in cells), row.verdict or row.kind]
-        )
-    columns = ["rank", "name", "macro-F1", "AUROC", "minus mean", "p Holm", "verdict"]
+        scores = (_stacked(row.macro_f1), _stacked(row.auroc), _stacked(row.difference))
+        rows.append([name, *scores, p, _VERDICTS.get(row.verdict) or row.verdict or row.kind])
+    columns = ["head", "macro-F1", "AUROC", "minus mean", "p Holm", "beats mean"]
     slides, patients = counted(board.n_slides, "slide"), counted(board.n_patients, "patient")
     print_table(console, f"{board.target}: {slides}, {patients}; 95 % intervals over patients", columns, rows)
     for row in board.rows:
