@@ -37,6 +37,10 @@ class SlideFeatures(Protocol):
         """[n_valid, dim], float16 or float32."""
         ...
 
+    def coords(self, entry: str) -> npt.NDArray[Any]:
+        """int32 [n_valid, 2], level-0 px."""
+        ...
+
     def verify_features(self, entry: str) -> None:
         """Raise if they are not the bytes that were written."""
         ...
@@ -67,11 +71,13 @@ class Pack(NamedTuple):
         instances: [total, dim], in the dtype of the store.
         offsets: int64 [bags + 1], on the CPU; bag i is instances[offsets[i]:offsets[i + 1]].
         bags: int64 [bags], which bags these are.
+        coords: int32 [total, 2], level-0 px, on the CPU; None where the bags were opened without.
     """
 
     instances: Tensor
     offsets: Tensor
     bags: IntArray
+    coords: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +108,10 @@ class Bags:
         features: n matrices [n_instances, dim] of one dtype, such as the store's memory-mapped views.
         memory: ``ram`` copies them into one matrix, ``mmap`` leaves them where they are, ``auto`` copies when they
             take at most half of the free memory.
+        coords: for heads that use positions, n matrices [n_instances, 2] in level-0 px.
 
     Raises:
-        BagError: no bags, a bag without instances, or bags of different width.
+        BagError: no bags, a bag without instances, bags of different width, or coords of another number.
 
     Example:
         >>> bags = Bags(["a", "b"], [np.zeros((3, 8), np.float16), np.ones((2, 8), np.float16)])
@@ -112,7 +119,13 @@ class Bags:
         [0, 2, 5]
     """
 
-    def __init__(self, slide_ids: Sequence[str], features: Sequence[npt.NDArray[Any]], memory: Memory = "auto") -> None:
+    def __init__(
+        self,
+        slide_ids: Sequence[str],
+        features: Sequence[npt.NDArray[Any]],
+        memory: Memory = "auto",
+        coords: Sequence[npt.NDArray[Any]] | None = None,
+    ) -> None:
         room = {"ram": math.inf, "mmap": -1.0}[memory] if memory != "auto" else RAM_SHARE * _free_bytes()
         # each bag is opened once: it may have to be mapped, checked, or fetched for it
         forms, copies, size = [], [], 0
@@ -129,9 +142,20 @@ class Bags:
         self.dim, self._dtype = int(forms[0][0][1]), forms[0][1]
         self.memory: Literal["mmap", "ram"] = "ram" if size <= room else "mmap"
         self._matrices = copies if self.memory == "ram" else features
+        self._coords = None if coords is None else [np.asarray(each, dtype=np.int32) for each in coords]
+        if self._coords is not None and [len(each) for each in self._coords] != self.n_instances.tolist():
+            raise BagError(
+                f"got coords of {listed(map(len, self._coords))} tiles for bags of {listed(self.n_instances.tolist())} "
+                f"instances → expected one (x, y) per instance → open both from one entry"
+            )
 
     def __len__(self) -> int:
         return len(self.slide_ids)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number."""
+        return int(self._dtype.itemsize)
 
     def pack(self, bags: IntArray, rows: Mapping[int, IntArray] | None = None) -> Pack:
         """Gather bags, in this order.
@@ -148,7 +172,14 @@ class Bags:
         for bag, start, stop in zip(bags.tolist(), offsets, offsets[1:], strict=False):
             matrix = self._matrices[bag]
             instances[start:stop] = matrix[rows[bag]] if bag in rows else matrix
-        return Pack(torch.from_numpy(instances), torch.from_numpy(offsets), bags)
+        return Pack(torch.from_numpy(instances), torch.from_numpy(offsets), bags, self._pack_coords(bags, rows))
+
+    def _pack_coords(self, bags: IntArray, rows: Mapping[int, IntArray]) -> Tensor | None:
+        """The coords of a pack's instances."""
+        if self._coords is None:
+            return None
+        pieces = [self._coords[bag][rows[bag]] if bag in rows else self._coords[bag] for bag in bags.tolist()]
+        return torch.from_numpy(np.concatenate(pieces))
 
     def draw(self, bags: IntArray, budget: int | None, seed: int, epoch: int) -> dict[int, IntArray]:
         """Draw ``budget`` instances of every larger bag, without replacement.
@@ -198,11 +229,67 @@ class Bags:
         return Moments(self.n_instances, means, deviations)
 
 
-def open_bags(store: FeatureStore, slide_ids: Sequence[str], entry: str, memory: Memory = "auto") -> Bags:
+class ResidentBags(Bags):
+    """Bags in the memory of a GPU, where packs are gathered without a copy across the bus; equal to the others.
+
+    Args:
+        bags: the same bags.
+        device: where to hold them.
+
+    Example:
+        >>> bags = Bags(["a", "b"], [np.zeros((3, 8), np.float16), np.ones((2, 8), np.float16)])
+        >>> resident = ResidentBags(bags, torch.device("cpu"))
+        >>> bool((resident.pack(np.array([1, 0])).instances == bags.pack(np.array([1, 0])).instances).all())
+        True
+    """
+
+    def __init__(self, bags: Bags, device: torch.device) -> None:
+        self.__dict__.update(vars(bags))
+        self.moments = bags.moments
+        self._starts = np.cumsum([0, *self.n_instances])[:-1]
+        dtype = torch.from_numpy(np.empty(0, self._dtype)).dtype
+        self._resident = torch.empty((int(self.n_instances.sum()), self.dim), dtype=dtype, device=device)
+        # one by one, so that the host never holds a second copy
+        for bag, start in enumerate(self._starts.tolist()):
+            matrix = torch.from_numpy(np.ascontiguousarray(self._matrices[bag]))
+            self._resident[start : start + len(matrix)].copy_(matrix)
+
+    def pack(self, bags: IntArray, rows: Mapping[int, IntArray] | None = None) -> Pack:
+        """As `Bags.pack`, with the instances on the device."""
+        rows = rows or {}
+        taken = [
+            self._starts[bag] + rows.get(bag, np.arange(self.n_instances[bag], dtype=np.int64)) for bag in bags.tolist()
+        ]
+        offsets = np.cumsum([0, *map(len, taken)], dtype=np.int64)
+        chosen = torch.from_numpy(np.concatenate(taken)).to(self._resident.device, non_blocking=True)
+        instances = self._resident.index_select(0, chosen)
+        return Pack(instances, torch.from_numpy(offsets), bags, self._pack_coords(bags, rows))
+
+
+def place_bags(bags: Bags, device: torch.device) -> Bags:
+    """Hold the bags in the memory of a GPU when they take at most half of what is free there; else leave them."""
+    if device.type != "cuda" or isinstance(bags, ResidentBags):
+        return bags
+    free, _ = torch.cuda.mem_get_info(device)
+    size = int(bags.n_instances.sum()) * bags.dim * bags.itemsize
+    return ResidentBags(bags, device) if size <= RAM_SHARE * free else bags
+
+
+def open_bags(
+    store: FeatureStore, slide_ids: Sequence[str], entry: str, memory: Memory = "auto", coords: bool = False
+) -> Bags:
     """The bags of some slides of a store, in this order.
+
+    Args:
+        store: holds them.
+        slide_ids: which.
+        entry: their features.
+        memory: see `Bags`.
+        coords: also read where the tiles lie, for heads that use positions.
 
     Raises:
         BagError: a slide without complete features in ``entry``, or without a valid tile.
+        ExtractError: ``coords`` of a slide that was imported without any.
         UnitCorruptError: features that do not match their checksum; every bag is read once to see.
     """
     missing = sorted(set(slide_ids) - set(store.slide_ids(entry)))
@@ -211,7 +298,13 @@ def open_bags(store: FeatureStore, slide_ids: Sequence[str], entry: str, memory:
             f"got {len(missing)} slides without features in entry {entry!r} of {store.path}: {listed(missing)} → "
             f"expected complete features → run mil extract on them, or leave them out"
         )
-    return Bags(slide_ids, _StoredMatrices(store, slide_ids, entry), memory)
+    places = [store[slide_id].coords(entry) for slide_id in slide_ids] if coords else None
+    return Bags(slide_ids, _StoredMatrices(store, slide_ids, entry), memory, places)
+
+
+def needs_coords(keywords: Mapping[str, Any]) -> bool:
+    """Whether a head that is built with these keywords reads positions."""
+    return bool(keywords.get("positions", "none") != "none")
 
 
 class _StoredMatrices(Sequence[npt.NDArray[Any]]):

@@ -20,7 +20,7 @@ from aggregators import list_aggregators
 from aggregators.errors import AggregatorError
 from extract.store import Store, open_store
 from extract.store.remote_path import store_path
-from mil.bags import Bags, choose_entry, open_bags
+from mil.bags import Bags, choose_entry, needs_coords, open_bags, place_bags
 from mil.baselines import ON_FEATURES, run_baselines
 from mil.board import REFERENCE, Board, BoardRow, Entrant, rank, score
 from mil.board_page import write_page
@@ -317,9 +317,12 @@ def _sources(stores: Sequence[Store], cohort: Cohort, config: BenchmarkConfig) -
     repeated = len({entry for _, entry in found}) < len(found)
     sources = []
     for store, entry in found:
-        bags = open_bags(store, cohort.slide_ids, entry, config.train.memory)
+        positions = any(needs_coords(head.keywords) for head in config.heads)
+        bags = open_bags(store, cohort.slide_ids, entry, config.train.memory, positions)
         # features that are not finite stop the benchmark here, before any head is blamed
         _ = bags.moments
+        if config.train.memory == "auto":
+            bags = place_bags(bags, resolve_device(config.train.device))
         sources.append(_Source(store, entry, f"{entry} ({store.path.name})" if repeated else entry, bags))
     return cohort, sources
 

@@ -1,13 +1,16 @@
-"""Comparing what two heads say about the same slides: a permutation test, and p values of several comparisons."""
+"""Comparing what two heads say about the same slides: permutation and t tests, and p values of several comparisons."""
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtr, stdtrit
 
 from mil import metrics
-from mil.errors import EvaluationError
+from mil.bootstrap import check_confidence
+from mil.errors import EvaluationError, listed
 from mil.statistics import SUMMARY_METRICS
 
 FloatArray = npt.NDArray[np.float64]
@@ -104,3 +107,46 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[at]))
         adjusted[at] = highest
     return adjusted
+
+
+class TTest(NamedTuple):
+    """A mean difference with its interval and the two-sided p value of its being 0."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def corrected_t_test(differences: Sequence[float], test_to_train: float, confidence: float = 0.95) -> TTest:
+    """Student's t test on differences between test parts of one cohort, whose training parts overlap.
+
+    Overlap makes the differences of J test parts alike, so that their own spread says too little; the variance of
+    their mean is taken as (1 / J + n_test / n_train) · s² instead of s² / J. It speaks of training the heads again,
+    unlike tests on finished predictions.
+
+    Args:
+        differences: [J], one per test part. Seeds that share a test part are no further parts: average them first.
+        test_to_train: slides of a test part over those of its training part, such as 0.25 for five folds.
+        confidence: of the interval.
+
+    Raises:
+        EvaluationError: fewer than two differences, one that is not finite, or an impossible share.
+
+    References:
+        Nadeau and Bengio, "Inference for the generalization error", Machine Learning 2003; Bouckaert and Frank,
+        PAKDD 2004, for repeated folds.
+    """
+    check_confidence(confidence)
+    values = np.asarray(differences, dtype=np.float64)
+    if values.ndim != 1 or values.size < 2 or not np.isfinite(values).all() or not 0 <= test_to_train < np.inf:
+        raise EvaluationError(
+            f"got differences {listed(differences)} and test_to_train={test_to_train} → expected two or more finite "
+            f"ones and a share of 0 or more → pass one difference per test fold"
+        )
+    mean, freedom = float(values.mean()), values.size - 1
+    error = float(values.std(ddof=1)) * math.sqrt(1 / values.size + test_to_train)
+    half = float(stdtrit(freedom, (1 + confidence) / 2)) * error
+    if error > 0:
+        return TTest(mean, mean - half, mean + half, float(2 * stdtr(freedom, -abs(mean) / error)))
+    return TTest(mean, mean, mean, 1.0 if mean == 0 else 0.0)

@@ -15,17 +15,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from extract.store.remote_path import store_path
 from mil.errors import ConfigError, did_you_mean
+from mil.recipes import LOSSES, OPTIMIZERS, RECIPES, SCHEDULERS, keys_of
 
-GROUPS = ("head", "optimizer", "scheduler")
+GROUPS = ("head", "optimizer", "scheduler", "loss")
+_RECIPE = "recipe"
 _PRIMARY = "train"
-_OPTIMIZERS: dict[str, dict[str, object]] = {
-    "adamw": {"lr": 5e-4, "weight_decay": 1e-2},
-    "sgd": {"lr": 1e-2, "weight_decay": 1e-4},
-}
-_SCHEDULERS: dict[str, dict[str, object]] = {
-    "cosine": {"warmup_fraction": 0.1},
-    "constant": {"warmup_fraction": 0.0},
-}
 
 
 def _number(default: Any, low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Any:
@@ -66,25 +60,105 @@ class HeadConfig(_Checked):
         )
 
 
+class _Option(_Checked):
+    """One option of a group: keys that are not given are the option's own, and those of other options stay None."""
+
+    _group = ""
+
+    def __post_init__(self) -> None:
+        own = _options(self._group)[_option(self._group, str(self.name))]  # type: ignore[attr-defined]
+        for item in fields(self):  # type: ignore[arg-type]
+            if item.name == "name":
+                continue
+            if getattr(self, item.name) is None:
+                object.__setattr__(self, item.name, own.get(item.name))
+            elif item.name not in own:
+                _require(item.name, list(own), f"{self._group}.", what=f"key of {self.name}")  # type: ignore[attr-defined]
+        super().__post_init__()
+
+    def keywords(self, *without: str) -> dict[str, Any]:
+        """The keys of this option and their values, ``name`` and those of ``without`` left out."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
+        return {key: value for key, value in values.items() if value is not None and key not in ("name", *without)}
+
+
 @dataclass(frozen=True)
-class OptimizerConfig(_Checked):
-    """AdamW, or SGD with Nesterov momentum 0.9. Norms and biases are never decayed."""
+class OptimizerConfig(_Option):
+    """An optimizer of `mil.recipes.OPTIMIZERS`; what is None is its own default. Norms and biases are never decayed.
+
+    Attributes:
+        name: which.
+        lr: learning rate at its peak.
+        weight_decay: decay of weight matrices.
+        momentum: of SGD (Nesterov) and Muon.
+        betas: decay of the averages of the gradient and its square (Lion: of its two averages of the gradient).
+        lookahead_steps: steps of the fast weights before the slow ones move.
+        lookahead_fraction: how far the slow weights move.
+    """
 
     _where = "optimizer."
+    _group = "optimizer"
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    lr: float = _number(5e-4, 0.0, above=True)
-    weight_decay: float = _number(1e-2, 0.0)
+    name: str = "adamw"
+    lr: float = _number(None, 0.0, above=True)
+    weight_decay: float = _number(None, 0.0)
+    momentum: float | None = _number(None, 0.0, 1.0, below=True)
+    betas: tuple[float, float] | None = _number(None, 0.0, 1.0, below=True)
+    lookahead_steps: int | None = _number(None, 1)
+    lookahead_fraction: float | None = _number(None, 0.0, 1.0, above=True)
 
 
 @dataclass(frozen=True)
-class SchedulerConfig(_Checked):
-    """Learning rate over the steps of all epochs: linear warm-up, then cosine to zero or constant."""
+class SchedulerConfig(_Option):
+    """Learning rate over the steps of all epochs, see `mil.optim.learning_rate`; what is None is the option's default.
+
+    Attributes:
+        name: an option of `mil.recipes.SCHEDULERS`.
+        warmup_fraction: part of all steps that warm up.
+        start_divisor: one-cycle starts at the peak divided by this.
+        end_divisor: and ends at its start divided by this.
+        period_fraction: part of all steps after which `step` drops.
+        factor: what a drop of `step` or `plateau` multiplies the rate with.
+        patience: epochs without a better validation loss that `plateau` bears.
+        threshold: how much better a loss must be for `plateau`, as a part of the best.
+    """
 
     _where = "scheduler."
+    _group = "scheduler"
 
-    name: Literal["cosine", "constant"] = "cosine"
-    warmup_fraction: float = _number(0.1, 0.0, 1.0, below=True)
+    name: str = "cosine"
+    warmup_fraction: float = _number(None, 0.0, 1.0, below=True)
+    start_divisor: float | None = _number(None, 1.0)
+    end_divisor: float | None = _number(None, 1.0)
+    period_fraction: float | None = _number(None, 0.0, 1.0, above=True)
+    factor: float | None = _number(None, 0.0, 1.0, above=True, below=True)
+    patience: int | None = _number(None, 0)
+    threshold: float | None = _number(None, 0.0, 1.0, below=True)
+
+
+@dataclass(frozen=True)
+class LossConfig(_Option):
+    """The loss that trains the head, one of `mil.recipes.LOSSES`; epochs are compared by cross-entropy all the same.
+
+    `mil.losses` has more, for targets that a cohort cannot hold yet: several labels, numbers, survival.
+
+    Attributes:
+        name: ``cross_entropy``, ``focal``, or ``ordinal`` for classes whose sorted names are in their order.
+        label_smoothing: part of every target that is spread evenly over all classes.
+        gamma: how much the focal loss looks away from bags that are predicted well.
+    """
+
+    _where = "loss."
+    _group = "loss"
+
+    name: str = "cross_entropy"
+    label_smoothing: float | None = _number(None, 0.0, 1.0, below=True)
+    gamma: float | None = _number(None, 0.0)
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Whether it is the loss that epochs are compared by."""
+        return self.name == "cross_entropy" and not self.label_smoothing
 
 
 @dataclass(frozen=True)
@@ -105,18 +179,33 @@ class TrainConfig(_Checked):
         split_seed: seed of the folds.
         validation_fraction: part of the non-test patients that early stopping may see.
         epochs: most epochs.
+        min_epochs: epochs before which it does not stop.
         patience: epochs without a better validation loss before stopping.
         batch_bags: bags read per step. Packs are drawn over the whole cohort, the order belonging to the seed, and a
             replica learns from those of its own training part; so a step sees about 64 % of them with 5 folds.
+        accumulate: packs whose gradients are added up to that of one pack before a step.
+        sampler: ``natural`` sees every training bag once an epoch; ``class_balanced`` and ``patient_balanced`` draw as
+            many training bags with replacement, every class or patient equally likely.
         instance_budget: most instances drawn per bag and training step, afresh each epoch; None takes all.
-        class_weights: ``balanced`` weighs a class by the inverse of its frequency in the training part.
+        instance_dropout: probability with which an instance is left out, afresh each epoch; one always stays.
+        class_weights: ``balanced`` weighs a class by the inverse of its frequency in the training part. In training it
+            does so only where the sampler has not balanced the classes already.
         standardize: ``train`` fits mean and standard deviation of the features on the training instances.
         grad_clip: largest gradient norm; None does not clip.
+        grad_clip_value: largest gradient of a single weight, applied before the norm; None does not clip.
+        l1: penalty on the absolute values of weight matrices.
+        ema: decay of an exponential average of the weights, which then is what is validated and kept; None takes the
+            weights themselves.
+        init: a checkpoint (.safetensors) whose parameters are taken over where name and shape are the same. One that
+            was trained on slides of this cohort has seen test slides of some fold.
+        freeze_epochs: epochs at the start in which what came from ``init`` stays as it is.
+        freeze_lr_factor: what the learning rate of those parameters is multiplied with afterwards.
         device: ``cpu``, ``cuda``, ``cuda:N``, or ``auto``, which takes CUDA when there is one.
         memory: ``ram`` copies the bags into memory, ``mmap`` reads them from the store at each step, ``auto`` decides.
         head: the head.
         optimizer: the optimizer.
         scheduler: the learning rate schedule.
+        loss: what is minimised.
     """
 
     store: Path | None = None
@@ -130,23 +219,35 @@ class TrainConfig(_Checked):
     split_seed: int = _number(0, 0)
     validation_fraction: float = _number(0.2, 0.0, 1.0, above=True, below=True)
     epochs: int = _number(40, 1)
+    min_epochs: int = _number(1, 1)
     patience: int = _number(10, 1)
     batch_bags: int = _number(8, 1)
+    accumulate: int = _number(1, 1)
+    sampler: Literal["natural", "class_balanced", "patient_balanced"] = "natural"
     instance_budget: int | None = _number(4096, 1)
+    instance_dropout: float = _number(0.0, 0.0, 1.0, below=True)
     class_weights: Literal["balanced", "none"] = "balanced"
     standardize: Literal["train", "none"] = "train"
     grad_clip: float | None = _number(1.0, 0.0, above=True)
+    grad_clip_value: float | None = _number(None, 0.0, above=True)
+    l1: float = _number(0.0, 0.0)
+    ema: float | None = _number(None, 0.0, 1.0, above=True, below=True)
+    init: Path | None = None
+    freeze_epochs: int = _number(0, 0)
+    freeze_lr_factor: float = _number(0.1, 0.0, 1.0, above=True)
     device: str = "auto"
     memory: Literal["auto", "mmap", "ram"] = "auto"
     head: HeadConfig = field(default_factory=HeadConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"got device={self.device} → expected auto, cpu, cuda or cuda:N → use device=auto")
         object.__setattr__(self, "head", _with_input_norm(self.head, self.standardize))
+        _check_together(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain values, in the shape that the config file has."""
@@ -172,6 +273,9 @@ def compose_config(
 ) -> TrainConfig:
     """Compose a configuration; later sources win: defaults, ``file``, ``overrides``, ``values``.
 
+    Any of them may name a ``recipe``, a set of values of `mil.recipes.RECIPES` that stands beneath the source's own. A
+    configuration does not keep its name, only the values.
+
     Args:
         overrides: Hydra overrides, ``group=option`` or ``a.b=value``.
         file: a ``config.yaml`` of an earlier run, or any part of one; or what stands in it.
@@ -187,9 +291,13 @@ def compose_config(
     """
     values = dict(values or {})
     chosen = [f"{group}={_pop_option(values, group)}" for group in GROUPS if _names_option(values, group)]
-    given = file if isinstance(file, Mapping) else read_config_file(Path(file)) if file is not None else {}
+    given = dict(file if isinstance(file, Mapping) else read_config_file(Path(file)) if file is not None else {})
+    named, others = take_overrides(overrides, [_RECIPE])
+    given = _over(_recipe(given), given)
+    for source in (named, values):
+        given = _over(given, _recipe(source))
     defaults = _defaults(given)
-    tree = _compose(defaults, [*overrides, *chosen])
+    tree = _compose(defaults, [*others, *chosen])
     return _from_tree(_merge(tree, values))
 
 
@@ -207,6 +315,30 @@ def _pop_option(values: dict[str, Any], group: str) -> str:
     return _option(group, str(value))
 
 
+def _recipe(source: dict[str, Any]) -> Mapping[str, Any]:
+    """The values of the recipe that ``source`` names, which is taken out of it."""
+    if _RECIPE not in source:
+        return {}
+    name = str(source.pop(_RECIPE))
+    _require(name, list(RECIPES), f"{_RECIPE}=")
+    return RECIPES[name].values
+
+
+def _over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """``upper`` over ``lower``; a group of the same option is merged key by key, one of another replaces it."""
+    tree = {**lower, **upper}
+    for group in set(GROUPS) & set(lower) & set(upper):
+        below, above = _section(lower[group]), _section(upper[group])
+        same = above.get("name", below.get("name")) == below.get("name")
+        tree[group] = {**below, **above} if same else above
+    return tree
+
+
+def _section(value: object) -> dict[str, Any]:
+    """What a file says of a group, as a mapping."""
+    return {str(key): inner for key, inner in value.items()} if isinstance(value, Mapping) else {"name": value}
+
+
 def _option(group: str, option: str) -> str:
     _require(option, list(_options(group)), f"{group}=")
     return option
@@ -214,13 +346,13 @@ def _option(group: str, option: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- the tree
 
+_RECORDS = {"optimizer": OPTIMIZERS, "scheduler": SCHEDULERS, "loss": LOSSES}
+
 
 def _options(group: str) -> dict[str, dict[str, object]]:
     """The options of a group with their default values."""
-    if group == "optimizer":
-        return _OPTIMIZERS
-    if group == "scheduler":
-        return _SCHEDULERS
+    if group in _RECORDS:
+        return keys_of(_RECORDS[group])
     from aggregators import list_aggregators
     from aggregators.registry import keyword_names
 
@@ -245,7 +377,7 @@ class _Defaults:
     def keys(self, chosen: Mapping[str, str]) -> list[str]:
         """Every key that may be set, dotted, given the chosen options."""
         groups = [f"{group}.{key}" for group in GROUPS for key in self.options[group][chosen[group]]]
-        return [*self.top, *GROUPS, *groups]
+        return [*self.top, _RECIPE, *GROUPS, *groups]
 
 
 def _defaults(given: Mapping[str, Any]) -> _Defaults:
@@ -253,13 +385,12 @@ def _defaults(given: Mapping[str, Any]) -> _Defaults:
     plain = TrainConfig().to_dict()
     top = {key: value for key, value in plain.items() if key not in GROUPS}
     for key in given:
-        _require(key, [*top, *GROUPS], "", what="key")
+        _require(key, [*top, _RECIPE, *GROUPS], "", what="key")
     top.update({key: value for key, value in given.items() if key not in GROUPS})
     options, chosen = {}, {}
     for group in GROUPS:
         options[group] = {name: dict(keywords) for name, keywords in _options(group).items()}
-        section = given.get(group, plain[group]["name"])
-        section = dict(section) if isinstance(section, Mapping) else {"name": section}
+        section = _section(given.get(group, plain[group]["name"]))
         chosen[group] = _option(group, str(section.pop("name", plain[group]["name"])))
         for key, value in section.items():
             _require(key, list(options[group][chosen[group]]), f"{group}.", what="key")
@@ -323,6 +454,7 @@ def _from_tree(tree: Mapping[str, Any]) -> TrainConfig:
         head=head,
         optimizer=OptimizerConfig(**groups["optimizer"]),
         scheduler=SchedulerConfig(**groups["scheduler"]),
+        loss=LossConfig(**groups["loss"]),
     )
 
 
@@ -453,7 +585,7 @@ def _coerce(where: str, value: Any, kind: Any) -> Any:
             _require(str(value), get_args(kind), f"{where}=")
         return value
     if get_origin(kind) is tuple:
-        return _coerce_seeds(where, value) if where == "seeds" else _coerce_tuple(where, value, get_args(kind)[0])
+        return _coerce_seeds(where, value) if where == "seeds" else _coerce_tuple(where, value, get_args(kind))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is Path and isinstance(value, str | Path):
@@ -480,10 +612,13 @@ def _coerce_union(where: str, value: Any, kinds: Sequence[Any]) -> Any:
     return _coerce(where, value, last)
 
 
-def _coerce_tuple(where: str, value: Any, kind: Any) -> tuple[Any, ...]:
+def _coerce_tuple(where: str, value: Any, kinds: Sequence[Any]) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise ConfigError(f"got {where}={value!r} → expected a list → write {where}=[{value}]")
-    return tuple(_coerce(where, item, kind) for item in value)
+    if Ellipsis not in kinds and len(value) != len(kinds):
+        example = ",".join(["0.9"] * len(kinds))
+        raise ConfigError(f"got {where}={list(value)} → expected {len(kinds)} values → write {where}=[{example}]")
+    return tuple(_coerce(where, item, kinds[0]) for item in value)
 
 
 def _coerce_seeds(where: str, value: Any) -> tuple[int, ...]:
@@ -502,13 +637,17 @@ def _coerce_seeds(where: str, value: Any) -> tuple[int, ...]:
 def _check_range(where: str, value: Any, item: Field[Any]) -> None:
     if value is None or "low" not in item.metadata:
         return
+    if isinstance(value, tuple):
+        for each in value:
+            _check_range(where, each, item)
+        return
     low, high = item.metadata["low"], item.metadata["high"]
     too_low = not value >= low or (item.metadata["above"] and value == low)
     too_high = not value <= high or value == math.inf or (item.metadata["below"] and value == high)
     if too_low or too_high:
         lower = f"above {low:g}" if item.metadata["above"] else f"at least {low:g}"
         upper = f" and {'below' if item.metadata['below'] else 'at most'} {high:g}" if high < math.inf else ""
-        default = "" if item.default is MISSING else f", such as {where}={item.default}"
+        default = "" if item.default in (MISSING, None) else f", such as {where}={item.default}"
         raise ConfigError(f"got {where}={value} → expected {lower}{upper} → set it within that range{default}")
 
 
@@ -530,7 +669,28 @@ def _with_input_norm(head: HeadConfig, standardize: str) -> HeadConfig:
     return head
 
 
+def _check_together(config: TrainConfig) -> None:
+    """Refuse values that are right each for itself and not together."""
+    if config.freeze_epochs and config.init is None:
+        raise ConfigError(
+            f"got freeze_epochs={config.freeze_epochs} without init → nothing would be held still → add "
+            f"init=RUN/checkpoints/fold0-seed0.safetensors, or set freeze_epochs=0"
+        )
+    if config.freeze_epochs >= config.epochs:
+        raise ConfigError(
+            f"got freeze_epochs={config.freeze_epochs} of epochs={config.epochs} → expected some epochs in which all "
+            f"is trained → lower freeze_epochs, or raise epochs"
+        )
+    if config.scheduler.patience is not None and config.scheduler.patience >= config.patience:
+        raise ConfigError(
+            f"got scheduler.patience={config.scheduler.patience} with patience={config.patience} → the training would "
+            f"stop before the learning rate ever falls → lower scheduler.patience, or raise patience"
+        )
+
+
 def _plain(value: Any) -> Any:
+    if isinstance(value, _Option):
+        return {"name": value.name} | {key: _plain(inner) for key, inner in value.keywords().items()}  # type: ignore[attr-defined]
     if isinstance(value, _Checked):
         return {item.name: getattr(value, item.name) for item in fields(value)}  # type: ignore[arg-type]
     if isinstance(value, tuple):

@@ -10,7 +10,7 @@ import numpy as np
 
 from extract.store import Store, open_store, to_dict
 from mil import statistics
-from mil.bags import Bags, choose_entry, open_bags
+from mil.bags import Bags, choose_entry, needs_coords, open_bags, place_bags
 from mil.checkpoint import package_versions
 from mil.cohort import Cohort, join_store, read_cohort
 from mil.config import TrainConfig, compose_config
@@ -109,13 +109,17 @@ def cross_validate(
     device = resolve_device(config.device)
     cohort = join_store(cohort, store.slide_ids(entry))
     splits = make_splits(cohort, config.folds, config.split_seed, config.seeds, config.validation_fraction)
-    bags = bags or open_bags(store, cohort.slide_ids, entry, config.memory)
+    if bags is None:
+        bags = open_bags(store, cohort.slide_ids, entry, config.memory, needs_coords(config.head.keywords))
+    bags = place_bags(bags, device) if config.memory == "auto" else bags
     replicas = [Replica(fold, seed, config) for fold in range(config.folds) for seed in config.seeds]
     parts = np.stack([splits.parts(replica.fold, replica.seed) for replica in replicas])
     key = training_key(config, cohort, splits, bags, device)
     kept = UnfinishedTraining(unfinished, key) if unfinished is not None else None
     n_classes = len(cohort.class_names)
-    trained = train_replicas(bags, cohort.labels, replicas, list(parts), n_classes, device, progress, kept)
+    trained = train_replicas(
+        bags, cohort.labels, replicas, list(parts), n_classes, device, progress, kept, cohort.patient_ids
+    )
     probabilities = np.stack([each.probabilities for each in trained])
     predictions = ReplicaPredictions(cohort, tuple(replicas), parts, probabilities)
     return Run(

@@ -69,7 +69,8 @@ def evaluate_packs(
         head.eval()
     for pack in bags.packs(indices, max_instances):
         instances, offsets = pack.instances.to(device), pack.offsets.to(device)
-        outputs = [head(instances, offsets) for head in heads]
+        coords = None if pack.coords is None else pack.coords.to(device)
+        outputs = [head(instances, offsets, coords) for head in heads]
         _check_finite(outputs, pack, bags)
         yield pack, outputs
 

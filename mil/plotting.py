@@ -92,16 +92,18 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _styled(function: Callable[P, R]) -> Callable[P, R]:
+def styled(function: Callable[P, R]) -> Callable[P, R]:
+    """Draw in our style, whatever the process has set, and leave matplotlib as it was."""
+
     @wraps(function)
-    def styled(*args: P.args, **keywords: P.kwargs) -> R:
+    def in_style(*args: P.args, **keywords: P.kwargs) -> R:
         with _style():
             return function(*args, **keywords)
 
-    return styled
+    return in_style
 
 
-@_styled
+@styled
 def to_svg(figure: "Figure", note: str = "") -> str:
     """A figure as SVG text, the same bytes for the same figure; `note` is printed below it."""
     from matplotlib.transforms import Bbox
@@ -137,13 +139,14 @@ def wrap_label(text: str, width: int, lines: int) -> str:
     return "\n".join(wrapped) or MISSING
 
 
-def _figure(width_px: float, height_px: float) -> "Figure":
+def new_figure(width_px: float, height_px: float) -> "Figure":
+    """An empty white figure."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width_px * PX, height_px * PX), facecolor="white")
 
 
-def _axes(
+def new_axes(
     figure: "Figure", left_px: float, right_px: float, top_px: float, bottom_px: float, **keywords: Any
 ) -> "Axes":
     """Axes with the given margins in pixels."""
@@ -154,7 +157,7 @@ def _axes(
     return axes
 
 
-@_styled
+@styled
 def forest_plot(rows: Sequence[ForestRow]) -> "Figure":
     """Values with their intervals on one axis from 0 to 1, a dotted mark where guessing would be.
 
@@ -164,8 +167,8 @@ def forest_plot(rows: Sequence[ForestRow]) -> "Figure":
     groups = [row.group for row in rows]
     starts = [bool(group) and group != before for group, before in zip(groups, ["", *groups], strict=False)]
     lines = len(rows) + sum(starts)
-    figure = _figure(460, top_px + bottom_px + row_px * max(lines, 1))
-    axes = _axes(figure, left_px, right_px, top_px, bottom_px, xlim=(0, 1), ylim=(max(lines, 1) - 0.5, -0.5))
+    figure = new_figure(460, top_px + bottom_px + row_px * max(lines, 1))
+    axes = new_axes(figure, left_px, right_px, top_px, bottom_px, xlim=(0, 1), ylim=(max(lines, 1) - 0.5, -0.5))
     axes.set_xticks(np.linspace(0, 1, 5), ["0", "0.25", "0.5", "0.75", "1"])
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
@@ -211,7 +214,7 @@ def interval_text(value: float | None, low: float | None, high: float | None, di
     return f"{value:.{digits}f}{bracket}"
 
 
-@_styled
+@styled
 def confusion_plot(counts: np.ndarray, class_names: Sequence[str]) -> "Figure":
     """Counts and row percentages of a confusion matrix [classes, classes]; rows are true, columns predicted.
 
@@ -220,8 +223,8 @@ def confusion_plot(counts: np.ndarray, class_names: Sequence[str]) -> "Figure":
     n_classes = len(class_names)
     cell_px = max(58.0, min(80.0, 560 / n_classes))
     left_px, right_px, top_px, bottom_px = 130, 6, 66, 4
-    figure = _figure(left_px + right_px + cell_px * n_classes, top_px + bottom_px + cell_px * n_classes)
-    axes = _axes(figure, left_px, right_px, top_px, bottom_px)
+    figure = new_figure(left_px + right_px + cell_px * n_classes, top_px + bottom_px + cell_px * n_classes)
+    axes = new_axes(figure, left_px, right_px, top_px, bottom_px)
     totals = counts.sum(axis=1, keepdims=True)
     shares = np.divide(counts, totals, out=np.zeros(counts.shape), where=totals > 0)
     edges = np.arange(n_classes + 1) - 0.5
@@ -264,7 +267,7 @@ def _class_labels(class_names: Sequence[str], column_letters: int) -> tuple[list
     return [wrap_label(f"{n}  {name}", 18, 2) for n, name in zip(numbers, class_names, strict=True)], numbers
 
 
-@_styled
+@styled
 def learning_curve(
     epochs: np.ndarray,
     train_loss: np.ndarray,
@@ -273,8 +276,8 @@ def learning_curve(
     y_max: float,
 ) -> "Figure":
     """One replica's losses [epochs] on an axis from 0 to `y_max`; the best epoch is marked, gaps are NaN."""
-    figure = _figure(230, 150)
-    axes = _axes(figure, 34, 10, 8, 24, ylim=(0, y_max))
+    figure = new_figure(230, 150)
+    axes = new_axes(figure, 34, 10, 8, 24, ylim=(0, y_max))
     axes.grid(axis="y", color=RULE, linewidth=0.6)
     axes.axvline(best_epoch, color=INK, linewidth=1, linestyle=":")
     axes.plot(epochs, train_loss, color=BLUE, linewidth=1.6)
@@ -286,14 +289,14 @@ def learning_curve(
     return figure
 
 
-@_styled
+@styled
 def spread_plot(values: Sequence[Sequence[float | None]], folds: Sequence[int]) -> "Figure":
     """One metric of every replica: a column a fold, a dot a seed (in order from left to right), a bar at the mean.
 
     `values` [folds][seeds] lie in 0..1; the dotted line is the mean of all.
     """
-    figure = _figure(max(320, 40 + 30 * len(folds)), 190)
-    axes = _axes(figure, 34, 8, 8, 40, ylim=(0, 1.02), xlim=(-0.6, len(folds) - 0.4))
+    figure = new_figure(max(320, 40 + 30 * len(folds)), 190)
+    axes = new_axes(figure, 34, 8, 8, 40, ylim=(0, 1.02), xlim=(-0.6, len(folds) - 0.4))
     axes.grid(axis="y", color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
     known = [value for seeds in values for value in seeds if value is not None]

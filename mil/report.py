@@ -14,13 +14,16 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from mil import plotting
+from mil import curve_figures, plotting
+from mil.calibration import evaluate_calibration
+from mil.curves import precision_recall_curve, roc_curve
 from mil.errors import RunError
 from mil.files import write_atomically
 from mil.page import load_template
@@ -71,6 +74,19 @@ class RunFiles:
     @property
     def class_names(self) -> list[str]:
         return list(self.metrics["class_names"])
+
+    @cached_property
+    def predictions(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Labels [n], probabilities [n, C] and patients [n], out of fold."""
+        names = self.class_names
+        labels = np.array([names.index(row["target"]) for row in self.out_of_fold], dtype=np.int64)
+        values = np.array([[float(row[f"p_{name}"]) for name in names] for row in self.out_of_fold])
+        return labels, values / values.sum(axis=1, keepdims=True), [row["patient_id"] for row in self.out_of_fold]
+
+    @cached_property
+    def calibration(self) -> dict[str, Any]:
+        """See `mil.calibration.evaluate_calibration`."""
+        return evaluate_calibration(*self.predictions, self.class_names)
 
 
 def write_report(
@@ -211,6 +227,8 @@ def _figures(run: RunFiles) -> Iterator[tuple[str, Any]]:
         ),
     )
     yield "confusion", plotting.confusion_plot(np.asarray(evaluation["confusion"]), run.class_names)
+    yield from _class_curves(run)
+    yield "reliability", curve_figures.reliability_plot(run.calibration["reliability"])
     yield from _learning_curves(run)
     folds = _folds(run)
     for metric in SPREAD_METRICS:
@@ -233,6 +251,23 @@ def _learning_curves(run: RunFiles) -> Iterator[tuple[str, Any]]:
             _curve_name(replica),
             plotting.learning_curve(epochs, train, validation, replica["best_epoch"], limit),
         )
+
+
+def _class_curves(run: RunFiles) -> Iterator[tuple[str, Any]]:
+    """ROC and precision-recall curves of the classes that have slides on both sides."""
+    labels, probabilities, patients = run.predictions
+    for at in _curved_classes(run):
+        positive, scores = labels == at, probabilities[:, at]
+        yield f"roc-{at}", curve_figures.roc_plot(roc_curve(positive, scores, patients))
+        found = precision_recall_curve(positive, scores, patients)
+        yield f"precision-recall-{at}", curve_figures.precision_recall_plot(found, float(positive.mean()))
+
+
+def _curved_classes(run: RunFiles) -> list[int]:
+    """Classes with a curve, by number; of two classes one tells all."""
+    labels, _, _ = run.predictions
+    found = [at for at in range(len(run.class_names)) if 0 < (labels == at).sum() < len(labels)]
+    return found[1:] if len(run.class_names) == 2 else found
 
 
 def _losses(rows: Table) -> np.ndarray:
@@ -277,6 +312,8 @@ def _view(run: RunFiles, thumbnails: Thumbnails | None) -> dict[str, Any]:
         "class_rows": [(name, evaluation["classes"][name]) for name in run.class_names],
         "class_metrics": CLASS_METRICS,
         "counts": COUNTS,
+        "curves": [(at, run.class_names[at]) for at in _curved_classes(run)],
+        "calibration": run.calibration,
         "replicas": [(replica, _curve_name(replica)) for replica in metrics["per_replica"]],
         "loss_limit": limit,
         "losses_above": int((losses > limit).sum()),

@@ -1,7 +1,8 @@
 """The training loop of one replica."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
@@ -15,17 +16,25 @@ from aggregators import Aggregator, create_aggregator
 from aggregators.base import Standardize
 from mil.bags import Bags
 from mil.config import TrainConfig
-from mil.errors import BagError, TrainingDivergedError, listed
+from mil.ema import WeightAverage
+from mil.errors import BagError, ConfigError, TrainingDivergedError, listed
 from mil.evaluation import bag_logits, cpu_threads
-from mil.losses import balanced_class_weights, log_loss, probabilities, weighted_cross_entropy
+from mil.initial import inherit_weights
+from mil.losses import (
+    bag_loss,
+    balanced_class_weights,
+    class_numbers,
+    log_loss,
+    probabilities,
+    weighted_cross_entropy,
+)
 from mil.metrics import balanced_accuracy, confusion
-from mil.optim import create_optimizer, learning_rate, set_learning_rate
+from mil.optim import add_l1_gradient, create_optimizer, learning_rate, set_learning_rate
+from mil.samplers import draw_instances, sampled_order, step_packs
 from mil.usage import PeakMemory
 
 IntArray = npt.NDArray[np.int64]
 PartArray = npt.NDArray[np.str_]
-
-_DRAW_ORDER = 0
 
 
 @dataclass(frozen=True)
@@ -46,8 +55,8 @@ class Replica:
 class EpochRecord:
     """What an epoch did; epochs count from 1, ``lr`` is that of its last step.
 
-    Both losses are the class-weighted cross-entropy alone, without what some heads add to it (their auxiliary loss), so
-    that they can be compared.
+    Both losses are the class-weighted cross-entropy alone, whatever loss is minimised, and without what some heads add
+    to it (their auxiliary loss), so that they can be compared.
     """
 
     epoch: int
@@ -116,6 +125,7 @@ def train_replica(
     device: torch.device,
     epoch_done: EpochDone | None = None,
     saved: SavedEpoch | None = None,
+    patients: Sequence[str] | None = None,
 ) -> TrainedReplica:
     """Train one head with early stopping on the validation part, and predict every bag with its best weights.
 
@@ -131,14 +141,17 @@ def train_replica(
         device: where to train.
         epoch_done: called after each epoch.
         saved: where to keep the state between epochs; what it holds of an earlier training is gone on from.
+        patients: [n], whose slide each bag is; needed by ``sampler=patient_balanced`` alone.
 
     Raises:
         BagError: features that are not finite.
+        CheckpointError: ``init`` cannot be read or does not fit.
+        ConfigError: one bag alone takes more memory than there is, or patients are missing.
         TrainingDivergedError: a loss that is not finite.
     """
     started, peak = time.perf_counter(), PeakMemory(device)
     with _own_randomness(replica.seed, device), cpu_threads(_step_elements(bags, replica.config)):
-        loop = _Loop(bags, labels, replica, parts, n_classes, device)
+        loop = _Loop(bags, labels, replica, parts, n_classes, device, patients)
         history, best = _fit(loop, replica.config, epoch_done, saved)
         loop.head.load_state_dict(best.weights)
         predicting = time.perf_counter()
@@ -167,7 +180,7 @@ class _Best:
 def _fit(
     loop: "_Loop", config: TrainConfig, epoch_done: EpochDone | None, saved: SavedEpoch | None
 ) -> tuple[list[EpochRecord], _Best]:
-    """Train until the validation loss has not improved for ``patience`` epochs."""
+    """Train until the validation loss has not improved for ``patience`` epochs, but at least ``min_epochs``."""
     history: list[EpochRecord] = []
     best = _Best(0, float("inf"), {})
     state = saved.load() if saved is not None else None
@@ -177,16 +190,16 @@ def _fit(
         best = _Best(**state["best"])
     for epoch in range(len(history) + 1, config.epochs + 1):
         started = time.perf_counter()
-        train_loss = loop.train_epoch(epoch)
+        train_loss = loop.train_epoch(epoch, [record.validation_loss for record in history])
         validation_loss, validation_score = loop.validate()
         seconds = time.perf_counter() - started
         history.append(EpochRecord(epoch, loop.rate, train_loss, validation_loss, validation_score, seconds))
         if validation_loss < best.loss:
-            weights = {name: value.detach().clone() for name, value in loop.head.state_dict().items()}
+            weights = {name: value.detach().clone() for name, value in loop.kept_head.state_dict().items()}
             best = _Best(epoch, validation_loss, weights)
         if epoch_done is not None:
             epoch_done(history[-1])
-        if epoch - best.epoch >= config.patience:
+        if epoch >= config.min_epochs and epoch - best.epoch >= config.patience:
             break
         if saved is not None and saved.due():
             records = [asdict(record) for record in history]
@@ -214,17 +227,32 @@ class _Loop:
         parts: PartArray,
         n_classes: int,
         device: torch.device,
+        patients: Sequence[str] | None,
     ) -> None:
         self.bags, self.replica, self.config, self.device = bags, replica, replica.config, device
-        self.labels, self.n_classes = labels, n_classes
+        self.labels, self.n_classes, self.patients = labels, n_classes, patients
         self.training = parts == "train"
         self.validation = np.flatnonzero(parts == "validation")
+        self.inherited: frozenset[str] = frozenset()
         self.head = self._create_head()
-        self.optimizer = create_optimizer(self.head, self.config.optimizer)
+        self.optimizer = create_optimizer(
+            self.head, self.config.optimizer, self.inherited, self.config.freeze_lr_factor
+        )
+        self.average = WeightAverage(self.head, self.config.ema) if self.config.ema is not None else None
         self.generator = torch.Generator(device).manual_seed(replica.seed)
         self.class_weights = self._class_weights()
+        # a sampler that balances the classes leaves nothing to be weighed
+        sampled = self.config.sampler == "class_balanced"
+        self.step_weights = (torch.ones(n_classes) if sampled else self.class_weights).to(device)
+        # halved when a pack does not fit into memory
+        self.bags_at_once = self.config.batch_bags
         self.epoch, self.rate = 0, 0.0
         self.steps: list[_Step] = []
+
+    @property
+    def kept_head(self) -> Aggregator:
+        """The head that is validated and kept."""
+        return self.head if self.average is None else self.average.head
 
     def _create_head(self) -> Aggregator:
         head = create_aggregator(
@@ -234,6 +262,8 @@ class _Loop:
         moments = self.bags.moments
         if isinstance(head.input_norm, Standardize):
             head.input_norm.fit(*moments.mean_std(np.flatnonzero(self.training)))
+        if self.config.init is not None:
+            self.inherited = inherit_weights(head, self.config)
         return head.to(self.device)
 
     def _class_weights(self) -> Tensor:
@@ -241,43 +271,107 @@ class _Loop:
             return torch.ones(self.n_classes)
         return balanced_class_weights(self.labels[self.training], self.n_classes)
 
-    def train_epoch(self, epoch: int) -> float:
-        """One pass over the training bags; returns their mean loss."""
+    def train_epoch(self, epoch: int, validation_losses: Sequence[float]) -> float:
+        """One pass over the training bags; returns their mean loss.
+
+        Args:
+            epoch: counts from 1.
+            validation_losses: of the epochs before.
+        """
         self.head.train()
-        self.epoch = epoch
-        size, order = self.config.batch_bags, self._order(epoch)
-        packs = [order[start : start + size] for start in range(0, len(order), size)]
+        self.epoch, self.steps = epoch, []
+        config, seed = self.config, self.replica.seed
+        order = sampled_order(config.sampler, self.training, self.labels, self.patients, seed, epoch)
+        steps = step_packs(order, self.training, config.batch_bags, config.accumulate)
         losses: list[Tensor] = []
-        self.steps = []
-        for at, pack in enumerate(packs):
-            step, n_steps = (epoch - 1) * len(packs) + at, self.config.epochs * len(packs)
-            self.rate = learning_rate(self.config.optimizer.lr, self.config.scheduler, step, n_steps)
-            members = pack[self.training[pack]]
-            if len(members):
-                set_learning_rate(self.optimizer, self.rate)
-                self.steps.append(_Step(step + 1, self.rate, members))
-                losses.append(self._step(members, epoch))
+        with self._first_phase(epoch):
+            for at, packs in enumerate(steps):
+                step, n_steps = (epoch - 1) * len(steps) + at, config.epochs * len(steps)
+                self.rate = learning_rate(config.optimizer.lr, config.scheduler, step, n_steps, validation_losses)
+                if packs:
+                    set_learning_rate(self.optimizer, self.rate)
+                    self.steps.append(_Step(step + 1, self.rate, np.concatenate(packs)))
+                    losses.append(self._step(packs))
         return self._mean_loss(losses)
 
-    def _order(self, epoch: int) -> IntArray:
-        """The order of all bags, which belongs to the seed: replicas of one seed share their packs."""
-        return np.random.default_rng((_DRAW_ORDER, self.replica.seed, epoch)).permutation(len(self.bags))
+    @contextmanager
+    def _first_phase(self, epoch: int) -> Iterator[None]:
+        """Hold still what was inherited, in the first ``freeze_epochs``."""
+        frozen = [weight for name, weight in self.head.named_parameters() if name in self.inherited]
+        for weight in frozen:
+            weight.requires_grad_(epoch > self.config.freeze_epochs)
+        try:
+            yield
+        finally:
+            for weight in frozen:
+                weight.requires_grad_(True)
 
-    def _step(self, members: IntArray, epoch: int) -> Tensor:
-        """One optimizer step on some training bags; returns [2], the task's loss and the sum with the head's own."""
-        rows = self.bags.draw(members, self.config.instance_budget, self.replica.seed, epoch)
-        pack = self.bags.pack(members, rows)
-        offsets = pack.offsets.to(self.device)
-        targets = torch.from_numpy(self.labels[members]).to(self.device)
-        output = self.head(pack.instances.to(self.device), offsets, generator=self.generator)
-        loss = weighted_cross_entropy(output.logits, targets, self.class_weights.to(self.device))
-        total = loss + self.head.auxiliary_loss(output, targets, offsets)
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
+    def _step(self, packs: Sequence[IntArray]) -> Tensor:
+        """One optimizer step on some packs of training bags, as if they were one.
+
+        Returns [2], means over bags: the cross-entropy, and the sum that is minimised.
+        """
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            pieces = [piece for pack in packs for piece in _pieces(pack, self.bags_at_once)]
+            try:
+                losses = self._add_gradients(pieces)
+                break
+            except torch.OutOfMemoryError as error:
+                # all of the step is done again: some gradients may have been added, others not
+                self._halve(pieces, error)
+        if self.config.l1:
+            add_l1_gradient(self.optimizer, self.config.l1)
+        if self.config.grad_clip_value is not None:
+            torch.nn.utils.clip_grad_value_(self.head.parameters(), self.config.grad_clip_value)
         if self.config.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(self.head.parameters(), self.config.grad_clip)
         self.optimizer.step()
-        return torch.stack([loss, total]).detach()
+        if self.average is not None:
+            self.average.update(self.head)
+        return losses
+
+    def _add_gradients(self, pieces: Sequence[IntArray]) -> Tensor:
+        """The gradient of the mean loss over the bags of all pieces, piece by piece; returns [2] as `_step`."""
+        n_bags = sum(len(members) for members in pieces)
+        losses = [self._add_gradient(members, len(members) / n_bags) for members in pieces]
+        return sum(losses[1:], losses[0])
+
+    def _add_gradient(self, members: IntArray, share: float) -> Tensor:
+        """Add ``share`` times the gradient of some bags' mean loss; returns ``share`` times the losses, [2]."""
+        budget, dropout = self.config.instance_budget, self.config.instance_dropout
+        rows = draw_instances(self.bags, members, budget, dropout, self.replica.seed, self.epoch)
+        pack = self.bags.pack(members, rows)
+        instances, offsets = pack.instances.to(self.device), pack.offsets.to(self.device)
+        targets = torch.from_numpy(self.labels[members]).to(self.device)
+        # what augments a batch comes here: it may change all three, and make targets soft labels [bags, C]
+        coords = None if pack.coords is None else pack.coords.to(self.device)
+        output = self.head(instances, offsets, coords, self.generator)
+        loss = compared = bag_loss(self.config.loss, output.logits, targets, self.step_weights)
+        if not self.config.loss.is_cross_entropy:
+            compared = weighted_cross_entropy(output.logits.detach(), targets, self.step_weights)
+        total = loss + self.head.auxiliary_loss(output, class_numbers(targets), offsets)
+        total.backward(torch.full_like(total, share))  # type: ignore[no-untyped-call]
+        return torch.stack([compared, total]).detach() * share
+
+    def _halve(self, pieces: Sequence[IntArray], error: torch.OutOfMemoryError) -> None:
+        """Take half as many bags at once from here on; says so the first time."""
+        largest = max(len(members) for members in pieces)
+        if largest == 1:
+            slides = listed({self.bags.slide_ids[bag] for members in pieces for bag in members})
+            budget = self.config.instance_budget or int(self.bags.n_instances.max())
+            raise ConfigError(
+                f"got too little memory for a single bag, one of {slides} → expected room for its instances → set "
+                f"instance_budget below {budget}, or device=cpu"
+            ) from error
+        if self.bags_at_once == self.config.batch_bags:
+            warnings.warn(
+                f"got too little memory for {largest} bags at once in replica {self.replica.name} → packs are halved, "
+                f"which gives the same gradients → set batch_bags={largest // 2} and accumulate="
+                f"{2 * self.config.accumulate}, or lower instance_budget, to begin so",
+                stacklevel=2,
+            )
+        self.bags_at_once = largest // 2
 
     def _mean_loss(self, losses: list[Tensor]) -> float:
         """Looked at once an epoch, because looking at a loss makes a GPU wait; the first bad step is the one named."""
@@ -301,6 +395,8 @@ class _Loop:
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
             "torch": _global_states(self.device),
+            "average": self.average.state_dict() if self.average is not None else None,
+            "bags_at_once": self.bags_at_once,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -308,6 +404,9 @@ class _Loop:
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
+        self.bags_at_once = state["bags_at_once"]
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         torch.set_rng_state(state["torch"][0])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["torch"][1], self.device)
@@ -315,7 +414,7 @@ class _Loop:
     def validate(self) -> tuple[float, float]:
         """Class-weighted loss and balanced accuracy of the validation part, from all instances."""
         try:
-            logits = bag_logits([self.head], self.bags, self.validation, self.device)[0]
+            logits = bag_logits([self.kept_head], self.bags, self.validation, self.device)[0]
         except BagError as error:
             # the features are finite, so it is the weights that are not
             raise self._diverged(self.steps[-1], "validation logits that are not finite") from error
@@ -323,6 +422,11 @@ class _Loop:
         loss = log_loss(logits, torch.from_numpy(labels), self.class_weights)
         matrix = confusion(labels, logits.argmax(dim=-1).numpy(), self.n_classes)
         return loss, float(balanced_accuracy(matrix)[0])
+
+
+def _pieces(members: IntArray, size: int) -> list[IntArray]:
+    """Some bags in pieces of at most ``size``."""
+    return [members[start : start + size] for start in range(0, len(members), size)]
 
 
 def _step_elements(bags: Bags, config: TrainConfig) -> float:

@@ -44,6 +44,7 @@ def training_key(config: TrainConfig, cohort: Cohort, splits: Splits, bags: Bags
             "bags": content.hexdigest(),
             "device": device.type,
             "versions": package_versions(),
+            "init": _content_hash(config.init),
         }
     )
 
@@ -124,6 +125,11 @@ def discard_unfinished(folder: Path) -> None:
 def kept_replicas(folder: Path) -> int:
     """How many finished replicas wait in a folder of unfinished trainings."""
     return sum(1 for _ in folder.glob("*/*.replica"))
+
+
+def _content_hash(path: Path | None) -> str | None:
+    """SHA-256 of a file; None where there is none, which is told where it is read."""
+    return sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else None
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

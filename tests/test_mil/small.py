@@ -37,6 +37,11 @@ class MemorySlide:
         """[n, dim]."""
         return self.matrices[entry]
 
+    def coords(self, entry: str) -> np.ndarray:
+        """[n, 2]: one row of tiles."""
+        n = len(self.matrices[entry])
+        return np.stack([512 * np.arange(n), np.zeros(n)], axis=1).astype(np.int32)
+
 
 @dataclass
 class MemoryStore:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from mil.bags import MAPS_KEPT, Bags, Memory, choose_entry, open_bags
+from mil.bags import MAPS_KEPT, Bags, Memory, ResidentBags, choose_entry, open_bags, place_bags
 from mil.errors import BagError
 from tests.test_mil.small import FEATURES, make_cohort, make_features, make_store
 
@@ -181,3 +182,27 @@ def test_bags_come_in_the_order_of_the_slides_and_missing_ones_are_named() -> No
     np.testing.assert_array_equal(bags.pack(np.array([0])).instances, store.slides[cohort.slide_ids[-1]])
     with pytest.raises(BagError, match="'nowhere'"):
         open_bags(store, ["slide 00", "nowhere"], "tiny")
+
+
+def test_resident_bags_give_the_same_packs() -> None:
+    rng = np.random.default_rng(0)
+    matrices = [rng.normal(size=(n, 5)).astype(np.float16) for n in (4, 1, 7, 3)]
+    bags = Bags([f"s{i}" for i in range(4)], matrices)
+    resident = ResidentBags(bags, torch.device("cpu"))
+    for members in ([2, 0], [1], [3, 2, 1, 0]):
+        chosen = np.array(members)
+        drawn = bags.draw(chosen, 3, seed=0, epoch=1)
+        for rows in (None, drawn):
+            one, other = bags.pack(chosen, rows), resident.pack(chosen, rows)
+            assert torch.equal(one.instances, other.instances)
+            assert one.instances.dtype == other.instances.dtype
+            assert one.offsets.tolist() == other.offsets.tolist()
+    assert [pack.bags.tolist() for pack in resident.packs(np.arange(4), 8)] == [
+        pack.bags.tolist() for pack in bags.packs(np.arange(4), 8)
+    ]
+    np.testing.assert_array_equal(resident.moments.means, bags.moments.means)
+
+
+def test_bags_stay_where_they_are_on_a_cpu() -> None:
+    bags = Bags(["a"], [np.zeros((2, 3), np.float32)])
+    assert place_bags(bags, torch.device("cpu")) is bags

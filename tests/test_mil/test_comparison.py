@@ -1,12 +1,13 @@
-"""Permutation test and Holm's correction, against exhaustive enumeration and statsmodels' published rule."""
+"""Permutation and t tests and Holm's correction, against enumeration, SciPy, statsmodels and the papers' rules."""
 
 import itertools
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
-from mil.comparison import holm, permutation_test
+from mil.comparison import corrected_t_test, holm, permutation_test
 from mil.errors import EvaluationError
 
 METRICS = {
@@ -81,3 +82,51 @@ def test_holm_after_its_paper() -> None:
     assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+def test_holm_is_that_of_statsmodels() -> None:
+    multitest = pytest.importorskip("statsmodels.stats.multitest")
+    for seed in range(20):
+        values = np.random.default_rng(seed).random(7) ** 3
+        assert holm(values.tolist()) == pytest.approx(multitest.multipletests(values, method="holm")[1])
+
+
+def test_a_t_test_without_overlap_is_students() -> None:
+    differences = [0.12, 0.2, -0.08, 0.15, 0.11]
+    expected = stats.ttest_1samp(differences, 0)
+    found = corrected_t_test(differences, 0.0, confidence=0.9)
+    interval = expected.confidence_interval(0.9)
+    assert found == pytest.approx((np.mean(differences), interval.low, interval.high, expected.pvalue))
+
+
+def test_overlap_widens_as_nadeau_and_bengio_say() -> None:
+    differences = [0.12, 0.2, -0.08, 0.15, 0.11]
+    plain, corrected = corrected_t_test(differences, 0.0), corrected_t_test(differences, 0.25)
+    # (1/5 + 1/4) over 1/5: the standard error grows by the root of 2.25
+    assert corrected.high - corrected.low == pytest.approx(1.5 * (plain.high - plain.low))
+    t = np.mean(differences) / (np.std(differences, ddof=1) * np.sqrt(0.45))
+    assert corrected.p == pytest.approx(2 * stats.t.sf(abs(t), 4))
+    assert corrected_t_test([0.0, 0.0], 0.25).p == 1.0
+    assert corrected_t_test([0.1, 0.1], 0.25).p == 0.0
+
+
+def test_folds_of_one_cohort_reject_too_often_without_the_correction() -> None:
+    # two learners that guess from the training part: equally good, but all folds of a cohort share what it teaches
+    rejected = np.zeros(2)
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        values = rng.normal(size=(2, 40))
+        folds = rng.permutation(40) % 5
+        differences = []
+        for fold in range(5):
+            train, test = folds != fold, folds == fold
+            errors = [np.abs(values[1, test] - one[train].mean()).mean() for one in values]
+            differences.append(errors[0] - errors[1] + rng.normal() * 0.01)
+        rejected += [corrected_t_test(differences, share).p < 0.05 for share in (0.0, 0.25)]
+    assert rejected[1] < rejected[0]
+
+
+@pytest.mark.parametrize(("differences", "share"), [([0.1], 0.2), ([0.1, np.nan], 0.2), ([0.1, 0.2], -1.0)])
+def test_a_t_test_needs_two_finite_differences(differences: list[float], share: float) -> None:
+    with pytest.raises(EvaluationError, match="one difference per test fold"):
+        corrected_t_test(differences, share)

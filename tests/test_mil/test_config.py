@@ -1,13 +1,15 @@
 """The configuration: what may be set, how it is checked, and that it runs again."""
 
 from dataclasses import FrozenInstanceError
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 
 from aggregators import list_aggregators
-from mil.config import HeadConfig, OptimizerConfig, TrainConfig, compose_config
+from mil.config import HeadConfig, LossConfig, OptimizerConfig, SchedulerConfig, TrainConfig, compose_config
 from mil.errors import ConfigError
+from mil.recipes import LOSSES, OPTIMIZERS, RECIPES, SCHEDULERS
 
 
 def test_nothing_given_is_the_defaults() -> None:
@@ -21,6 +23,13 @@ def test_nothing_given_is_the_defaults() -> None:
         ["head=transformer", "optimizer=sgd", "scheduler=constant", "seeds=[4,2]", "instance_budget=null"],
         ["standardize=none", "head.input_norm=layer", "grad_clip=null"],
         ["target='1e-4'", "labels='/a b/ü,ö.csv'", "backbone='001'", "slide_column=null"],
+        ["optimizer.betas=[0.8,0.99]", "accumulate=2", "ema=0.9", "init=a.safetensors", "freeze_epochs=2", "l1=1e-4"],
+        *[
+            [f"optimizer={a}", f"scheduler={b}", f"loss={c}"]
+            for a, b, c in zip(OPTIMIZERS, cycle(SCHEDULERS), cycle(LOSSES))
+        ],
+        ["recipe=strong"],
+        ["recipe=clam_official"],
     ],
 )
 def test_a_saved_config_composes_to_itself(overrides: list[str], tmp_path: Path) -> None:
@@ -81,7 +90,34 @@ def test_widths_are_a_list_of_whole_numbers_that_may_repeat() -> None:
         ("lr=0.1", ["did you mean optimizer.lr"]),
         ("head.dropot=0.1", ["did you mean 'head.dropout'"]),
         ("head=abml", ["head=abml", "did you mean 'abmil'", "head=mean"]),
-        ("optimizer=adam", ["optimizer=adamw"]),
+        ("optimizer=adm", ["did you mean 'adam'", "optimizer=lion"]),
+        ("optimizer=lookahed_lion", ["did you mean 'lookahead_lion'"]),
+        ("optimizer.momentum=0.9", ["optimizer.momentum", "optimizer.betas"]),
+        ("optimizer.betas=[0.9,1]", ["optimizer.betas=1.0", "below 1"]),
+        ("optimizer.betas=[0.9]", ["2 values", "[0.9,0.9]"]),
+        ("optimizer.betas=0.9", ["a list"]),
+        ("optimizer.weight_decay=-1", ["at least 0"]),
+        ("scheduler=cosin", ["did you mean 'cosine'"]),
+        ("scheduler.factor=0.1", ["scheduler.factor", "scheduler.warmup_fraction"]),
+        ("scheduler.warmup_fraction=1", ["below 1"]),
+        ("loss=focl", ["did you mean 'focal'", "loss=ordinal"]),
+        ("loss.gamma=1", ["loss.gamma", "loss.label_smoothing"]),
+        ("loss.label_smoothing=1", ["below 1"]),
+        ("sampler=class_balance", ["did you mean 'class_balanced'", "sampler=natural"]),
+        ("accumulate=0", ["at least 1"]),
+        ("instance_dropout=1", ["below 1"]),
+        ("instance_dropot=0.1", ["did you mean 'instance_dropout'"]),
+        ("grad_clip_value=0", ["above 0"]),
+        ("l1=-0.1", ["at least 0"]),
+        ("ema=1", ["above 0 and below 1"]),
+        ("ema=0", ["above 0"]),
+        ("min_epochs=0", ["at least 1"]),
+        ("freeze_epochs=-1", ["at least 0"]),
+        ("freeze_epochs=1", ["without init", "add init="]),
+        ("freeze_lr_factor=0", ["above 0 and at most 1"]),
+        ("recipe=fas", ["did you mean 'fast'", "recipe=strong"]),
+        ("recip=fast", ["did you mean 'recipe'"]),
+        ("+recipe=fast", ["that exists"]),
         ("standardize=tran", ["standardize=train"]),
         ("epochs=0", ["epochs=0", "at least 1"]),
         ("epochs=2.5", ["whole number"]),
@@ -165,3 +201,64 @@ def test_hydras_own_state_is_left_as_it_was() -> None:
         assert compose("train").head.x == 1
     assert not GlobalHydra.instance().is_initialized()
     del store.repo["head"], store.repo["train.yaml"]
+
+
+def test_the_keys_of_an_option_go_with_it(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("optimizer: {name: sgd, lr: 0.3, momentum: 0.5}\nloss: focal\n")
+    assert compose_config([], file).optimizer == OptimizerConfig("sgd", lr=0.3, momentum=0.5)
+    assert compose_config(["optimizer=lion"], file).optimizer == OptimizerConfig("lion")
+    assert compose_config(["loss.gamma=3"], file).loss == LossConfig("focal", gamma=3.0)
+    with pytest.raises(ConfigError, match=r"key of adamw optimizer\.momentum"):
+        OptimizerConfig(momentum=0.9)
+    with pytest.raises(ConfigError, match=r"scheduler\.patience=-1"):
+        SchedulerConfig("plateau", patience=-1)
+    with pytest.raises(ConfigError, match="optimizer=sgdd"):
+        OptimizerConfig("sgdd")
+
+
+def test_values_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(ConfigError, match="before the learning rate ever falls"):
+        compose_config(["scheduler=plateau", "patience=3"])
+    with pytest.raises(ConfigError, match="raise epochs"):
+        compose_config(["init=a.safetensors", "freeze_epochs=5", "epochs=5"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_sets_what_it_says_and_nothing_else(name: str) -> None:
+    plain, composed = TrainConfig().to_dict(), compose_config([f"recipe={name}"]).to_dict()
+    values = RECIPES[name].values
+    for key, value in values.items():
+        section = value if isinstance(value, dict) else {"name": value}
+        got = composed[key]
+        assert got.items() >= section.items() if isinstance(got, dict) else got == value
+    assert {key for key in plain if plain[key] != composed[key]} <= set(values)
+    assert "recipe" not in composed
+
+
+def test_what_is_asked_for_stands_above_the_recipe(tmp_path: Path) -> None:
+    config = compose_config(["epochs=9", "recipe=clam_official", "optimizer.lr=0.5", "head.k_sample=4"])
+    assert (config.epochs, config.patience, config.batch_bags) == (9, 20, 1)
+    assert config.optimizer == OptimizerConfig("adam", lr=0.5, weight_decay=1e-5)
+    assert (config.head.name, config.head.keywords["official"], config.head.keywords["k_sample"]) == (
+        "clam_sb",
+        True,
+        4,
+    )
+    other = compose_config(["recipe=clam_official", "head=abmil", "optimizer=sgd"])
+    assert other.head == HeadConfig("abmil")
+    assert other.optimizer == OptimizerConfig("sgd")
+
+
+def test_a_recipe_is_beneath_its_own_source_and_above_earlier_ones(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("recipe: fast\nepochs: 7\npatience: 3\n")
+    config = compose_config([], file)
+    assert (config.epochs, config.patience, config.scheduler.name) == (7, 3, "onecycle")
+    assert compose_config(["recipe=fast"], file).epochs == 15
+    assert compose_config(["epochs=8"], file, {"recipe": "fast"}).epochs == 8
+    assert compose_config([], file, {"recipe": "fast", "epochs": 6}).epochs == 6
+    assert (
+        compose_config(["recipe=clam_official"], file, {"head": "mean"}).head
+        == compose_config(["head=mean", "standardize=none"]).head
+    )

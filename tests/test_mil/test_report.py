@@ -179,7 +179,8 @@ def test_figures_are_embedded_and_saved(tmp_path: Path) -> None:
     assert embedded == set(saved.values())
     curves = {f"learning-fold{fold}-seed{seed}.svg" for fold in range(3) for seed in range(2)}
     spread = {f"spread-{metric}.svg" for metric in ("macro_f1", "balanced_accuracy", "auroc")}
-    assert set(saved) == {"metrics.svg", "classes.svg", "confusion.svg"} | curves | spread
+    found = {f"{kind}-{at}.svg" for kind in ("roc", "precision-recall") for at in range(4)} | {"reliability.svg"}
+    assert set(saved) == {"metrics.svg", "classes.svg", "confusion.svg"} | curves | spread | found
 
 
 def test_page_asks_the_network_for_nothing(tmp_path: Path) -> None:

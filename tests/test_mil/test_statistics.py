@@ -1,19 +1,21 @@
 """Intervals cover what they claim, rest on patients, and are not given where nothing supports them."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
+from mil import metrics
+from mil.bootstrap import patient_bootstrap, percentile_interval
 from mil.errors import EvaluationError
 from mil.statistics import (
     evaluate,
+    few_patients,
     paired_difference,
     paired_t_interval,
-    patient_bootstrap,
-    percentile_interval,
 )
 
 
@@ -100,7 +102,7 @@ def test_results_do_not_depend_on_the_order_of_slides_or_on_memory(monkeypatch):
     assert result["macro_f1"] == pytest.approx(shuffled["macro_f1"])
     assert result["classes"]["b"]["auroc"] == pytest.approx(shuffled["classes"]["b"]["auroc"])
     assert evaluate(labels, probabilities, patients, names, replicates=300, seed=1) != result
-    monkeypatch.setattr("mil.statistics.WEIGHTS_AT_ONCE", 120 * 7)
+    monkeypatch.setattr("mil.bootstrap.WEIGHTS_AT_ONCE", 120 * 7)
     assert evaluate(labels, probabilities, patients, names, replicates=300) == result
 
 
@@ -213,3 +215,93 @@ def test_bad_arguments_are_refused():
             evaluate(labels, probabilities, patients, names, **keywords)
     with pytest.raises(EvaluationError, match="did you mean 'macro_f1'"):
         paired_difference(labels, probabilities, probabilities, patients, "macrof1")
+
+
+def test_the_defaults_give_the_numbers_they_always_gave():
+    labels = np.arange(30) % 3
+    scores = np.eye(3)[(labels + (np.arange(30) % 7 == 0)) % 3] * 0.6 + (np.arange(90).reshape(30, 3) * 37 % 11) / 100
+    result = evaluate(labels, scores, [f"p{at // 2}" for at in range(30)], "abc", replicates=500, seed=3)
+    assert result["macro_f1"] == {"value": 0.8330827067669172, "low": 0.6999405822935234, "high": 0.9400106837606836}
+    assert result["auroc"] == {"value": 0.8766666666666666, "low": 0.7632298385642136, "high": 0.9796193119912805}
+    assert result["classes"]["b"]["precision"] == {"value": 0.8, "low": 0.5770833333333335, "high": 1.0}
+    assert "interval" not in result
+
+
+@pytest.mark.parametrize("metric", ["macro_f1", "auroc"])
+def test_bca_is_scipys_where_patients_are_slides(metric):
+    labels, probabilities = predictions(9, n=60)
+    patients = [f"p{at:02d}" for at in range(60)]
+    score = {
+        "macro_f1": lambda drawn: sk.f1_score(labels[drawn], probabilities[drawn].argmax(1), average="macro"),
+        "auroc": lambda drawn: sk.roc_auc_score(labels[drawn], probabilities[drawn], multi_class="ovr"),
+    }[metric]
+    ours = {
+        "macro_f1": lambda w: metrics.macro_f1(metrics.confusion(labels, probabilities.argmax(1), 3, w)),
+        "auroc": lambda w: metrics.auroc(labels, probabilities, w),
+    }[metric]
+    resampled = patient_bootstrap(lambda w: {"x": ours(w)}, patients, 800)["x"]
+    reference = stats.bootstrap(
+        (np.arange(60),),
+        score,
+        vectorized=False,
+        method="BCa",
+        n_resamples=0,
+        bootstrap_result=SimpleNamespace(bootstrap_distribution=resampled),
+    ).confidence_interval
+    found = evaluate(labels, probabilities, patients, "abc", replicates=800, interval="bca")[metric]
+    assert (found["low"], found["high"]) == pytest.approx((reference.low, reference.high), rel=1e-9)
+
+
+def test_options_change_intervals_and_nothing_else():
+    labels, probabilities = predictions(10, n=60)
+    patients = [f"p{at // 2}" for at in range(60)]
+    plain = evaluate(labels, probabilities, patients, "abc", 500)
+    for options in ({"interval": "bca"}, {"stratified": True}, {"interval": "bca", "stratified": True}):
+        other = evaluate(labels, probabilities, patients, "abc", 500, **options)
+        assert {"interval": other["interval"], "stratified": other["stratified"]} == (
+            {"interval": "percentile", "stratified": False} | options
+        )
+        assert other["confusion"] == plain["confusion"]
+        for key in ("macro_f1", "auroc"):
+            assert other[key]["value"] == plain[key]["value"]
+            assert other[key]["low"] != plain[key]["low"]
+            assert other[key]["low"] < other[key]["value"] < other[key]["high"]
+        json.dumps(other, allow_nan=False)
+    with pytest.raises(EvaluationError, match="did you mean 'percentile'"):
+        evaluate(labels, probabilities, patients, "abc", interval="percentil")
+
+
+def test_by_strata_no_replicate_lacks_a_class():
+    labels = np.array([0] * 8 + [1, 1, 2])
+    probabilities = np.eye(3)[labels] * 0.8 + 0.1 / 3
+    result = evaluate(labels, probabilities, list("abcdefghijj"), ["many", "rare", "rest"], 500, stratified=True)
+    assert set(result["dropped"].values()) == {0}
+    assert result["classes"]["many"]["tp"] == {"value": 8, "low": 8.0, "high": 8.0}
+    # j alone has slides of both "rare" and "rest", i alone of just "rare"
+    alone = [text for text in result["warnings"] if "1 patient alone" in text]
+    assert len(alone) == 2
+    assert any("'rare', 'rest'" in text for text in alone)
+    assert not any("bootstrap replicates lack" in text for text in result["warnings"])
+
+
+def test_paired_differences_take_the_same_options():
+    labels, a = predictions(11, n=80, signal=2.0)
+    b = predictions(11, n=80, signal=1.0)[1]
+    patients = [f"p{at // 2}" for at in range(80)]
+    plain = paired_difference(labels, a, b, patients)
+    for options in ({"interval": "bca"}, {"stratified": True}):
+        other = paired_difference(labels, a, b, patients, **options)
+        assert other.difference == plain.difference
+        assert other.low != plain.low
+        assert other.low < other.difference < other.high
+
+
+def test_too_few_patients_are_told():
+    labels = np.array([0, 0, 0, 1, 1, 2])
+    told = few_patients(["a", "b", "c", "d"], labels, ["p", "q", "r", "p", "q", "q"])
+    assert [text.partition(":")[0] for text in told] == [
+        "class 'a' has 3 patients",
+        "class 'b' has 2 patients",
+        "class 'c' has 1 patient",
+        "class 'd' has no slides here",
+    ]

@@ -1,18 +1,24 @@
 """The training loop of one replica."""
 
+import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from aggregators.base import Aggregator, BagOutput
+from mil import training
 from mil.bags import Bags
-from mil.config import TrainConfig
-from mil.errors import BagError, TrainingDivergedError
+from mil.config import LossConfig, OptimizerConfig, SchedulerConfig, TrainConfig, compose_config
+from mil.crossval import cross_validate
+from mil.errors import BagError, CheckpointError, ConfigError, TrainingDivergedError
 from mil.evaluation import bag_logits
 from mil.losses import balanced_class_weights, log_loss, probabilities
+from mil.recipes import LOSSES, OPTIMIZERS, RECIPES, SCHEDULERS
 from mil.training import Replica, TrainedReplica, train_replica
-from tests.test_mil.small import DIM, fast_config, make_features
+from tests.test_mil.small import DIM, fast_config, make_cohort, make_features, make_store
 
 CPU = torch.device("cpu")
 N = 24
@@ -218,3 +224,285 @@ def test_gradients_are_clipped_by_their_norm() -> None:
 def test_in_dim_and_classes_come_from_the_data() -> None:
     head = _train(fast_config("epochs=1")).head
     assert (head.in_dim, head.training) == (DIM, False)
+
+
+PATIENTS = [f"p{at // 2}" for at in range(N)]
+MIXED = np.array(["train", "train", "validation", "test", "train"])[np.arange(N) % 5]
+TINY = fast_config("epochs=3", "batch_bags=4", "head.dropout=0")
+SGD = replace(
+    TINY, optimizer=OptimizerConfig("sgd", lr=0.1, weight_decay=0.0), scheduler=SchedulerConfig("constant"), epochs=1
+)
+
+
+def _weights(config: TrainConfig, **keywords: object) -> dict[str, torch.Tensor]:
+    return _train(config, **keywords).head.state_dict()  # type: ignore[arg-type]
+
+
+def _differ(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return any(not torch.equal(value, b[name]) for name, value in a.items())
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_trains_under_every_schedule(optimizer: str, scheduler: str) -> None:
+    config = replace(TINY, optimizer=OptimizerConfig(optimizer, lr=0.01), scheduler=SchedulerConfig(scheduler))
+    trained = _train(config)
+    assert all(np.isfinite(record.validation_loss) and record.lr > 0 for record in trained.history)
+    losses = [record.train_loss for record in trained.history]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("sampler", ["natural", "class_balanced", "patient_balanced"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_and_sampler_learns(loss: str, sampler: str) -> None:
+    config = fast_config("epochs=15", f"loss={loss}", f"sampler={sampler}", "instance_dropout=0.2", "ema=0.9")
+    trained = train_replica(_bags(), LABELS, Replica(0, 0, config), MIXED, 2, CPU, patients=PATIENTS)
+    right = trained.probabilities.argmax(axis=1) == LABELS
+    assert right[MIXED == "test"].mean() >= 0.9
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "clam_official"])
+def test_every_recipe_learns(recipe: str) -> None:
+    trained = _train(fast_config(f"recipe={recipe}", "epochs=25"))
+    assert (trained.probabilities.argmax(axis=1) == LABELS)[PARTS == "test"].mean() >= 0.9
+
+
+def test_the_official_recipe_trains_one_slide_a_step() -> None:
+    config = compose_config(["recipe=clam_official", "epochs=2", "device=cpu"])
+    spy = _Spy([f"s{i}" for i in range(N)], make_features(N, LABELS))
+    _train(config, spy)
+    assert [len(bags) for bags, _ in spy.training] == [1] * (2 * int((PARTS == "train").sum()))
+
+
+def test_epochs_are_compared_by_cross_entropy_whatever_is_minimised() -> None:
+    records = {}
+    for loss in (LossConfig(), LossConfig(label_smoothing=0.3), LossConfig("focal"), LossConfig("ordinal")):
+        # too small a rate to move, so that all see the same weights
+        config = replace(SGD, loss=loss, optimizer=OptimizerConfig("sgd", lr=1e-30))
+        (record,) = _train(config).history
+        records[loss] = (record.train_loss, record.validation_loss)
+    assert len(set(records.values())) == 1
+    assert _differ(_weights(SGD), _weights(replace(SGD, loss=LossConfig(label_smoothing=0.3))))
+
+
+@pytest.mark.parametrize("head", ["abmil", "clam_sb", "dsmil"])
+def test_accumulated_packs_are_one_pack(head: str) -> None:
+    base = ["epochs=2", f"head={head}", "head.dropout=0", "device=cpu", "optimizer=sgd"]
+    one = _train(compose_config([*base, "batch_bags=10"]))
+    several = _train(compose_config([*base, "batch_bags=5", "accumulate=2"]))
+    for name, value in one.head.state_dict().items():
+        torch.testing.assert_close(several.head.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+    for a, b in zip(one.history, several.history, strict=True):
+        assert (a.lr, a.train_loss) == (b.lr, pytest.approx(b.train_loss))
+    plain = _train(compose_config([*base, "batch_bags=5"]))
+    assert _differ(plain.head.state_dict(), several.head.state_dict())
+
+
+class _Narrow:
+    """A head's forward that runs out of memory above some bags, at times only in the backward pass."""
+
+    def __init__(self, most_bags: int, backward: bool) -> None:
+        self.most_bags, self.backward, self.failed = most_bags, backward, 0
+        self.forward = Aggregator.forward
+
+    def __call__(self, head: Aggregator, instances: torch.Tensor, offsets: torch.Tensor, *others: object) -> BagOutput:
+        output = self.forward(head, instances, offsets, *others)  # type: ignore[arg-type]
+        if not head.training or len(offsets) - 1 <= self.most_bags:
+            return output
+        self.failed += 1
+        if not self.backward:
+            raise torch.OutOfMemoryError("fake")
+        logits = output.logits * 1
+
+        def fail(_: torch.Tensor) -> None:
+            raise torch.OutOfMemoryError("fake")
+
+        # the classifier's gradient is there by then, the projection's is not
+        output.embedding.register_hook(fail)
+        return output._replace(logits=logits)
+
+
+def _narrow(monkeypatch: pytest.MonkeyPatch, most_bags: int, backward: bool = False) -> _Narrow:
+    narrow = _Narrow(most_bags, backward)
+    monkeypatch.setattr(Aggregator, "forward", lambda *arguments: narrow(*arguments))
+    return narrow
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_pack_beyond_memory_is_halved_which_is_said_once_and_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, backward: bool
+) -> None:
+    config = replace(SGD, epochs=2, batch_bags=16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = _weights(config)
+    narrow = _narrow(monkeypatch, 3, backward)
+    with pytest.warns(UserWarning, match="batch_bags=.*accumulate=2") as caught:
+        got = _weights(config)
+    assert len(caught) == 1
+    # a pack of 10 or so is tried whole, halved, and halved again, and no other is tried like that
+    assert narrow.failed == 2
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_single_bag_beyond_memory_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    _narrow(monkeypatch, 0)
+    expected = pytest.raises(ConfigError, match=r"single bag.*'s.*instance_budget below 4096")
+    with pytest.warns(UserWarning, match="halved"), expected:
+        _train(replace(SGD, batch_bags=16))
+
+
+def test_gradients_are_clipped_by_value() -> None:
+    still = _weights(replace(SGD, optimizer=OptimizerConfig("sgd", lr=1e-30)))
+    clipped = _weights(replace(SGD, grad_clip=None, grad_clip_value=1e-9))
+    torch.testing.assert_close(clipped, still)
+    assert _differ(_weights(replace(SGD, grad_clip=None)), clipped)
+
+
+def test_an_l1_penalty_makes_weights_smaller() -> None:
+    totals = [
+        float(sum(value.abs().sum() for name, value in _weights(replace(SGD, l1=l1)).items() if value.ndim > 1))
+        for l1 in (0.0, 0.05)
+    ]
+    assert totals[1] < totals[0] - 0.1
+
+
+def test_the_average_is_what_is_validated_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    averages = []
+
+    class Spy(training.WeightAverage):
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*arguments)  # type: ignore[arg-type]
+            averages.append(self)
+
+    monkeypatch.setattr(training, "WeightAverage", Spy)
+    config = replace(TINY, ema=0.95, scheduler=SchedulerConfig("constant"))
+    trained = _train(config)
+    assert trained.best_epoch == config.epochs
+    kept, plain = trained.head.state_dict(), _weights(replace(config, ema=None))
+    assert not _differ(kept, averages[0].head.state_dict())
+    assert _differ(kept, plain)
+    logits = bag_logits([trained.head], _bags(), np.flatnonzero(PARTS == "validation"), CPU)[0]
+    targets = torch.from_numpy(LABELS[PARTS == "validation"])
+    weights = balanced_class_weights(LABELS[PARTS == "train"], 2)
+    assert log_loss(logits, targets, weights) == pytest.approx(trained.history[-1].validation_loss)
+    assert trained.parameters == sum(value.numel() for name, value in kept.items() if "input_norm" not in name)
+
+
+def test_the_plateau_is_that_of_the_validation_loss() -> None:
+    bags = _bags(make_features(N, np.zeros(N, dtype=np.int64)))
+    scheduler = SchedulerConfig("plateau", patience=1, factor=0.5)
+    config = fast_config("epochs=30", "optimizer.lr=0.05", "patience=25")
+    history = _train(replace(config, scheduler=scheduler), bags).history
+    best, waited, rate = float("inf"), 0, 0.05
+    for record in history:
+        assert record.lr == pytest.approx(rate)
+        waited = 0 if record.validation_loss < best * (1 - 1e-4) else waited + 1
+        best = min(best, record.validation_loss) if waited == 0 else best
+        if waited > 1:
+            rate, waited = rate / 2, 0
+    assert rate < 0.05
+
+
+def test_it_does_not_stop_before_min_epochs() -> None:
+    bags = _bags(make_features(N, np.zeros(N, dtype=np.int64)))
+    base = ["epochs=60", "optimizer.lr=0.05", "scheduler=constant", "patience=3"]
+    early = _train(fast_config(*base), bags)
+    late = _train(fast_config(*base, f"min_epochs={len(early.history) + 5}"), bags)
+    assert len(late.history) >= len(early.history) + 5
+
+
+def test_a_balancing_sampler_leaves_no_class_to_be_weighed_but_in_validation() -> None:
+    parts = PARTS.copy()
+    parts[[0, 6]] = "test"
+    config = replace(SGD, sampler="class_balanced")
+    balanced, none = (
+        train_replica(_bags(), LABELS, Replica(0, 0, replace(config, class_weights=kind)), parts, 2, CPU)
+        for kind in ("balanced", "none")
+    )
+    assert not _differ(balanced.head.state_dict(), none.head.state_dict())
+    assert balanced.history[0].validation_loss != none.history[0].validation_loss
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cohort = make_cohort(8, 1)
+    config = fast_config("folds=2", "seeds=1", "epochs=2")
+    folder = tmp_path_factory.mktemp("init") / "run"
+    cross_validate(make_store(cohort), cohort, config).save(folder)
+    return folder / "checkpoints" / "fold0-seed0.safetensors"
+
+
+def _epoch_weights(config: TrainConfig, epochs: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """Weights after each epoch."""
+    seen = []
+    validate = training._Loop.validate
+
+    def spy(loop: training._Loop) -> tuple[float, float]:
+        seen.append({name: value.detach().clone() for name, value in loop.head.named_parameters()})
+        return validate(loop)
+
+    monkeypatch.setattr(training._Loop, "validate", spy)
+    train_replica(_bags(), np.arange(N) % 3, Replica(0, 0, config), PARTS, 3, CPU)
+    assert len(seen) == epochs
+    return seen
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "ranger"])
+def test_what_comes_from_a_checkpoint_is_held_still_at_first(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    config = fast_config(f"init={checkpoint}", "freeze_epochs=2", f"optimizer={optimizer}", "optimizer.lr=0.01")
+    after = _epoch_weights(config, 4, monkeypatch)
+    saved = training.create_aggregator("abmil", in_dim=DIM, n_classes=2, **config.head.keywords)
+    from safetensors.torch import load_file
+
+    saved.load_state_dict(load_file(checkpoint))
+    theirs = dict(saved.named_parameters())
+    # three classes instead of two: the classifier is fresh
+    fresh = {"classifier.weight", "classifier.bias"}
+    for name in theirs:
+        if name in fresh:
+            assert not torch.equal(after[0][name], after[1][name])
+        else:
+            assert torch.equal(after[1][name], theirs[name]), name
+            assert not torch.equal(after[2][name], theirs[name]), name
+
+
+def test_what_comes_from_a_checkpoint_learns_more_slowly(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, moved = "projection.linear.weight", []
+    for factor in (1e-3, 1.0):
+        config = fast_config(f"init={checkpoint}", f"freeze_lr_factor={factor}", "epochs=2", "optimizer.weight_decay=0")
+        with monkeypatch.context() as context:
+            after = _epoch_weights(config, 2, context)
+        moved.append(float((after[1][name] - after[0][name]).abs().max()))
+    assert moved[0] < 0.01 * moved[1]
+
+
+def test_a_checkpoint_that_does_not_serve_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        _train(fast_config(f"init={tmp_path / 'none.safetensors'}"))
+    with pytest.raises(CheckpointError, match="none of its weight matrices"):
+        _train(compose_config([f"init={checkpoint}", "head=mean", "device=cpu"]))
+    with pytest.raises(CheckpointError, match="nothing would be trained"):
+        _train(fast_config(f"init={checkpoint}", "freeze_epochs=1"))
+    other = tmp_path / "run"
+    cohort = make_cohort(8, 1)
+    own = replace(fast_config("folds=2", "seeds=1", "epochs=1"), store=tmp_path / "a.zarr", target="subtype")
+    cross_validate(make_store(cohort), cohort, own).save(other)
+    with pytest.raises(CheckpointError, match="slides that it has learned"):
+        _train(replace(own, init=other / "checkpoints" / "fold0-seed0.safetensors"))
+    _train(replace(own, init=other / "checkpoints" / "fold0-seed0.safetensors", target="grade"))
+
+
+def test_a_seed_decides_every_byte_of_a_recipe_with_everything() -> None:
+    config = fast_config(
+        "recipe=strong", "sampler=patient_balanced", "accumulate=2", "batch_bags=3", "l1=1e-3", "grad_clip_value=0.1"
+    )
+    a, b, c = (
+        train_replica(_bags(), LABELS, Replica(0, seed, config), PARTS, 2, CPU, patients=PATIENTS) for seed in (0, 0, 1)
+    )
+    assert a.probabilities.tobytes() == b.probabilities.tobytes() != c.probabilities.tobytes()
+    with pytest.raises(ConfigError, match="patient_balanced without"):
+        _train(config)

@@ -75,6 +75,33 @@ def test_a_replica_goes_on_from_its_last_epoch(
     assert not list(tmp_path.glob("*/*.epoch"))
 
 
+@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        ["recipe=strong", "batch_bags=4", "accumulate=2"],
+        ["optimizer=ranger", "scheduler=plateau", "scheduler.patience=0", "sampler=class_balanced"],
+        ["optimizer=muon", "scheduler=onecycle", "loss=focal", "ema=0.9"],
+    ],
+)
+def test_every_state_of_a_recipe_is_gone_on_from(
+    store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: list[str], at: int
+) -> None:
+    monkeypatch.setattr(unfinished, "SAVE_EVERY_S", 0.0)
+    config = fast_config(*recipe, "folds=2", "seeds=1", "epochs=5", "head.dropout=0.3")
+
+    def stop(progress: Progress) -> None:
+        if progress.record is not None and progress.record.epoch == at + 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        cross_validate(store, COHORT, config, stop, tmp_path)
+    epochs = []
+    again = cross_validate(store, COHORT, config, lambda p: epochs.append(p.record and p.record.epoch), tmp_path)
+    assert epochs[0] == at + 1
+    _same(again, cross_validate(store, COHORT, config))
+
+
 @pytest.mark.parametrize("kind", ["replica", "epoch"])
 def test_damaged_files_count_as_absent(
     store: MemoryStore, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

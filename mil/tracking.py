@@ -1,0 +1,223 @@
+"""Telling other tools about a run: Weights & Biases, MLflow, TensorBoard. The plain files of the run come first.
+
+A tracker is given the resolved configuration at the start, every epoch of every replica while it trains, and metrics
+and report at the end. None of it can change a result, and a tracker that fails is told once and then left alone: hours
+of training are not lost to a server. Where it sends things is up to the tool's own settings (`WANDB_MODE=offline`,
+`MLFLOW_TRACKING_URI`).
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from mil.errors import ConfigError, MissingExtraError, did_you_mean, listed
+from mil.training import EpochRecord
+
+TRACKERS = ("wandb", "mlflow", "tensorboard")
+
+
+class Tracker(Protocol):
+    """What a tool is told."""
+
+    def log_epoch(self, replica: str, record: EpochRecord) -> None:
+        """An epoch of a replica is over."""
+        ...
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """The run is over, and these are its figures."""
+        ...
+
+    def log_files(self, folder: Path) -> None:
+        """The run folder is written, its report included."""
+        ...
+
+    def close(self) -> None:
+        """Nothing more will come."""
+        ...
+
+
+class WandbTracker:
+    """A run of Weights & Biases; curves are named ``<replica>/<quantity>`` over ``epoch``."""
+
+    def __init__(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
+        wandb = _import("wandb")
+        self._run = wandb.init(project="tessera", name=name, config=dict(config), dir=str(folder), reinit="create_new")
+        self._run.define_metric("*", step_metric="epoch")
+        self._artifact = wandb.Artifact
+
+    def log_epoch(self, replica: str, record: EpochRecord) -> None:
+        """One point of every curve."""
+        self._run.log({"epoch": record.epoch} | {f"{replica}/{key}": value for key, value in _curves(record).items()})
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """They stand in the summary."""
+        self._run.summary.update(dict(metrics))
+
+    def log_files(self, folder: Path) -> None:
+        """Plain files and report as one artifact; the checkpoints stay where they are."""
+        artifact = self._artifact(f"run-{self._run.id}", type="run")
+        for file in _files(folder):
+            artifact.add_file(str(file))
+        self._run.log_artifact(artifact)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class MlflowTracker:
+    """A run of MLflow in the experiment ``tessera``."""
+
+    def __init__(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
+        mlflow = _import("mlflow")
+        self._client = mlflow.MlflowClient()
+        experiment = self._client.get_experiment_by_name("tessera")
+        number = experiment.experiment_id if experiment else self._client.create_experiment("tessera")
+        self._id = self._client.create_run(number, run_name=name).info.run_id
+        for key, value in _flat(config).items():
+            # MLflow takes no longer ones
+            self._client.log_param(self._id, key, str(value)[:500])
+
+    def log_epoch(self, replica: str, record: EpochRecord) -> None:
+        """One point of every curve."""
+        for key, value in _curves(record).items():
+            self._client.log_metric(self._id, f"{replica}/{key}", value, step=record.epoch)
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """The final figures."""
+        for key, value in metrics.items():
+            self._client.log_metric(self._id, key, value)
+
+    def log_files(self, folder: Path) -> None:
+        """Plain files and report as artifacts."""
+        for file in _files(folder):
+            self._client.log_artifact(self._id, str(file))
+
+    def close(self) -> None:
+        """Mark the run as finished."""
+        self._client.set_terminated(self._id)
+
+
+class TensorboardTracker:
+    """Event files in ``<run>.tensorboard`` beside the run folder."""
+
+    def __init__(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
+        _import("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / f"{name}.tensorboard"))
+        lines = "\n".join(f"    {key}: {value}" for key, value in _flat(config).items())
+        self._writer.add_text("config", lines)
+
+    def log_epoch(self, replica: str, record: EpochRecord) -> None:
+        """One point of every curve."""
+        for key, value in _curves(record).items():
+            self._writer.add_scalar(f"{replica}/{key}", value, record.epoch)
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """The final figures, as curves of one point."""
+        for key, value in metrics.items():
+            self._writer.add_scalar(key, value)
+
+    def log_files(self, folder: Path) -> None:
+        """It names the folder; event files hold no others."""
+        self._writer.add_text("run", str(folder))
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+class Tracking:
+    """All trackers of a run behind one face, so that training knows of none.
+
+    Args:
+        names: some of `TRACKERS`.
+        name: of the run.
+        config: the resolved configuration as plain values.
+        folder: where tools keep local files.
+
+    Raises:
+        ConfigError: an unknown tracker.
+        MissingExtraError: its package is not installed.
+
+    Example:
+        >>> tracking = Tracking([], "abmil", {}, Path("runs"))
+        >>> tracking.close()
+    """
+
+    def __init__(self, names: Sequence[str], name: str, config: Mapping[str, Any], folder: Path) -> None:
+        unknown = [each for each in names if each not in _KINDS]
+        if unknown:
+            raise ConfigError(
+                f"got track={list(names)} → expected some of {listed(TRACKERS)} → "
+                f"{did_you_mean(unknown[0], TRACKERS)}write track=[wandb]"
+            )
+        if names:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._trackers: list[Tracker] = [_KINDS[each](name, config, folder) for each in dict.fromkeys(names)]
+
+    def log_epoch(self, replica: str, record: EpochRecord) -> None:
+        """An epoch of a replica is over."""
+        self._tell("log_epoch", replica, record)
+
+    def log_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """The content of ``metrics.json``: its out-of-fold summary is told."""
+        found = metrics["out_of_fold"]
+        values = {key: found[key]["value"] for key in ("macro_f1", "balanced_accuracy", "auroc", "accuracy")}
+        self._tell("log_metrics", {f"out_of_fold/{key}": value for key, value in values.items() if value is not None})
+
+    def log_files(self, folder: Path) -> None:
+        """The run folder is written."""
+        self._tell("log_files", folder)
+
+    def close(self) -> None:
+        """Nothing more will come; safe to call twice."""
+        self._tell("close")
+        self._trackers.clear()
+
+    def _tell(self, what: str, *values: Any) -> None:
+        for tracker in list(self._trackers):
+            try:
+                getattr(tracker, what)(*values)
+            # whatever a foreign package raises must not end a training
+            except Exception as error:  # noqa: BLE001
+                self._trackers.remove(tracker)
+                warnings.warn(f"{type(tracker).__name__} failed and is told no more: {error}", stacklevel=2)
+                with suppress(Exception):
+                    tracker.close()
+
+
+_KINDS: dict[str, Any] = {"wandb": WandbTracker, "mlflow": MlflowTracker, "tensorboard": TensorboardTracker}
+
+
+def _import(package: str) -> Any:
+    from importlib import import_module
+
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"got track={package} without the package → expected it to be installed → run pip install "
+            f'"tessera-mil[{package}]"'
+        ) from error
+
+
+def _curves(record: EpochRecord) -> dict[str, float]:
+    names = ("lr", "train_loss", "validation_loss", "validation_balanced_accuracy")
+    return {name: float(getattr(record, name)) for name in names}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _files(folder: Path) -> list[Path]:
+    """The tables and the report; no weights, no slides."""
+    return sorted(path for path in folder.iterdir() if path.suffix in (".csv", ".json", ".yaml", ".html"))

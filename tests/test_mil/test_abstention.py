@@ -1,0 +1,84 @@
+"""Risk-coverage curves against a plain loop, ties included."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+
+from mil.abstention import choose_confidence, evaluate_abstention, risk_coverage
+from mil.errors import EvaluationError
+
+
+def heads(n: int = 80, seed: int = 0, digits: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = np.r_[np.arange(3), rng.integers(0, 3, n - 3)]
+    probabilities = rng.dirichlet(np.ones(3), n) * 0.6 + 0.4 * np.eye(3)[labels]
+    return labels, np.round(probabilities, digits)
+
+
+@pytest.mark.parametrize("digits", [1, 9])
+def test_every_step_is_what_its_slides_say(digits):
+    labels, probabilities = heads(digits=digits)
+    curve = risk_coverage(labels, probabilities)
+    confidence = probabilities.max(axis=1)
+    np.testing.assert_array_equal(curve.confidence, np.unique(confidence)[::-1])
+    for at, least in enumerate(curve.confidence):
+        held = confidence >= least
+        truth, predicted = labels[held], probabilities[held].argmax(axis=1)
+        assert curve.coverage[at] == pytest.approx(held.mean())
+        assert curve.accuracy[at] == pytest.approx(accuracy_score(truth, predicted))
+        if set(truth) == {0, 1, 2}:
+            assert curve.balanced_accuracy[at] == pytest.approx(balanced_accuracy_score(truth, predicted))
+        else:
+            assert np.isnan(curve.balanced_accuracy[at])
+    risks = [1 - curve.accuracy[np.flatnonzero(curve.confidence == each)[0]] for each in confidence]
+    assert curve.area == pytest.approx(np.mean(risks))
+
+
+def test_the_area_tells_useful_confidence_from_useless():
+    labels = np.arange(100) % 2
+    right = np.arange(100) % 10 != 0
+    predicted = np.where(right, labels, 1 - labels)
+    sure = np.where(right, 0.9, 0.6) + 0.001 * np.arange(100) / 100
+    areas = []
+    for confidence in (sure, 1.5 - sure, np.full(100, 0.8)):
+        both = np.where(np.eye(2)[predicted] == 1, confidence[:, None], 1 - confidence[:, None])
+        areas.append(risk_coverage(labels, both).area)
+    # ten errors, all last: the mean of k / (90 + k) over 100 slides
+    assert areas[0] == pytest.approx(sum(k / (90 + k) for k in range(1, 11)) / 100)
+    assert areas[0] < areas[2] == pytest.approx(0.1)
+    assert areas[1] > 0.1
+
+
+def test_a_confidence_that_reaches_an_accuracy():
+    labels, probabilities = heads()
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    least = choose_confidence(labels, probabilities, 0.95)
+    assert right[confidence >= least].mean() >= 0.95
+    for lower in np.unique(confidence[confidence < least]):
+        assert right[confidence >= lower].mean() < 0.95
+    assert choose_confidence([0, 1], [[0.1, 0.9], [0.8, 0.2]], 0.5) is None
+    with pytest.raises(EvaluationError, match="accuracy=95"):
+        choose_confidence(labels, probabilities, 95)
+
+
+def test_everything_at_once_with_an_interval():
+    labels, probabilities = heads(90)
+    patients = [f"p{at // 2}" for at in range(90)]
+    found = evaluate_abstention(labels, probabilities, patients, "abc", replicates=500)
+    curve = risk_coverage(labels, probabilities)
+    assert found["area"]["value"] == pytest.approx(curve.area)
+    assert found["area"]["low"] < curve.area < found["area"]["high"] < 1
+    assert found["random_area"] == pytest.approx(1 - accuracy_score(labels, probabilities.argmax(axis=1)))
+    assert found["curve"][-1]["coverage"] == 1.0
+    assert found["curve"][0]["balanced_accuracy"] is None
+    json.dumps(found, allow_nan=False)
+    few = evaluate_abstention(labels[:9], probabilities[:9], list("abcdefghi"), "abc", replicates=10)
+    assert any("patients" in text for text in few["warnings"])
+
+
+def test_the_area_is_the_same_on_slides_counted_twice():
+    labels, probabilities = heads(20)
+    twice = risk_coverage(np.r_[labels, labels], np.r_[probabilities, probabilities])
+    assert twice.area == pytest.approx(risk_coverage(labels, probabilities).area)
