@@ -3,15 +3,22 @@
 All of it works on embeddings, after the backbone, so it costs next to nothing; augmented views of the tiles themselves
 are cached by ``mil extract --views`` and drawn by `mil.bags`. Every draw comes from the generator that is handed in,
 so that it belongs to the replica's seed, epoch and step.
+
+References:
+    Zhang et al., "mixup: Beyond empirical risk minimization", ICLR 2018; Yang et al., "ReMix", MICCAI 2022 (mixing
+    bags); Zhang et al., "DTFD-MIL", CVPR 2022 (pseudo-bags); Mueller and Hutter, "TrivialAugment", ICCV 2021 (one
+    operation at a random strength). Deviation: bags are mixed by exchanging drawn instances, without ReMix's
+    prototypes.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from mil.config import AugmentConfig
 
 
 class Batch(NamedTuple):
@@ -32,90 +39,56 @@ class Batch(NamedTuple):
         return list(torch.split(self.instances, (self.offsets[1:] - self.offsets[:-1]).tolist()))
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """What to do to training bags, and how strongly; the default does nothing.
-
-    Attributes:
-        noise: standard deviation of Gaussian noise on every feature, in that feature's own deviations.
-        bag_mixup: alpha of the Beta distribution from which the share of another bag's instances in a bag is drawn.
-        embedding_mixup: alpha for mixing the instances of two bags one by one.
-        pseudo_bags: into how many bags each is cut at full strength; each keeps the label.
-        policy: "all" applies all that is switched on to every step, "random" one of them, drawn per step, at a random
-            part of its strength.
-        schedule: "constant", or how the strength grows with the epochs: "linear", "cosine".
-        ramp: share of the epochs after which full strength is reached.
-
-    References:
-        Zhang et al., "mixup: Beyond empirical risk minimization", ICLR 2018; Yang et al., "ReMix", MICCAI 2022 (mixing
-        bags); Zhang et al., "DTFD-MIL", CVPR 2022 (pseudo-bags); Mueller and Hutter, "TrivialAugment", ICCV 2021 (one
-        operation at a random strength). Deviation: bags are mixed by exchanging drawn instances, without ReMix's
-        prototypes.
-    """
-
-    noise: float = 0.0
-    bag_mixup: float = 0.0
-    embedding_mixup: float = 0.0
-    pseudo_bags: int = 1
-    policy: str = "all"
-    schedule: str = "constant"
-    ramp: float = 0.5
-
-    @property
-    def enabled(self) -> tuple[str, ...]:
-        """Names of what is switched on."""
-        values = {name: getattr(self, name) for name in ("noise", "bag_mixup", "embedding_mixup")}
-        return tuple(name for name, value in values.items() if value) + (
-            ("pseudo_bags",) if self.pseudo_bags > 1 else ()
-        )
+def enabled(config: AugmentConfig) -> tuple[str, ...]:
+    """Names of what is switched on."""
+    names = tuple(name for name in ("noise", "bag_mixup", "embedding_mixup") if getattr(config, name))
+    return (*names, "pseudo_bags") if config.pseudo_bags > 1 else names
 
 
-def strength(augmentation: Augmentation, epoch: int, epochs: int) -> float:
+def strength(config: AugmentConfig, epoch: int, epochs: int) -> float:
     """Part of the full strength in an epoch (from 1): 0 at the start and 1 once the ramp is over.
 
     Example:
-        >>> grows = Augmentation(noise=1.0, schedule="linear", ramp=0.5)
+        >>> grows = AugmentConfig(noise=1.0, schedule="linear", ramp=0.5)
         >>> [strength(grows, epoch, 9) for epoch in (1, 3, 5, 9)]
         [0.0, 0.5, 1.0, 1.0]
     """
-    if augmentation.schedule == "constant":
+    if config.schedule == "constant":
         return 1.0
-    done = min(1.0, (epoch - 1) / max(1.0, augmentation.ramp * (epochs - 1)))
-    return done if augmentation.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
+    done = min(1.0, (epoch - 1) / max(1.0, config.ramp * (epochs - 1)))
+    return done if config.schedule == "linear" else (1 - math.cos(math.pi * done)) / 2
 
 
-def augment(batch: Batch, augmentation: Augmentation, level: float, scale: Tensor, generator: torch.Generator) -> Batch:
+def augment(batch: Batch, config: AugmentConfig, level: float, scale: Tensor, generator: torch.Generator) -> Batch:
     """Apply what is switched on at a part of its strength.
 
     Args:
         batch: training bags.
-        augmentation: what to do.
+        config: what to do.
         level: part of the full strength, 0 to 1; 0 changes nothing.
         scale: [dim], deviation of every feature over the training part.
         generator: of the CPU.
     """
-    names = augmentation.enabled
+    names = enabled(config)
     if level <= 0 or not names:
         return batch
-    if augmentation.policy == "random":
+    if config.policy == "random":
         chosen = int(torch.randint(len(names), (1,), generator=generator))
         names, level = (names[chosen],), level * float(torch.rand(1, generator=generator))
     for name in names:
-        batch = _OPERATIONS[name](batch, augmentation, level, scale, generator)
+        batch = _OPERATIONS[name](batch, config, level, scale, generator)
     return batch
 
 
-def _noise(batch: Batch, augmentation: Augmentation, level: float, scale: Tensor, generator: torch.Generator) -> Batch:
+def _noise(batch: Batch, config: AugmentConfig, level: float, scale: Tensor, generator: torch.Generator) -> Batch:
     drawn = torch.randn(batch.instances.shape, generator=generator).to(batch.instances)
-    width = (level * augmentation.noise * scale).to(batch.instances)
+    width = (level * config.noise * scale).to(batch.instances)
     return batch._replace(instances=batch.instances + width * drawn)
 
 
-def _bag_mixup(
-    batch: Batch, augmentation: Augmentation, level: float, scale: Tensor, generator: torch.Generator
-) -> Batch:
+def _bag_mixup(batch: Batch, config: AugmentConfig, level: float, scale: Tensor, generator: torch.Generator) -> Batch:
     """Every bag hands a share of its instances over to another bag, and that share of its label."""
-    bags, shares = batch.split(), _shares(augmentation.bag_mixup, level, batch, generator)
+    bags, shares = batch.split(), _shares(config.bag_mixup, level, batch, generator)
     order = torch.randperm(len(bags), generator=generator).tolist()
     mixed, targets = [], []
     for bag, other, share in zip(range(len(bags)), order, shares, strict=True):
@@ -131,10 +104,10 @@ def _bag_mixup(
 
 
 def _embedding_mixup(
-    batch: Batch, augmentation: Augmentation, level: float, scale: Tensor, generator: torch.Generator
+    batch: Batch, config: AugmentConfig, level: float, scale: Tensor, generator: torch.Generator
 ) -> Batch:
     """Instances of every bag are moved towards drawn instances of another bag."""
-    bags, shares = batch.split(), _shares(augmentation.embedding_mixup, level, batch, generator)
+    bags, shares = batch.split(), _shares(config.embedding_mixup, level, batch, generator)
     order = torch.randperm(len(bags), generator=generator).tolist()
     mixed, targets = [], []
     for bag, other, share in zip(range(len(bags)), order, shares, strict=True):
@@ -144,11 +117,9 @@ def _embedding_mixup(
     return batch._replace(instances=torch.cat(mixed), targets=torch.stack(targets))
 
 
-def _pseudo_bags(
-    batch: Batch, augmentation: Augmentation, level: float, scale: Tensor, generator: torch.Generator
-) -> Batch:
+def _pseudo_bags(batch: Batch, config: AugmentConfig, level: float, scale: Tensor, generator: torch.Generator) -> Batch:
     """Every bag is dealt out into several, never an empty one."""
-    wanted = 1 + round(level * (augmentation.pseudo_bags - 1))
+    wanted = 1 + round(level * (config.pseudo_bags - 1))
     pieces, targets = [], []
     for bag, target in zip(batch.split(), batch.targets, strict=True):
         order = torch.randperm(bag.shape[0], generator=generator).to(bag.device)
@@ -158,7 +129,7 @@ def _pseudo_bags(
     return Batch(torch.cat(pieces), _offsets([piece.shape[0] for piece in pieces]), torch.stack(targets))
 
 
-_OPERATIONS: dict[str, Callable[[Batch, Augmentation, float, Tensor, torch.Generator], Batch]] = {
+_OPERATIONS: dict[str, Callable[[Batch, AugmentConfig, float, Tensor, torch.Generator], Batch]] = {
     "noise": _noise,
     "bag_mixup": _bag_mixup,
     "embedding_mixup": _embedding_mixup,

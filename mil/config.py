@@ -15,9 +15,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from extract.store.remote_path import store_path
 from mil.errors import ConfigError, did_you_mean
-from mil.recipes import LOSSES, OPTIMIZERS, RECIPES, SCHEDULERS, keys_of
+from mil.recipes import AUGMENTATIONS, LOSSES, OPTIMIZERS, RECIPES, SCHEDULERS, keys_of
 
-GROUPS = ("head", "optimizer", "scheduler", "loss")
+GROUPS = ("head", "optimizer", "scheduler", "loss", "augment")
 _RECIPE = "recipe"
 _PRIMARY = "train"
 
@@ -162,6 +162,35 @@ class LossConfig(_Option):
 
 
 @dataclass(frozen=True)
+class AugmentConfig(_Option):
+    """What to do to training bags, one of `mil.recipes.AUGMENTATIONS`; every option takes the same keys.
+
+    Attributes:
+        name: ``none``, ``gentle`` or ``strong``.
+        noise: standard deviation of Gaussian noise on every feature, in that feature's own deviations.
+        bag_mixup: alpha of the Beta distribution from which the share of another bag's instances in a bag is drawn.
+        embedding_mixup: alpha for mixing the instances of two bags one by one.
+        pseudo_bags: into how many bags each is cut at full strength; each keeps the label.
+        policy: ``all`` applies all that is switched on to every step, ``random`` one of them, drawn per step, at a
+            random part of its strength.
+        schedule: ``constant``, or how the strength grows with the epochs: ``linear`` or ``cosine``.
+        ramp: share of the epochs after which full strength is reached.
+    """
+
+    _where = "augment."
+    _group = "augment"
+
+    name: str = "none"
+    noise: float = _number(None, 0.0)
+    bag_mixup: float = _number(None, 0.0)
+    embedding_mixup: float = _number(None, 0.0)
+    pseudo_bags: int = _number(None, 1)
+    policy: Literal["all", "random"] = field(default=None)  # type: ignore[arg-type]
+    schedule: Literal["constant", "linear", "cosine"] = field(default=None)  # type: ignore[arg-type]
+    ramp: float = _number(None, 0.0, 1.0, above=True)
+
+
+@dataclass(frozen=True)
 class TrainConfig(_Checked):
     """Everything that decides the result of a training run.
 
@@ -206,6 +235,8 @@ class TrainConfig(_Checked):
         optimizer: the optimizer.
         scheduler: the learning rate schedule.
         loss: what is minimised.
+        augment: what is done to training bags.
+        track: tools that are told of the run, see `mil.tracking`: some of ``wandb``, ``mlflow``, ``tensorboard``.
     """
 
     store: Path | None = None
@@ -241,6 +272,8 @@ class TrainConfig(_Checked):
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    track: tuple[Literal["wandb", "mlflow", "tensorboard"], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -346,7 +379,7 @@ def _option(group: str, option: str) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- the tree
 
-_RECORDS = {"optimizer": OPTIMIZERS, "scheduler": SCHEDULERS, "loss": LOSSES}
+_RECORDS = {"optimizer": OPTIMIZERS, "scheduler": SCHEDULERS, "loss": LOSSES, "augment": AUGMENTATIONS}
 
 
 def _options(group: str) -> dict[str, dict[str, object]]:
@@ -455,6 +488,7 @@ def _from_tree(tree: Mapping[str, Any]) -> TrainConfig:
         optimizer=OptimizerConfig(**groups["optimizer"]),
         scheduler=SchedulerConfig(**groups["scheduler"]),
         loss=LossConfig(**groups["loss"]),
+        augment=AugmentConfig(**groups["augment"]),
     )
 
 
@@ -680,6 +714,14 @@ def _check_together(config: TrainConfig) -> None:
         raise ConfigError(
             f"got freeze_epochs={config.freeze_epochs} of epochs={config.epochs} → expected some epochs in which all "
             f"is trained → lower freeze_epochs, or raise epochs"
+        )
+    still = AugmentConfig("none").keywords()
+    moved = [name for name in ("bag_mixup", "pseudo_bags") if getattr(config.augment, name) != still[name]]
+    if config.head.keywords.get("positions", "none") != "none" and moved:
+        raise ConfigError(
+            f"got augment.{moved[0]} with head.positions={config.head.keywords['positions']} → instances would move "
+            f"between bags without their positions → set augment.{moved[0]}={still[moved[0]]}, or "
+            f"head.positions=none"
         )
     if config.scheduler.patience is not None and config.scheduler.patience >= config.patience:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """Cross-validated training: from a store and a cohort to out-of-fold metrics."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from mil.config import TrainConfig, compose_config
 from mil.errors import ConfigError
 from mil.evaluation import resolve_device
 from mil.metrics import auroc, balanced_accuracy, confusion, macro_f1
-from mil.replicas import OnProgress, train_replicas
+from mil.replicas import OnProgress, Progress, train_replicas
 from mil.run import ReplicaPredictions, Run, check_folder
 from mil.splits import Splits, make_splits
+from mil.tracking import Tracking
 from mil.training import PartArray, Replica, TrainedReplica
 from mil.unfinished import UnfinishedTraining, discard_unfinished, training_key, unfinished_folder
 
@@ -55,13 +56,24 @@ def train(
 
 
 def run_training(
-    config: TrainConfig, out: str | Path, progress: OnProgress | None = None, overwrite: bool = False
+    config: TrainConfig,
+    out: str | Path,
+    progress: OnProgress | None = None,
+    overwrite: bool = False,
+    saved: Callable[[Run], None] | None = None,
 ) -> Run:
     """Train as a configuration says and write the run folder ``out``.
 
     What is done is kept in `unfinished_folder`, so that the same call goes on after one that was stopped or killed:
     replicas that were finished are not trained again, another goes on from its last saved epoch, and the numbers are
     those of a training in one go.
+
+    Args:
+        config: what to train; the tools of its ``track`` are told.
+        out: the run folder.
+        progress: called after each epoch and each replica.
+        overwrite: replace an earlier run there.
+        saved: called once the folder is written and before trackers are given its files, such as to write a report.
 
     Raises:
         ConfigError: store, labels or target is not given.
@@ -79,9 +91,30 @@ def run_training(
     check_folder(folder, overwrite)
     unfinished = unfinished_folder(folder)
     cohort = read_cohort(config.labels, config.target, config.slide_column, config.patient_column)
-    run = cross_validate(open_store(config.store), cohort, config, progress, unfinished).save(folder, overwrite)
-    discard_unfinished(unfinished)
+    tracking = Tracking(config.track, folder.name, config.to_dict(), folder.parent)
+    try:
+        run = cross_validate(open_store(config.store), cohort, config, _told(tracking, progress), unfinished)
+        run = run.save(folder, overwrite)
+        discard_unfinished(unfinished)
+        if saved is not None:
+            saved(run)
+        tracking.log_metrics(run.metrics)
+        tracking.log_files(folder)
+    finally:
+        tracking.close()
     return run
+
+
+def _told(tracking: Tracking, progress: OnProgress | None) -> OnProgress:
+    """Progress that trackers hear of too."""
+
+    def tell(step: Progress) -> None:
+        if step.record is not None:
+            tracking.log_epoch(step.replica.name, step.record)
+        if progress is not None:
+            progress(step)
+
+    return tell
 
 
 def cross_validate(

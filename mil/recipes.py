@@ -1,4 +1,4 @@
-"""What the groups of the configuration offer, as data: optimizers, schedules and losses with their defaults, recipes.
+"""What the groups of the configuration offer, as data: optimizers, schedules, losses, augmentations, recipes.
 
 Of every option it says which keys it takes and what they are when they are not given. The range of a key is written
 where its field is, in `mil.config`.
@@ -120,6 +120,30 @@ LOSSES = {
     ),
 }
 
+_AUGMENT_KEYS = {
+    "noise": 0.0,
+    "bag_mixup": 0.0,
+    "embedding_mixup": 0.0,
+    "pseudo_bags": 1,
+    "policy": "all",
+    "schedule": "constant",
+    "ramp": 0.5,
+}
+_AUGMENT_PAPER = (
+    "Zhang et al., mixup, ICLR 2018; Yang et al., ReMix, MICCAI 2022; Zhang et al., DTFD-MIL, CVPR 2022; Mueller and "
+    "Hutter, TrivialAugment, ICCV 2021; see `mil.augment.Augmentation`."
+)
+
+AUGMENTATIONS = {
+    "none": OptionRecord(_AUGMENT_KEYS, "Nothing is augmented until a key says so."),
+    "gentle": OptionRecord(_AUGMENT_KEYS | {"noise": 0.1, "schedule": "linear"}, _AUGMENT_PAPER),
+    "strong": OptionRecord(
+        _AUGMENT_KEYS
+        | {"noise": 0.3, "bag_mixup": 0.5, "pseudo_bags": 3, "policy": "random", "schedule": "cosine", "ramp": 0.7},
+        _AUGMENT_PAPER,
+    ),
+}
+
 RECIPES = {
     "default": RecipeRecord(),
     "fast": RecipeRecord({"instance_budget": 512, "scheduler": "onecycle", "epochs": 15, "patience": 5}),
@@ -127,6 +151,7 @@ RECIPES = {
         {
             "optimizer": "lookahead_adamw",
             "loss": {"name": "cross_entropy", "label_smoothing": 0.1},
+            "augment": "gentle",
             "instance_dropout": 0.2,
             "ema": 0.99,
         }

@@ -44,7 +44,7 @@ StackedEpochDone = Callable[[int, EpochRecord], None]
 _ANY_VALUE = frozenset(
     "store labels target backbone slide_column patient_column folds seeds split_seed validation_fraction epochs "  # noqa: SIM905
     "patience min_epochs batch_bags instance_budget class_weights standardize grad_clip device memory head optimizer "
-    "scheduler".split()
+    "scheduler track".split()
 )
 _SCHEDULERS = ("cosine", "constant", "onecycle", "step")
 _EPS = 1e-8

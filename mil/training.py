@@ -11,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from aggregators import Aggregator, create_aggregator
 from aggregators.base import Standardize
+from mil.augment import Batch, augment, enabled, strength
 from mil.bags import Bags
 from mil.config import TrainConfig
 from mil.ema import WeightAverage
@@ -240,6 +242,10 @@ class _Loop:
         )
         self.average = WeightAverage(self.head, self.config.ema) if self.config.ema is not None else None
         self.generator = torch.Generator(device).manual_seed(replica.seed)
+        # of the CPU whatever the device, so that what is drawn does not depend on it
+        self.draws = torch.Generator().manual_seed(replica.seed)
+        self.augmented = bool(enabled(self.config.augment))
+        self.feature_scale = bags.moments.mean_std(np.flatnonzero(self.training))[1].to(device)
         self.class_weights = self._class_weights()
         # a sampler that balances the classes leaves nothing to be weighed
         sampled = self.config.sampler == "class_balanced"
@@ -344,8 +350,9 @@ class _Loop:
         pack = self.bags.pack(members, rows)
         instances, offsets = pack.instances.to(self.device), pack.offsets.to(self.device)
         targets = torch.from_numpy(self.labels[members]).to(self.device)
-        # what augments a batch comes here: it may change all three, and make targets soft labels [bags, C]
         coords = None if pack.coords is None else pack.coords.to(self.device)
+        if self.augmented:
+            instances, offsets, targets = self._augment(instances, offsets, targets)
         output = self.head(instances, offsets, coords, self.generator)
         loss = compared = bag_loss(self.config.loss, output.logits, targets, self.step_weights)
         if not self.config.loss.is_cross_entropy:
@@ -353,6 +360,13 @@ class _Loop:
         total = loss + self.head.auxiliary_loss(output, class_numbers(targets), offsets)
         total.backward(torch.full_like(total, share))  # type: ignore[no-untyped-call]
         return torch.stack([compared, total]).detach() * share
+
+    def _augment(self, instances: Tensor, offsets: Tensor, targets: Tensor) -> Batch:
+        """The batch as it is trained on, its targets as soft labels [bags, C]."""
+        soft = one_hot(targets, self.n_classes).float()
+        level = strength(self.config.augment, self.epoch, self.config.epochs)
+        batch = Batch(instances.float(), offsets.cpu(), soft)
+        return augment(batch, self.config.augment, level, self.feature_scale, self.draws)
 
     def _halve(self, pieces: Sequence[IntArray], error: torch.OutOfMemoryError) -> None:
         """Take half as many bags at once from here on; says so the first time."""
@@ -394,6 +408,7 @@ class _Loop:
             "head": self.head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generator": self.generator.get_state(),
+            "draws": self.draws.get_state(),
             "torch": _global_states(self.device),
             "average": self.average.state_dict() if self.average is not None else None,
             "bags_at_once": self.bags_at_once,
@@ -404,6 +419,7 @@ class _Loop:
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
+        self.draws.set_state(state["draws"])
         self.bags_at_once = state["bags_at_once"]
         if self.average is not None:
             self.average.load_state_dict(state["average"])

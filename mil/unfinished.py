@@ -27,7 +27,7 @@ from mil.training import EpochRecord, Replica, TrainedReplica
 
 SAVE_EVERY_S = 30.0
 # where a config may differ and its result may not
-_UNESSENTIAL = ("store", "labels", "memory", "slide_column", "patient_column")
+_UNESSENTIAL = ("store", "labels", "memory", "slide_column", "patient_column", "track")
 
 
 def training_key(config: TrainConfig, cohort: Cohort, splits: Splits, bags: Bags, device: torch.device) -> str:

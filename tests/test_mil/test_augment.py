@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mil.augment import Augmentation, Batch, augment, strength
+from mil.augment import Batch, augment, strength
+from mil.config import AugmentConfig
 
 DIM, CLASSES = 3, 4
 EVERYTHING = {"noise": 0.5, "bag_mixup": 0.8, "embedding_mixup": 0.8, "pseudo_bags": 3}
@@ -21,7 +22,7 @@ def _batch(sizes: list[int], seed: int = 0) -> Batch:
 
 
 def _apply(batch: Batch, seed: int = 0, level: float = 1.0, **options: object) -> Batch:
-    return augment(batch, Augmentation(**options), level, torch.ones(DIM), torch.Generator().manual_seed(seed))  # type: ignore[arg-type]
+    return augment(batch, AugmentConfig(**options), level, torch.ones(DIM), torch.Generator().manual_seed(seed))
 
 
 @settings(max_examples=60, deadline=None)
@@ -65,7 +66,7 @@ def test_each_does_something_and_nothing_at_level_zero(name: str) -> None:
 def test_noise_follows_the_features_own_deviation() -> None:
     batch = Batch(torch.zeros(20_000, 2), torch.tensor([0, 20_000]), torch.eye(CLASSES)[:1])
     scale = torch.tensor([1.0, 10.0])
-    found = augment(batch, Augmentation(noise=0.2), 0.5, scale, torch.Generator().manual_seed(0))
+    found = augment(batch, AugmentConfig(noise=0.2), 0.5, scale, torch.Generator().manual_seed(0))
     torch.testing.assert_close(found.instances.std(dim=0), torch.tensor([0.1, 1.0]), rtol=0.03, atol=0)
 
 
@@ -101,13 +102,13 @@ def test_pseudo_bags_deal_out_every_instance_once() -> None:
 
 def test_strength_grows_and_never_falls() -> None:
     for schedule in ("linear", "cosine"):
-        grows = Augmentation(noise=1.0, schedule=schedule, ramp=0.6)
+        grows = AugmentConfig(noise=1.0, schedule=schedule, ramp=0.6)
         levels = [strength(grows, epoch, 40) for epoch in range(1, 41)]
         assert levels[0] == 0
         assert levels == sorted(levels)
         assert levels[24:] == [1.0] * 16
-    assert strength(Augmentation(noise=1.0), 1, 40) == 1.0
-    assert strength(Augmentation(noise=1.0, schedule="linear"), 1, 1) == 0.0
+    assert strength(AugmentConfig(noise=1.0), 1, 40) == 1.0
+    assert strength(AugmentConfig(noise=1.0, schedule="linear"), 1, 1) == 0.0
 
 
 def test_a_random_policy_draws_one_at_a_time() -> None:

@@ -2,6 +2,8 @@
 
 import re
 from collections import defaultdict
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 
 from mil.cohort import Attrition, Cohort, read_cohort
 from mil.errors import SplitError
-from mil.splits import PARTS, Splits, make_splits, read_splits, split_rows, write_splits
+from mil.split_record import USED_TEST_FOR_CHOICE
+from mil.splits import PARTS, Splits, inner_splits, make_splits, read_splits, split_rows, verify_splits, write_splits
 
 
 def make_cohort(rows: list[tuple[str, str]]) -> Cohort:
@@ -304,3 +307,163 @@ def test_a_split_file_without_a_training_class_is_refused(written):
     path.write_text(text)
     with pytest.raises(SplitError, match="no training slide of class 'c'"):
         read_splits(path, cohort)
+
+
+# ------------------------------------------------------------------------------------------------------------- repeats
+
+
+@settings(max_examples=25, deadline=None)
+@given(cohorts(), st.integers(2, 3), st.integers(1, 3))
+def test_repeats_are_the_folds_of_the_seeds_that_follow(cohort, folds, repeats):
+    try:
+        expected = [make_splits(cohort, folds, 5 + repeat, seeds=(3, 1)) for repeat in range(repeats)]
+    except SplitError:
+        with pytest.raises(SplitError):
+            make_splits(cohort, folds, 5, seeds=(3, 1), repeats=repeats)
+        return
+    splits = make_splits(cohort, folds, 5, seeds=(3, 1), repeats=repeats)
+    assert (splits.n_folds, splits.repeats) == (folds * repeats, repeats)
+    assert splits.repeat_of_fold.tolist() == [repeat for repeat in range(repeats) for _ in range(folds)]
+    np.testing.assert_array_equal(splits.codes, np.concatenate([each.codes for each in expected]))
+    for repeat in range(repeats):
+        # assert_honest wants each slide tested once per seed: so it is in each repeat by itself
+        assert_honest(replace(splits, codes=splits.codes[splits.repeat_of_fold == repeat]), cohort)
+
+
+def test_repeats_survive_the_file_and_count_through(tmp_path: Path):
+    cohort = large_cohort().subset(range(60))
+    splits = make_splits(cohort, folds=3, repeats=2)
+    write_splits(tmp_path / "splits.csv", splits, cohort)
+    again = read_splits(tmp_path / "splits.csv", cohort)
+    np.testing.assert_array_equal(again.codes, splits.codes)
+    assert again.repeats == 2
+    np.testing.assert_array_equal(splits.parts(4, 1), make_splits(cohort, folds=3, split_seed=1).parts(1, 1))
+    with pytest.raises(SplitError, match=r"read Splits\.test"):
+        _ = splits.test_fold
+    with pytest.raises(SplitError, match="repeats=0"):
+        make_splits(cohort, repeats=0)
+
+
+def test_a_repeat_that_adds_nothing_is_reported():
+    # one fold tests two of a and one of b, the other the rest: nine ways
+    cohort = make_cohort([(f"p{at}", label) for at, label in enumerate("aaabbb")])
+    splits = make_splits(cohort, folds=2, repeats=10)
+    assert any("has the test folds of repeat" in text for text in splits.warnings)
+    assert not any("has the test folds" in text for text in make_splits(large_cohort(), repeats=3).warnings)
+
+
+def test_whole_repeats_are_told_from_other_folds():
+    cohort = large_cohort().subset(range(60))
+    splits = make_splits(cohort, folds=3, repeats=2)
+    # the folds of two repeats, shuffled into each other, are no repeats of anything
+    mixed = replace(splits, codes=splits.codes[[0, 3, 1, 4, 2, 5]])
+    assert (mixed.repeats, mixed.repeat_of_fold.tolist()) == (1, [0] * 6)
+    # nor are folds that test every slide equally often, but overlap
+    pairs = np.zeros((3, 1, 3), dtype=np.int8)
+    pairs[[0, 0, 1, 1, 2, 2], 0, [0, 1, 1, 2, 2, 0]] = 2
+    assert replace(splits, codes=pairs, seeds=(0,)).repeats == 1
+    assert replace(splits, codes=pairs[[0, 0, 1, 1, 2, 2]], seeds=(0,)).repeats == 1
+    assert replace(splits, codes=np.concatenate([pairs, pairs]), seeds=(0,)).repeat_of_fold.tolist() == [0] * 6
+
+
+# -------------------------------------------------------------------------------------------------------- nested folds
+
+
+@settings(max_examples=25, deadline=None)
+@given(cohorts(), st.integers(2, 3), st.integers(2, 3))
+def test_inner_folds_never_see_the_outer_test_part(cohort, folds, n_inner):
+    try:
+        outer = make_splits(cohort, folds, seeds=(0, 7))
+    except SplitError:
+        return
+    for fold in range(folds):
+        tested = outer.parts(fold, 7) == "test"
+        rest = cohort.subset(np.flatnonzero(~tested))
+        try:
+            inner = inner_splits(outer, cohort, fold, 7, n_inner)
+        except SplitError:
+            with pytest.raises(SplitError):
+                make_splits(rest, n_inner)
+            continue
+        assert inner.seeds == (7,)
+        assert all(set(inner.parts(each, 7)[tested]) == {"unused"} for each in range(n_inner))
+        assert_honest(replace(inner, codes=inner.codes[:, :, ~tested]), rest)
+
+
+def test_inner_folds_belong_to_their_outer_fold_and_seed():
+    cohort = large_cohort()
+    outer = make_splits(cohort, 3, seeds=(0, 1))
+    one, again = inner_splits(outer, cohort, 1, 0, 4), inner_splits(outer, cohort, 1, 0, 4)
+    np.testing.assert_array_equal(one.codes, again.codes)
+    assert (inner_splits(outer, cohort, 1, 1, 4).test != one.test).any()
+    assert one.record.parameters["outer_fold"] == 1
+    assert one.record.method == "inner"
+    with pytest.raises(SplitError, match="got fold 3"):
+        inner_splits(outer, cohort, 3, 0, 4)
+    with pytest.raises(SplitError, match=r"inner folds of fold 1, seed 0: got folds=1 →"):
+        inner_splits(outer, cohort, 1, 0, 1)
+
+
+# ------------------------------------------------------------------------------------------- verification and record
+
+
+def test_verification_names_the_shared_patients_and_their_slides():
+    cohort = make_cohort([(f"p{at // 2}", label) for at, label in enumerate("aaaabbbbaabb")])
+    splits = make_splits(cohort, 3, seeds=(0,))
+    at = int(np.flatnonzero(splits.codes[0, 0] == 0)[0])
+    codes = splits.codes.copy()
+    codes[0, 0, at] = 1
+    patient, slide_id = cohort.patient_ids[at], cohort.slide_ids[at]
+    with pytest.raises(
+        SplitError, match=f"fold 0, seed 0: got patient '{patient}' in train and validation .*{slide_id}"
+    ):
+        verify_splits(replace(splits, codes=codes), cohort)
+
+
+def test_verification_wants_one_test_part_for_all_seeds():
+    cohort = large_cohort()
+    splits = make_splits(cohort, 3)
+    codes = splits.codes.copy()
+    codes[0, 1] = codes[1, 1]
+    with pytest.raises(SplitError, match="the same test slides for every seed"):
+        verify_splits(replace(splits, codes=codes), cohort)
+    with pytest.raises(SplitError, match="for 10 slides"):
+        verify_splits(splits, cohort.subset(range(10)))
+
+
+def test_the_record_says_how(written):
+    path, splits, cohort = written
+    assert splits.record.to_dict() == {
+        "method": "kfold",
+        "parameters": {"folds": 3, "repeats": 1, "split_seed": 0, "seeds": [4, 2], "validation_fraction": 0.2},
+        "source": None,
+        "sha256": None,
+        "validation": "drawn",
+        "marks": [],
+    }
+    read = read_splits(path, cohort).record
+    assert (read.method, read.source, read.validation) == ("file", str(path), "given")
+    content = path.read_bytes()
+    assert read.sha256 == sha256(f"splits.csv\0{len(content)}\0".encode() + content).hexdigest()
+    marked = splits.marked(USED_TEST_FOR_CHOICE).marked(USED_TEST_FOR_CHOICE)
+    assert marked.record.marks == (USED_TEST_FOR_CHOICE,)
+    assert splits.record.marks == ()
+
+
+def test_a_file_joins_ids_as_label_tables_do(written):
+    path, splits, cohort = written
+    path.write_text(re.sub(r"(?m)^(\d,\d,s\d+),", r"\1.svs,", path.read_text()))
+    for fold in range(3):
+        np.testing.assert_array_equal(read_splits(path, cohort).parts(fold, 4), splits.parts(fold, 4))
+    twins = replace(cohort, slide_ids=("x/s0000", "y/s0000", *cohort.slide_ids[2:]))
+    with pytest.raises(SplitError, match=r"row 2: got slide 's0000.svs', which fits 'x/s0000', 'y/s0000'"):
+        read_splits(path, twins)
+
+
+def test_some_of_the_seeds():
+    splits = make_splits(large_cohort(), 3, seeds=(4, 2, 9))
+    some = splits.with_seeds((9, 4))
+    np.testing.assert_array_equal(some.parts(1, 9), splits.parts(1, 9))
+    np.testing.assert_array_equal(some.parts(2, 4), splits.parts(2, 4))
+    with pytest.raises(SplitError, match="for 4, 2, 9"):
+        splits.with_seeds((4, 5))

@@ -506,3 +506,24 @@ def test_a_seed_decides_every_byte_of_a_recipe_with_everything() -> None:
     assert a.probabilities.tobytes() == b.probabilities.tobytes() != c.probabilities.tobytes()
     with pytest.raises(ConfigError, match="patient_balanced without"):
         _train(config)
+
+
+def _augmented(*more: str) -> TrainConfig:
+    return fast_config("augment=strong", "augment.embedding_mixup=0.4", "epochs=5", "batch_bags=6", *more)
+
+
+def test_augmentation_begins_gently_and_changes_what_is_learned() -> None:
+    plain = _train(fast_config("epochs=5", "batch_bags=6"))
+    changed = _train(_augmented())
+    assert not np.array_equal(changed.probabilities, plain.probabilities)
+    # strength zero in the first epoch of a growing schedule
+    assert changed.history[0].train_loss == pytest.approx(plain.history[0].train_loss, abs=1e-5)
+    np.testing.assert_array_equal(_train(_augmented()).probabilities, changed.probabilities)
+
+
+def test_each_augmentation_can_be_set_alone() -> None:
+    for key in ("noise=0.5", "bag_mixup=1", "embedding_mixup=1", "pseudo_bags=2"):
+        trained = _train(fast_config(f"augment.{key}", "epochs=2"))
+        assert np.isfinite(trained.probabilities).all()
+    with pytest.raises(ConfigError, match=r"augment\.bag_mixup with head\.positions=sincos"):
+        compose_config(["head=transformer", "head.positions=sincos", "augment.bag_mixup=0.5"])
