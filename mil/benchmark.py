@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml  # type: ignore[import-untyped]
 
 from aggregators import list_aggregators
@@ -26,13 +27,14 @@ from mil.board import REFERENCE, Board, BoardRow, Entrant, rank, score
 from mil.board_page import write_page
 from mil.cohort import Cohort, join_store, read_cohort
 from mil.config import HeadConfig, TrainConfig, compose_config, read_config_file, take_overrides
-from mil.crossval import cross_validate, is_synthetic
+from mil.crossval import cross_validate, is_synthetic, split_plan
 from mil.errors import ConfigError, MilError, MissingExtraError, RunError, listed
 from mil.evaluation import resolve_device
 from mil.files import write_atomically
 from mil.looks import Look
 from mil.replicas import OnProgress
-from mil.splits import Splits, make_splits, write_splits
+from mil.split_plan import split_cohort
+from mil.splits import Splits, write_splits
 from mil.unfinished import discard_unfinished, training_key
 
 DEFAULT_HEADS = ("mean", "max", "abmil", "transformer")
@@ -250,10 +252,12 @@ def _benchmark(
     _prepare(folder)
     cohort, sources = _sources(stores, cohort, config)
     train = config.train
-    splits = make_splits(cohort, train.folds, train.split_seed, train.seeds, train.validation_fraction)
+    splits = split_cohort(cohort, split_plan(train))
+    tested = np.flatnonzero(splits.test.any(axis=0))
+    scored = cohort.subset(tested)
     write_atomically(folder / "config.yaml", config.to_yaml().encode())
     write_splits(folder / "splits.csv", splits, cohort)
-    replicas = train.folds * len(train.seeds)
+    replicas = splits.n_folds * len(train.seeds)
     count = _Count(len(sources) * len(config.heads) * replicas, progress or (lambda _: None))
     rows: list[BoardRow] = []
     for source in sources:
@@ -264,9 +268,9 @@ def _benchmark(
                 # mean pooling is the first of the heads, and the baselines are compared with it too
                 reference = entrants[0]
                 entrants += _baselines(source, cohort, splits, rows)
-            rows += [score(each, reference, cohort) for each in entrants]
+            rows += [score(each, reference, scored) for each in entrants]
             count.finish(replicas, f"{head_title(head)} on {source.name}")
-            board = _board(rows, cohort, config, sources, splits.warnings, folder)
+            board = _board(rows, scored, config, sources, splits.warnings, folder)
             # after each cell, so that a long benchmark can be followed
             board.write_csv(folder / "leaderboard.csv")
             with suppress(MissingExtraError):
@@ -279,7 +283,12 @@ def _baselines(source: _Source, cohort: Cohort, splits: Splits, rows: Sequence[B
     """The baselines on one source; guessing is the same on any and comes once."""
     there = {row.name for row in rows if not row.name.startswith(ON_FEATURES)}
     found = run_baselines(source.bags, cohort, splits)
-    return [Entrant(each.name, source.name, "baseline", each.probabilities) for each in found if each.name not in there]
+    tested = splits.test.any(axis=0)
+    return [
+        Entrant(each.name, source.name, "baseline", each.probabilities[tested])
+        for each in found
+        if each.name not in there
+    ]
 
 
 def _prepare(folder: Path) -> None:
@@ -352,7 +361,7 @@ def _is_trained(run_folder: Path, train: TrainConfig, cohort: Cohort, bags: Bags
         found = json.loads((run_folder / "metrics.json").read_text(encoding="utf-8"))["key"]
     except (OSError, ValueError, KeyError):
         return False
-    splits = make_splits(cohort, train.folds, train.split_seed, train.seeds, train.validation_fraction)
+    splits = split_cohort(cohort, split_plan(train))
     return bool(found == training_key(train, cohort, splits, bags, resolve_device(train.device)))
 
 
@@ -367,7 +376,9 @@ def _board(
     train = config.train
     mind = dict.fromkeys([*warnings, *(text for row in rows for text in row.warnings)])
     facts = {
-        "folds": train.folds,
+        "split": train.split
+        if train.split != "kfold"
+        else f"{train.folds} folds" + f", {train.repeats} times" * (train.repeats > 1),
         "seeds": len(train.seeds),
         "epochs": f"at most {train.epochs}",
         "optimizer": f"{train.optimizer.name}, learning rate {train.optimizer.lr:g}",

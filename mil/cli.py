@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mil import cli_benchmark, cli_extract, cli_foreign, cli_models, cli_plan, cli_sheet, cli_store
+from mil import (
+    cli_benchmark,
+    cli_compare,
+    cli_extract,
+    cli_foreign,
+    cli_models,
+    cli_plan,
+    cli_predict,
+    cli_sheet,
+    cli_store,
+    cli_sweep,
+)
 from mil.console import counted, say
 
 app = typer.Typer(
@@ -20,9 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-
-StoreOption = Annotated[Path, typer.Option("--store", help="The embedding store, such as cohort.zarr.")]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
 def main() -> None:
@@ -63,9 +71,6 @@ cli_store.store_app.command("import")(cli_foreign.import_features)
 cli_store.store_app.command("export")(cli_foreign.export_features)
 
 
-RunOption = Annotated[Path, typer.Option("--run", help="The folder that mil train wrote with --out.")]
-
-
 @app.command()
 def train(
     overrides: Annotated[
@@ -101,15 +106,17 @@ def train(
     values |= {"slide_column": slide_column, "patient_column": patient_column}
     given = {name: str(value) for name, value in values.items() if value is not None}
     settings = compose_config(overrides or [], config, given)
-    console = Console()
+    console, lines = Console(), list[str]()
     try:
         with _replica_progress(console, f"replicas of {settings.head.name}") as progress:
-            run = run_training(settings, out, progress, overwrite)
+            run = run_training(
+                settings, out, progress, overwrite, lambda _: lines.append(_write_report(out, settings.store))
+            )
     except KeyboardInterrupt:
         say(console, f"stopped. {_kept(out)}; the same command goes on from there.")
         raise typer.Exit(130) from None
     _print_run(console, run)
-    _report(console, run.folder or out, settings.store)
+    say(console, lines[0])
 
 
 def _kept(out: Path) -> str:
@@ -173,7 +180,12 @@ def _shorten(ids: list[str]) -> str:
 
 
 def _report(console: Console, folder: Path, store: Path | None) -> None:
-    """Write the report, or say what is missing for it."""
+    """Write the report and say where."""
+    say(console, _write_report(folder, store))
+
+
+def _write_report(folder: Path, store: Path | None) -> str:
+    """Write the report; returns where, or what is missing for it."""
     from extract.errors import ExtractError
     from extract.store import open_store
     from mil.errors import MissingExtraError
@@ -191,51 +203,18 @@ def _report(console: Console, folder: Path, store: Path | None) -> None:
     try:
         path = write_report(folder, thumbnail)
     except MissingExtraError as error:
-        console.print(f"results {folder}; no report: {error}", markup=False, soft_wrap=True, highlight=False)
-    else:
-        console.print(f"results {folder}, report {path}", markup=False, soft_wrap=True, highlight=False)
+        return f"results {folder}; no report: {error}"
+    return f"results {folder}, report {path}"
 
 
 app.command()(cli_benchmark.benchmark)
-
-
-@app.command()
-def predict(
-    *,
-    run: RunOption,
-    store: StoreOption,
-    out: Annotated[Path, typer.Option(help="CSV to write: slide_id, predicted, and the probability of each class.")],
-    entry: Annotated[
-        str | None, typer.Option("--as", help="Features entry.  [default: the one that fits]", show_default=False)
-    ] = None,
-    device: DeviceOption = "auto",
-) -> None:
-    """Predict slides without labels by the mean probability of a run's replicas.
-
-    Example: `mil predict --run runs/abmil --store new.zarr --out predictions.csv`
-    """
-    from extract.store import open_store
-    from mil.crossval import is_synthetic
-    from mil.inference import predict as predict_store
-
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise typer.BadParameter(
-            f"got {out} → expected a file in a folder that exists → correct it", param_hint="--out"
-        )
-    reader = open_store(store)
-    predictions = predict_store(run, reader, entry, device=device)
-    predictions.write_csv(out)
-    console = Console()
-    if is_synthetic(reader, predictions.slide_ids):
-        console.print("SYNTHETIC DATA: these slides were drawn by mil demo.", style="bold", highlight=False)
-    counts = ", ".join(f"{name} {predictions.predicted.count(name)}" for name in predictions.class_names)
-    console.print(
-        f"{len(predictions.slide_ids)} slides by the mean of {len(predictions.replicas)} replicas: "
-        f"{counts}; written to {out}",
-        markup=False,
-        soft_wrap=True,
-        highlight=False,
-    )
+app.command()(cli_compare.compare)
+app.command()(cli_sweep.sweep)
+app.command()(cli_predict.ensemble)
+app.command()(cli_predict.pack)
+app.command()(cli_predict.predict)
+app.command()(cli_predict.evaluate)
+app.command("export-onnx")(cli_predict.export_onnx)
 
 
 @app.command()

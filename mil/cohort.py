@@ -139,10 +139,10 @@ def read_cohort(
             twice, fewer than two classes, or a class with fewer than two patients.
     """
     path = Path(path)
-    header, records = _read_table(path)
-    slide_at = _find_column(path, header, "slide", slide_column, SLIDE_COLUMNS)
-    patient_at = _find_column(path, header, "patient", patient_column, PATIENT_COLUMNS)
-    target_at = _find_column(path, header, "target", target, ())
+    header, records = read_table(path)
+    slide_at = find_column(path, header, "slide", slide_column, SLIDE_COLUMNS)
+    patient_at = find_column(path, header, "patient", patient_column, PATIENT_COLUMNS)
+    target_at = find_column(path, header, "target", target, ())
     if target_at in (slide_at, patient_at):
         raise CohortError(
             f"{path}: got {target!r} as target and as id column → expected a column of labels → choose the target "
@@ -178,7 +178,7 @@ def join_store(cohort: Cohort, available_slide_ids: Iterable[str]) -> Cohort:
             two patients.
     """
     available = tuple(dict.fromkeys(available_slide_ids))
-    index = _SlideIndex(available)
+    index = SlideIndex(available)
     found = [index.find(slide_id) for slide_id in cohort.slide_ids]
     _refuse_ambiguous(cohort.slide_ids, found)
     joined = {position: ids[0] for position, ids in enumerate(found) if ids}
@@ -208,7 +208,7 @@ def join_store(cohort: Cohort, available_slide_ids: Iterable[str]) -> Cohort:
     return result
 
 
-class _SlideIndex:
+class SlideIndex:
     """Store ids by file name, to find the one that a table means."""
 
     def __init__(self, slide_ids: Iterable[str]) -> None:
@@ -249,7 +249,7 @@ def _one_ends_with_other(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
     return one[-shared:] == other[-shared:]
 
 
-def _read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """Column names, and (line number, cells) of every row that is not blank."""
     text = _read_text(path)
     delimiter = _find_delimiter(path, text)
@@ -322,7 +322,7 @@ def _is_rectangular(text: str, delimiter: str) -> bool:
         return False
 
 
-def _find_column(path: Path, header: list[str], role: str, asked: str | None, known: tuple[str, ...]) -> int:
+def find_column(path: Path, header: list[str], role: str, asked: str | None, known: tuple[str, ...]) -> int:
     """Position of the column that was asked for, else of the first known name (in any case)."""
     names = (asked,) if asked is not None else known
     for name in names:

@@ -203,7 +203,13 @@ class TrainConfig(_Checked):
         backbone: the store's features entry; None if the store has one only.
         slide_column: column of the slide ids, when it is not called ``slide_id``.
         patient_column: column of the patient ids, when it is not called ``patient_id``.
-        folds: number of patient-grouped folds.
+        split: how slides are split, always by patient: ``kfold``, ``site_preserved`` (every site in one fold only),
+            ``leave_one_site_out`` (a fold per site) or ``fixed`` (as `split_column` or `split_file` say).
+        folds: number of folds, of ``kfold`` and ``site_preserved``.
+        repeats: how often every slide is tested, with other folds each time; of the same two.
+        sites: the label column that names each slide's site, or ``tcga`` for the code in TCGA's barcodes.
+        split_column: the label column with the words train, val and test.
+        split_file: a splits.csv, a run folder, or CLAM's splits_k.csv (one, or a folder of them).
         seeds: seeds to train each fold with; an integer n stands for 0 to n-1.
         split_seed: seed of the folds.
         validation_fraction: part of the non-test patients that early stopping may see.
@@ -245,7 +251,12 @@ class TrainConfig(_Checked):
     backbone: str | None = None
     slide_column: str | None = None
     patient_column: str | None = None
+    split: Literal["kfold", "site_preserved", "leave_one_site_out", "fixed"] = "kfold"
     folds: int = _number(5, 2)
+    repeats: int = _number(1, 1)
+    sites: str | None = None
+    split_column: str | None = None
+    split_file: Path | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     split_seed: int = _number(0, 0)
     validation_fraction: float = _number(0.2, 0.0, 1.0, above=True, below=True)

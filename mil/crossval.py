@@ -19,7 +19,8 @@ from mil.evaluation import resolve_device
 from mil.metrics import auroc, balanced_accuracy, confusion, macro_f1
 from mil.replicas import OnProgress, Progress, train_replicas
 from mil.run import ReplicaPredictions, Run, check_folder
-from mil.splits import Splits, make_splits
+from mil.split_plan import SplitPlan, split_cohort
+from mil.splits import Splits
 from mil.tracking import Tracking
 from mil.training import PartArray, Replica, TrainedReplica
 from mil.unfinished import UnfinishedTraining, discard_unfinished, training_key, unfinished_folder
@@ -141,11 +142,11 @@ def cross_validate(
     entry = choose_entry(store, config.backbone)
     device = resolve_device(config.device)
     cohort = join_store(cohort, store.slide_ids(entry))
-    splits = make_splits(cohort, config.folds, config.split_seed, config.seeds, config.validation_fraction)
+    splits = split_cohort(cohort, split_plan(config))
     if bags is None:
         bags = open_bags(store, cohort.slide_ids, entry, config.memory, needs_coords(config.head.keywords))
     bags = place_bags(bags, device) if config.memory == "auto" else bags
-    replicas = [Replica(fold, seed, config) for fold in range(config.folds) for seed in config.seeds]
+    replicas = [Replica(fold, seed, config) for fold in range(splits.n_folds) for seed in config.seeds]
     parts = np.stack([splits.parts(replica.fold, replica.seed) for replica in replicas])
     key = training_key(config, cohort, splits, bags, device)
     kept = UnfinishedTraining(unfinished, key) if unfinished is not None else None
@@ -168,6 +169,23 @@ def cross_validate(
     )
 
 
+def split_plan(config: TrainConfig) -> SplitPlan:
+    """How a configuration splits."""
+    return SplitPlan(
+        method=config.split,
+        folds=config.folds,
+        repeats=config.repeats,
+        split_seed=config.split_seed,
+        seeds=config.seeds,
+        validation_fraction=config.validation_fraction,
+        sites=config.sites,
+        column=config.split_column,
+        file=config.split_file,
+        table=config.labels,
+        slide_column=config.slide_column,
+    )
+
+
 def is_synthetic(store: Store, slide_ids: Sequence[str]) -> bool:
     """Whether any slide was drawn by `extract.synthetic`; what is made of it must say so."""
     return any(store[slide_id].record.get("synthetic", False) for slide_id in slide_ids)
@@ -181,8 +199,8 @@ def _metrics(
     entry: str,
 ) -> dict[str, Any]:
     """The content of ``metrics.json``; the test parts are scored here, once."""
-    cohort = predictions.cohort
-    out_of_fold = statistics.evaluate(cohort.labels, predictions.out_of_fold(), cohort.patient_ids, cohort.class_names)
+    cohort, probabilities = predictions.tested()
+    out_of_fold = statistics.evaluate(cohort.labels, probabilities, cohort.patient_ids, cohort.class_names)
     return {
         "target": cohort.target,
         "class_names": list(cohort.class_names),
@@ -191,24 +209,24 @@ def _metrics(
         "n_replicas": len(trained),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": package_versions(),
+        "split": splits.record.to_dict(),
         "cohort": {"attrition": [[reason, count, list(ids)] for reason, count, ids in cohort.attrition.rows()]},
         "warnings": [*splits.warnings, *out_of_fold["warnings"]],
         "looks": 1,
         "out_of_fold": out_of_fold,
         "seed_macro_f1": list(_seed_scores(predictions, config.seeds)),
         "per_replica": [
-            _replica_metrics(each, parts, cohort) for each, parts in zip(trained, predictions.parts, strict=True)
+            _replica_metrics(each, parts, predictions.cohort)
+            for each, parts in zip(trained, predictions.parts, strict=True)
         ],
     }
 
 
 def _seed_scores(predictions: ReplicaPredictions, seeds: Sequence[int]) -> Iterator[float]:
     """Macro-F1 of what the replicas of each seed alone say out of fold."""
-    cohort, seed_of = predictions.cohort, np.array([replica.seed for replica in predictions.replicas])
+    seed_of = np.array([replica.seed for replica in predictions.replicas])
     for seed in seeds:
-        chosen = seed_of == seed
-        tested = (predictions.parts[chosen] == "test").astype(np.float64)
-        values = np.einsum("rn,rnc->nc", tested, predictions.probabilities[chosen])
+        cohort, values = predictions.tested(seed_of == seed)
         yield float(macro_f1(confusion(cohort.labels, values.argmax(axis=1), len(cohort.class_names)))[0])
 
 

@@ -1,155 +1,177 @@
-"""Applying a run to slides without labels: the mean probability of its replicas."""
+"""Applying a model to slides without labels: the mean probability of its replicas."""
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aggregators import Aggregator, BagOutput
-from extract.store import Store, difference
-from mil.bags import Bags, choose_entry, open_bags
-from mil.checkpoint import CheckpointRecord, load_checkpoint, require_recipes
-from mil.errors import CheckpointError, RunError, did_you_mean, listed
+from aggregators import BagOutput
+from extract.store import Store, open_store
+from mil.bags import Bags, choose_entry, needs_coords, open_bags
+from mil.checkpoint import CheckpointRecord, require_recipes
+from mil.ensemble import is_ensemble, over_members, read_ensemble
+from mil.errors import RunError
 from mil.evaluation import MAX_INSTANCES, cpu_threads, evaluate_packs, resolve_device
-from mil.files import Row, probability_text, write_csv
+from mil.extraction import Slides, extract_for, fitting_entries
 from mil.losses import probabilities
+from mil.model import Model, load_model
+from mil.predictions import Predictions
 
 FloatArray = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """What a run says about n slides.
-
-    Attributes:
-        slide_ids: [n].
-        class_names: [C].
-        probabilities: float64 [n, C], mean over the replicas.
-        replicas: names of the replicas that were averaged.
-        attention: by slide, float32 [n_tiles, branches], mean over the replicas, in the order of
-            ``store[slide_id].coords(entry)``; None unless asked for.
-        entry: the features entry that was read.
-    """
-
-    slide_ids: tuple[str, ...]
-    class_names: tuple[str, ...]
-    probabilities: FloatArray
-    replicas: tuple[str, ...]
-    entry: str
-    attention: dict[str, npt.NDArray[np.float32]] | None = None
-
-    @property
-    def predicted(self) -> list[str]:
-        """The class of highest probability for every slide."""
-        return [self.class_names[index] for index in self.probabilities.argmax(axis=1)]
-
-    def write_csv(self, path: str | Path) -> None:
-        """Write slide_id, predicted, p_<class>... with one row per slide, atomically."""
-        write_csv(Path(path), self._rows())
-
-    def _rows(self) -> Iterator[Row]:
-        yield ("slide_id", "predicted", *(f"p_{name}" for name in self.class_names))
-        for slide_id, predicted, values in zip(self.slide_ids, self.predicted, self.probabilities, strict=True):
-            yield (slide_id, predicted, *map(probability_text, values))
-
-
 def predict(
     run_folder: str | Path,
-    store: Store,
+    store: Store | str | Path,
     entry: str | None = None,
     slide_ids: Sequence[str] | None = None,
     device: str = "auto",
     replicas: Sequence[str] | None = None,
     attention: bool = False,
+    *,
+    slides: Slides | None = None,
+    extraction: Mapping[str, Any] | None = None,
 ) -> Predictions:
-    """Apply a run to slides of a store, which need no labels.
+    """Apply a run, a packed model or an ensemble to slides, which need no labels.
+
+    A packed model gives calibrated probabilities and may abstain; a run gives what its heads say.
 
     Args:
-        run_folder: written by ``mil train``.
-        store: holds features of the recipe that the run was trained on.
+        run_folder: written by ``mil train``, ``mil pack`` or ``mil ensemble``.
+        store: holds features of the recipe that the model was trained on. With ``slides`` it takes them, and is made
+            if absent.
         entry: the features entry; by default the one whose recipe fits.
         slide_ids: which slides; by default all with complete features.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         replicas: names of the replicas to average, such as ``["fold0-seed0"]``; by default all.
         attention: also return the attention of every tile.
+        slides: files and folders of slides to predict instead; those whose features are missing in ``store`` are
+            embedded first, by the recipe of the model. Those that cannot be are in ``failed`` of the result.
+        extraction: further keywords of `extract.run_extraction`, see `mil.extraction.extract_for`.
 
     Raises:
         RunError: no run there, an unknown replica, or a head without attention was asked for it.
-        CheckpointError: a damaged checkpoint, or features of another recipe (the fields that differ are named).
+        CheckpointError: a damaged file, features of another recipe (the fields that differ are named), or a backbone
+            that is not the one of the recipe.
         BagError: a slide without features.
+        ExtractError: slides that are not found, or a store that cannot be opened.
+
+    Example:
+        >>> found = predict("models/subtype", "new.zarr", slides="slides/")     # doctest: +SKIP
+        >>> found.predicted, found.abstained.tolist()                           # doctest: +SKIP
+        (['luminal'], [False])
     """
-    heads, records = _load_run(Path(run_folder), replicas)
-    entry = _fitting_entry(store, records, entry)
-    place = resolve_device(device)
-    bags = open_bags(store, store.slide_ids(entry) if slide_ids is None else slide_ids, entry, "mmap")
+    folder, failed = Path(run_folder), tuple[tuple[str, str], ...]()
+    device = str(resolve_device(device))
+    if slides is not None or extraction is not None:
+        _refuse_choice_with_slides(entry, slide_ids)
+        path = store.path if isinstance(store, Store) else store
+        extracted = extract_for(model_records(folder), slides or [], path, device, extraction)
+        slide_ids, failed = extracted.slide_ids, extracted.failed
+        store = open_store(path)
+    reader = open_store(store) if isinstance(store, str | Path) else store
+    if is_ensemble(folder):
+        _refuse_choice_of_ensemble(replicas, attention)
+        predictions = _predict_ensemble(folder, reader, entry, slide_ids, device)
+    else:
+        predictions = _predict_model(load_model(folder, replicas), reader, entry, slide_ids, device, attention)
+    return replace(predictions, failed=failed)
+
+
+def _predict_model(
+    model: Model, store: Store, entry: str | None, slide_ids: Sequence[str] | None, device: str, attention: bool
+) -> Predictions:
+    entry = fitting_entry(store, model.records, entry)
+    chosen = store.slide_ids(entry) if slide_ids is None else slide_ids
+    bags = open_bags(store, chosen, entry, "mmap", needs_coords(model.record.keywords))
     with cpu_threads(min(int(bags.n_instances.sum()), MAX_INSTANCES) * bags.dim):
-        mean, maps = _average([head.to(place) for head in heads], bags, place, attention)
+        mean, maps = _average(model, bags, torch.device(device), attention)
     return Predictions(
         slide_ids=bags.slide_ids,
-        class_names=records[0].class_names,
+        class_names=model.record.class_names,
         probabilities=mean,
-        replicas=tuple(record.replica for record in records),
+        replicas=model.names,
         entry=entry,
         attention=maps,
+        abstain_below=model.abstain_below,
     )
 
 
-def _load_run(folder: Path, replicas: Sequence[str] | None) -> tuple[list[Aggregator], list[CheckpointRecord]]:
-    """Heads and records of a run, in the order of their fold and seed."""
-    paths = {path.stem: path for path in sorted((folder / "checkpoints").glob("*.safetensors"))}
-    if not (folder / "metrics.json").is_file() or not paths:
+def _predict_ensemble(
+    folder: Path, store: Store, entry: str | None, slide_ids: Sequence[str] | None, device: str
+) -> Predictions:
+    """The ensemble's mean over its members, each on the features that it was trained on."""
+    found: list[Predictions] = []
+
+    def member(path: Path) -> tuple[tuple[str, ...], FloatArray]:
+        found.append(_predict_model(load_model(path), store, entry, slide_ids, device, attention=False))
+        # members may have been trained on another order of the same classes
+        order = [found[-1].class_names.index(name) for name in found[0].class_names]
+        return found[-1].slide_ids, found[-1].probabilities[:, order]
+
+    ids, mean = over_members(folder, member)
+    members, _ = read_ensemble(folder)
+    pairs = zip(members, found, strict=True)
+    return Predictions(
+        slide_ids=ids,
+        class_names=found[0].class_names,
+        probabilities=mean,
+        replicas=tuple(f"{path.name}/{name}" for path, each in pairs for name in each.replicas),
+        entry=", ".join(dict.fromkeys(each.entry for each in found)),
+    )
+
+
+def model_records(folder: Path) -> list[CheckpointRecord]:
+    """A record of every run that a folder stands for: one, or those of an ensemble's members.
+
+    Raises:
+        RunError, CheckpointError: as in `mil.model.load_model`.
+    """
+    members = read_ensemble(folder)[0] if is_ensemble(folder) else (folder,)
+    return [load_model(member).record for member in members]
+
+
+def available_slides(store: Store, records: Sequence[CheckpointRecord], entry: str | None) -> list[str]:
+    """Slides of a store with complete features for every one of these models; recipes are checked.
+
+    Raises:
+        CheckpointError: no features of a model's recipe.
+    """
+    found = [set(store.slide_ids(fitting_entry(store, [record], entry))) for record in records]
+    return sorted(set.intersection(*found))
+
+
+def _refuse_choice_with_slides(entry: str | None, slide_ids: Sequence[str] | None) -> None:
+    if entry is not None or slide_ids is not None:
         raise RunError(
-            f"got {folder} as run folder → there are no metrics.json and checkpoints in it → give the --out folder of "
-            f"a finished mil train"
-        )
-    _check_complete(folder, list(paths))
-    for name in replicas or ():
-        if name not in paths:
-            raise RunError(
-                f"got replica {name!r} → expected some of {listed(paths)} → {did_you_mean(name, list(paths))}"
-                f"leave it out to average all"
-            )
-    if replicas is not None and not replicas:
-        raise RunError("got an empty list of replicas → expected one or more → leave it out to average all")
-    loaded = [load_checkpoint(paths[name]) for name in (replicas or paths)]
-    loaded.sort(key=lambda pair: (pair[1].fold, pair[1].seed))
-    first = loaded[0][1]
-    for _, record in loaded:
-        if record.class_names != first.class_names or difference(record.feature_recipe, first.feature_recipe):
-            raise CheckpointError(
-                f"got replicas {first.replica} and {record.replica} of different classes or features in {folder} → "
-                f"expected those of one run → do not copy checkpoints between runs"
-            )
-    return [head for head, _ in loaded], [record for _, record in loaded]
-
-
-def _check_complete(folder: Path, names: Sequence[str]) -> None:
-    """All the replicas that the run trained must be there, and no others."""
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    expected = [each["replica"] for each in metrics["per_replica"]]
-    odd = sorted(set(names) ^ set(expected))
-    if odd:
-        raise RunError(
-            f"got {len(names)} checkpoints in {folder} → the run trained {len(expected)}; missing or "
-            f"foreign: {listed(odd)} "
-            f"→ bring the missing back from a copy of the run, or train again"
+            "got slides together with an entry or slide ids → expected the slides alone: they are all predicted, from "
+            "the entry of the model's recipe → leave entry and slide_ids out"
         )
 
 
-def _fitting_entry(store: Store, records: Sequence[CheckpointRecord], entry: str | None) -> str:
-    """The entry asked for, else one of the checkpoint's recipe; the recipes are checked either way."""
+def _refuse_choice_of_ensemble(replicas: Sequence[str] | None, attention: bool) -> None:
+    if replicas is not None or attention:
+        what = "attention" if attention else "some replicas"
+        raise RunError(f"got an ensemble, asked for {what} → that is a member's → predict with one of its runs")
+
+
+def fitting_entry(store: Store, records: Sequence[CheckpointRecord], entry: str | None) -> str:
+    """The entry asked for, else one of the checkpoint's recipe; the recipes are checked either way.
+
+    Raises:
+        CheckpointError: an entry, or a store, of another recipe.
+        BagError: no entry, or an unknown one.
+    """
     record = records[0]
     if entry is None:
-        fitting = [
-            name for name in store.entries() if not difference(record.feature_recipe, store.feature_recipe(name))
-        ]
         # where none fits, the check below says how the first differs
-        candidates = [name for name in (record.entry, *store.entries()) if name in (fitting or store.entries())]
+        own = [record.entry] if record.entry in store.entries() else []
+        candidates = [*fitting_entries(record, store), *own, *store.entries()]
         entry = candidates[0] if candidates else None
     entry = choose_entry(store, entry)
     where = f"entry {entry!r} of {store.path}"
@@ -159,13 +181,18 @@ def _fitting_entry(store: Store, records: Sequence[CheckpointRecord], entry: str
 
 
 def _average(
-    heads: Sequence[Aggregator], bags: Bags, device: torch.device, attention: bool
+    model: Model, bags: Bags, device: torch.device, attention: bool
 ) -> tuple[FloatArray, dict[str, npt.NDArray[np.float32]] | None]:
-    """Mean probability [n, C] over heads, and their mean attention by slide."""
+    """Mean probability [n, C] over replicas, each at its temperature, and their mean attention by slide."""
     means: list[Tensor] = []
     maps: dict[str, npt.NDArray[np.float32]] = {}
+    heads = [head.to(device) for head in model.heads]
     for pack, outputs in evaluate_packs(heads, bags, np.arange(len(bags)), device):
-        means.append(torch.stack([probabilities(output.logits.float()) for output in outputs]).mean(dim=0).cpu())
+        scaled = [
+            probabilities(output.logits.float().double() / temperature)
+            for output, temperature in zip(outputs, model.temperatures, strict=True)
+        ]
+        means.append(torch.stack(scaled).mean(dim=0).cpu())
         if attention:
             weights = _mean_attention(outputs).cpu()  # [total, branches]
             pieces = weights.tensor_split(pack.offsets[1:-1])

@@ -368,17 +368,22 @@ def _mean_and_deviation(run: RunFiles, metric: str) -> tuple[float | None, float
     return mean, float(np.std(known, ddof=1)) if len(known) > 1 else None
 
 
-def _test_fold(run: RunFiles) -> dict[str, int]:
-    """The fold that tests each slide; it is the same for every seed."""
-    return {row["slide_id"]: int(row["fold"]) for row in run.splits if row["split"] == "test"}
+def _test_folds(run: RunFiles) -> dict[str, list[int]]:
+    """The folds that test each slide, the same for every seed; several where folds are repeated."""
+    found = sorted({(row["slide_id"], int(row["fold"])) for row in run.splits if row["split"] == "test"})
+    folds: dict[str, list[int]] = defaultdict(list)
+    for slide_id, fold in found:
+        folds[slide_id].append(fold)
+    return folds
 
 
 def _composition(run: RunFiles) -> list[tuple[int, list[tuple[int, int]]]]:
     """By fold, the (slides, patients) of each class in its test part."""
-    test_fold = _test_fold(run)
-    patients: dict[tuple[int | None, str], list[str]] = defaultdict(list)
+    test_folds = _test_folds(run)
+    patients: dict[tuple[int, str], list[str]] = defaultdict(list)
     for row in run.out_of_fold:
-        patients[test_fold.get(row["slide_id"]), row["target"]].append(row["patient_id"])
+        for fold in test_folds.get(row["slide_id"], []):
+            patients[fold, row["target"]].append(row["patient_id"])
     return [
         (fold, [(len(ids), len(set(ids))) for ids in (patients[fold, name] for name in run.class_names)])
         for fold in _folds(run)
@@ -386,7 +391,7 @@ def _composition(run: RunFiles) -> list[tuple[int, list[tuple[int, int]]]]:
 
 
 def _slides(run: RunFiles, thumbnails: Thumbnails | None) -> list[dict[str, Any]]:
-    test_fold = _test_fold(run)
+    test_folds = _test_folds(run)
     rows = []
     for row in run.out_of_fold:
         image = thumbnails(row["slide_id"]) if thumbnails else None
@@ -394,7 +399,7 @@ def _slides(run: RunFiles, thumbnails: Thumbnails | None) -> list[dict[str, Any]
             {
                 "slide_id": row["slide_id"],
                 "patient_id": row["patient_id"],
-                "fold": test_fold.get(row["slide_id"]),
+                "fold": ", ".join(map(str, test_folds.get(row["slide_id"], []))) or None,
                 "true": row["target"],
                 "predicted": row["predicted"],
                 "wrong": row["predicted"] != row["target"],

@@ -51,9 +51,27 @@ class ReplicaPredictions:
     probabilities: FloatArray
 
     def out_of_fold(self) -> FloatArray:
-        """Mean probability [n, C] over the replicas that had the slide in their test part."""
-        tested = (self.parts == "test").astype(np.float64)  # [R, n]
-        mean: FloatArray = np.einsum("rn,rnc->nc", tested, self.probabilities) / tested.sum(axis=0)[:, None]
+        """Mean probability [n, C] over the replicas that had the slide in their test part; NaN for one that none had.
+
+        Only fixed splits leave slides untested; `tested` gives the others.
+        """
+        return self._mean(np.ones(len(self.replicas), dtype=bool))
+
+    def tested(self, replicas: npt.NDArray[np.bool_] | None = None) -> tuple[Cohort, FloatArray]:
+        """The slides that were tested, and their mean probability [tested, C].
+
+        Args:
+            replicas: bool [R], which to average; all by default.
+        """
+        chosen = np.ones(len(self.replicas), dtype=bool) if replicas is None else replicas
+        found = np.flatnonzero((self.parts[chosen] == "test").any(axis=0))
+        return self.cohort.subset(found), self._mean(chosen)[found]
+
+    def _mean(self, chosen: npt.NDArray[np.bool_]) -> FloatArray:
+        tested = (self.parts[chosen] == "test").astype(np.float64)  # [chosen, n]
+        total = tested.sum(axis=0)[:, None]
+        sums = np.einsum("rn,rnc->nc", tested, self.probabilities[chosen])
+        mean: FloatArray = np.divide(sums, total, out=np.full(sums.shape, np.nan), where=total > 0)
         return mean
 
     def rows(self) -> Iterator[Row]:
@@ -158,7 +176,7 @@ def _write_run(folder: Path, run: Run) -> None:
     write_splits(folder / "splits.csv", run.splits, run.cohort)
     write_csv(folder / "predictions.csv", run.predictions.rows())
     write_csv(folder / "history.csv", _history_rows(run.trained))
-    write_csv(folder / "oof.csv", out_of_fold_rows(run.cohort, run.predictions.out_of_fold()))
+    write_csv(folder / "oof.csv", out_of_fold_rows(*run.predictions.tested()))
     (folder / "checkpoints").mkdir()
     for each in run.trained:
         save_checkpoint(folder / "checkpoints" / f"{each.replica.name}.safetensors", each.head, _record(run, each))

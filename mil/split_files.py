@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mil.cohort import MISSING_LABELS, SLIDE_COLUMNS, Cohort, _find_column, _read_table, _SlideIndex
+from mil.cohort import MISSING_LABELS, SLIDE_COLUMNS, Cohort, SlideIndex, find_column, read_table
 from mil.errors import SplitError, listed
 from mil.fixed_splits import fixed_splits, part_name
 from mil.split_record import SplitRecord, file_hash
@@ -32,9 +32,9 @@ def read_column(path: str | Path, column: str, cohort: Cohort, slide_column: str
         SplitError: an id that fits several slides, or two rows that contradict each other.
     """
     path = Path(path)
-    header, records = _read_table(path)
-    slide_at = _find_column(path, header, "slide", slide_column, SLIDE_COLUMNS)
-    value_at = _find_column(path, header, "split", column, ())
+    header, records = read_table(path)
+    slide_at = find_column(path, header, "slide", slide_column, SLIDE_COLUMNS)
+    value_at = find_column(path, header, "split", column, ())
     rows = ((cells[slide_at], cells[value_at]) for _, cells in records if cells[slide_at])
     values, _ = _join(rows, cohort, f"{path}, column {column!r}")
     return tuple(values)
@@ -131,7 +131,7 @@ def read_split_file(
     """
     path = Path(path)
     own = path / OWN_FILE if path.is_dir() else path
-    if own.is_file() and tuple(_read_table(own)[0]) == SPLIT_COLUMNS:
+    if own.is_file() and tuple(read_table(own)[0]) == SPLIT_COLUMNS:
         return read_splits(own, cohort, fixed=True).with_seeds(tuple(seeds))
     return read_clam_splits(path, cohort, seeds, validation_fraction, split_seed)
 
@@ -155,7 +155,7 @@ def _clam_files(path: Path) -> list[Path]:
 
 def _read_clam_file(path: Path, cohort: Cohort) -> tuple[list[str], list[str]]:
     """The part of every slide [n], and the ids that no slide has."""
-    header, records = _read_table(path)
+    header, records = read_table(path)
     names = {at: part_name(name) for at, name in enumerate(header) if name}
     columns = {at: name for at, name in names.items() if name not in (None, UNUSED)}
     if not {"train", "test"} <= set(columns.values()) or len(set(columns.values())) < len(columns):
@@ -182,7 +182,7 @@ def _read_clam_file(path: Path, cohort: Cohort) -> tuple[list[str], list[str]]:
 
 def _join(rows: Iterable[tuple[str, str]], cohort: Cohort, where: str) -> tuple[list[str], list[str]]:
     """The value of every slide [n] ("" where there is none), and the ids that no slide has, from (id, value) rows."""
-    index = _SlideIndex(cohort.slide_ids)
+    index = SlideIndex(cohort.slide_ids)
     values: dict[str, tuple[str, str]] = {}
     unknown = []
     for slide_id, value in rows:

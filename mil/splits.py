@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.model_selection import StratifiedGroupKFold
 
-from mil.cohort import Cohort, _SlideIndex
+from mil.cohort import Cohort, SlideIndex
 from mil.errors import SplitError, listed
 from mil.patients import BoolArray, IntArray, Patients
 from mil.split_record import SplitRecord, file_hash
@@ -592,7 +592,7 @@ def _read_parts(path: Path, cohort: Cohort) -> defaultdict[tuple[int, int], dict
     if not path.is_file():
         raise SplitError(f"got {path}, which is no file → expected a splits.csv → check the path")
     patient_of = dict(zip(cohort.slide_ids, cohort.patient_ids, strict=True))
-    index = _SlideIndex(cohort.slide_ids)
+    index = SlideIndex(cohort.slide_ids)
     table: defaultdict[tuple[int, int], dict[str, str]] = defaultdict(dict)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
@@ -615,7 +615,7 @@ def _read_parts(path: Path, cohort: Cohort) -> defaultdict[tuple[int, int], dict
     return table
 
 
-def _check_split_row(where: str, row: dict[str, str], index: _SlideIndex, patient_of: dict[str, str]) -> str:
+def _check_split_row(where: str, row: dict[str, str], index: SlideIndex, patient_of: dict[str, str]) -> str:
     """The cohort's id of the slide of a row that fits the cohort."""
     slide_id, patient_id = row["slide_id"], row["patient_id"]
     found = index.find(slide_id)

@@ -41,11 +41,14 @@ StackedEpochDone = Callable[[int, EpochRecord], None]
 """Called with a replica's place in the stack."""
 
 # settings that may have any value; all others have to be those of a plain recipe
-_ANY_VALUE = frozenset(
-    "store labels target backbone slide_column patient_column folds seeds split_seed validation_fraction epochs "  # noqa: SIM905
-    "patience min_epochs batch_bags instance_budget class_weights standardize grad_clip device memory head optimizer "
-    "scheduler track".split()
-)
+# fmt: off
+_ANY_VALUE = frozenset((
+    "store", "labels", "target", "backbone", "slide_column", "patient_column", "split", "folds", "repeats", "sites",
+    "split_column", "split_file", "seeds", "split_seed", "validation_fraction", "epochs", "patience", "min_epochs",
+    "batch_bags", "instance_budget", "class_weights", "standardize", "grad_clip", "device", "memory", "head",
+    "optimizer", "scheduler", "track",
+))
+# fmt: on
 _SCHEDULERS = ("cosine", "constant", "onecycle", "step")
 _EPS = 1e-8
 

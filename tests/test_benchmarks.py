@@ -1,14 +1,44 @@
 """The benchmarks run: one small step of each, so that they never rot."""
 
 import csv
+import math
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from benchmarks import bench_demo, bench_extract, bench_first_end, bench_reading, bench_runtimes, bench_store
+from aggregators import list_aggregators
+from benchmarks import (
+    bench_aggregators,
+    bench_demo,
+    bench_extract,
+    bench_first_end,
+    bench_reading,
+    bench_runtimes,
+    bench_store,
+    bench_training,
+    classic_mil,
+    glas_quality,
+    many_replicas,
+    mnist_bags,
+    our_recipe,
+    published_tables,
+    torchmil_peer,
+)
+from benchmarks.ceiling_cohort import CohortSize, Difficulty, draw_cohort
+from benchmarks.published_protocol import best_cut, best_test_epoch
+from benchmarks.quality_curve import Curve
 from extract.store import TileRecipe, TissueRecipe
+from mil.bags import Bags
+from mil.metrics import auroc
+from mil.splits import make_splits
+from mil.training import Replica, train_replica
+from tests.conftest import REPOSITORY
 from tests.test_extract.small import write_slide
+from tests.test_mil.small import make_cohort, make_store
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -118,3 +148,182 @@ def test_the_store_is_compared_with_other_layouts(tmp_path: Path) -> None:
     assert ours < subjects
     assert all(float(row["median"]) > 0 for row in rows)
     assert {row["subject"] for row in rows} >= {"checksums", "3 slides"}
+
+
+def test_classic_sets_are_scored_under_every_protocol(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    bag, labels = np.repeat(np.arange(12), 3), np.arange(12) % 2
+    instances = rng.normal(size=(36, 4)) + 3 * labels[bag, None]
+    np.savez(tmp_path / "made_up.npz", x=instances.astype(np.float32), bag=bag, y=labels.astype(np.int8))
+    sizes = ["--sets", "made_up", "--folds", "2", "--repeats", "2", "--epochs", "2"]
+    classic_mil.main(["--data", str(tmp_path), *sizes, "--out", str(tmp_path / "r.csv")])
+    rows = rows_of(tmp_path / "r.csv")
+    assert {row["subject"] for row in rows} == {f"made_up, {title}" for title in classic_mil.CONTENDERS}
+    scores = {(row["subject"], row["metric"]): float(row["median"]) for row in rows}
+    for title in classic_mil.CONTENDERS:
+        # folds with as many positive as negative bags: the best epoch at its best cut cannot lose to the last one
+        subject = f"made_up, {title}"
+        assert scores[subject, classic_mil.BEST_EPOCH] >= scores[subject, classic_mil.LAST_EPOCH]
+    assert all(float(row["low"]) <= float(row["median"]) <= float(row["high"]) for row in rows)
+
+
+def test_honest_scores_do_not_depend_on_test_labels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    instances, bag, labels = rng.normal(size=(36, 4)), np.repeat(np.arange(12), 3), np.arange(12) % 2
+    np.savez(tmp_path / "made_up.npz", x=instances.astype(np.float32), bag=bag, y=labels.astype(np.int8))
+    mil_set = classic_mil.read_set(tmp_path / "made_up.npz")
+    splits = make_splits(mil_set.cohort, 2, seeds=(0,))
+    other = replace(mil_set.cohort, labels=np.where(splits.test_fold == 0, 1 - labels, labels))
+    configs = classic_mil.settings(classic_mil.CONTENDERS["mean"], 2)
+    found = [
+        classic_mil.best_validated(classic_mil.MilSet(mil_set.bags, cohort), configs, splits, 0)
+        for cohort in (mil_set.cohort, other)
+    ]
+    assert np.array_equal(found[0].probabilities, found[1].probabilities)
+
+
+def test_choosing_on_the_test_fold_makes_noise_look_good() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(10) % 2
+    folds = rng.random((200, 40, 10))
+    honest = np.mean([(fold[-1] >= 0.5) == labels for fold in folds])
+    chosen = np.mean([best_test_epoch(labels, fold) for fold in folds])
+    assert abs(honest - 0.5) < 0.05
+    assert chosen > 0.8
+    assert best_cut(np.array([0, 0, 1]), np.array([0.6, 0.7, 0.9])) == pytest.approx(0.8)
+
+
+def test_the_page_shows_what_the_result_files_say(tmp_path: Path) -> None:
+    page, results = REPOSITORY / "docs" / "benchmarks.md", REPOSITORY / "benchmarks" / "results"
+    assert published_tables.renewed(page, results) == page.read_text(encoding="utf-8")
+    figures = {("50 bags of 10", "AUROC, max"): {"median": "0.9", "low": "0.85", "high": "0.951"}}
+    assert "| max | 0.900 [0.850, 0.951] | not yet run |" in published_tables.mnist_table(figures)
+
+
+def test_mnist_bags_hold_the_target_or_not(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) % 10
+    pixels = rng.integers(0, 50, (40, 28, 28)) + 200 * (labels == 9)[:, None, None]
+    for part in ("npm10k", "t10k"):
+        np.savez(tmp_path / f"mnist_{part}.npz", x=pixels.astype(np.uint8), y=labels.astype(np.uint8))
+    bags = mnist_bags.draw_bags(labels, 30, 10, rng)
+    holds = [(labels[rows] == 9).any() for rows in np.split(bags.rows, bags.offsets[1:-1])]
+    assert holds == (bags.labels == 1).tolist()
+    sizes = ["--sizes", "10", "--bags", "10", "--test-bags", "20", "--seeds", "1", "--epochs", "3"]
+    mnist_bags.main(["--data", str(tmp_path), *sizes, "--heads", "max", "mean", "--out", str(tmp_path / "r.csv")])
+    areas = {row["metric"]: float(row["median"]) for row in rows_of(tmp_path / "r.csv")}
+    assert set(areas) == {"AUROC, max", "AUROC, mean"}
+    assert areas["AUROC, max"] > 0.9
+
+
+SMALL_COHORT = CohortSize(slides=40, fewest=20, most=40, dim=8)
+CLEAR = Difficulty("clear", share=0.3, distance=20.0)
+
+
+def test_the_ceiling_is_the_exact_posterior() -> None:
+    """Perfect when witnesses are many and far, chance when there are none, and calibrated in between."""
+    slides = np.arange(400)
+    size = replace(SMALL_COHORT, slides=400)
+    assert draw_cohort(size, CLEAR, 0).ceiling(slides) == 1
+    absent = draw_cohort(size, Difficulty("absent", share=1e-9, distance=1.0), 0)
+    assert absent.ceiling(slides) == pytest.approx(0.5, abs=0.1)
+    middling = draw_cohort(size, Difficulty("middling", share=0.1, distance=2.0), 0)
+    of_label = middling.posterior[slides, middling.labels]
+    # a calibrated posterior expects of the true class what it expects of itself
+    assert of_label.mean() == pytest.approx((middling.posterior**2).sum(axis=1).mean(), abs=0.03)
+    again = draw_cohort(size, Difficulty("middling", share=0.1, distance=2.0), 0)
+    assert all((one == other).all() for one, other in zip(middling.bags, again.bags, strict=True))
+
+
+def test_time_to_quality_counts_from_the_first_epoch_that_arrives() -> None:
+    curve = Curve(wall=(1.0, 2.0, 4.0), cpu=(2.0, 4.0, 8.0), aurocs=(0.5, 0.8, 0.7))
+    assert curve.seconds_to(0.75, "wall") == 2
+    assert curve.seconds_to(0.81, "cpu") == math.inf
+    assert curve.seconds_per_epoch("wall") == 1.5
+    slow = Curve((3.0,), (3.0,), (0.9,))
+    never = bench_training.Setting(bench_training.Entrant("a", False, lambda *_: curve), 1e-3, [curve, slow])
+    assert never.seconds_to(0.9, "wall") == [math.inf, 3]
+    assert never.censored_to(0.9, "wall") == [4, 3]
+    assert bench_training.soonest({1e-4: slow, 1e-3: curve}) == 1e-4
+    assert bench_training.soonest({1e-4: replace(curve, aurocs=(0.1, 0.2, math.nan)), 1e-3: curve}) == 1e-3
+
+
+def test_training_is_compared_on_synthetic_cohorts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_training, "EASY", replace(CLEAR, name="easy"))
+    monkeypatch.setattr(bench_training, "RECIPES", bench_training.RECIPES[:1])
+    sizes = ["--slides", "40", "--instances", "20", "40", "--dim", "8", "--seeds", "1", "--transformer-width", "8"]
+    epochs = ["--common-epochs", "2", "--torchmil-epochs", "2", "--transformer-epochs", "2", "--our-epochs", "8"]
+    options = ["--difficulties", "easy", "--grid", "2e-2", "--out", str(tmp_path / "r.csv")]
+    entrants = ["--entrants", "common", "torchmil-abmil", "torchmil-transformer", "ours"]
+    bench_training.main([*sizes, *epochs, *options, *entrants])
+    medians = {row["metric"]: float(row["median"]) for row in rows_of(tmp_path / "r.csv")}
+    assert medians["ceiling: AUROC of the exact posterior"] == 1
+    ours = bench_training.RECIPES[0].name
+    assert medians[f"{ours}, lr 0.02: final AUROC"] > 0.8
+    rivals = ["common recipe", *(["torchmil ABMIL, batch 16"] if torchmil_peer.is_installed() else [])]
+    for rival in rivals:
+        assert 0 < medians[f"to {rival}, lr 0.0002: {ours}, lr 0.02, times faster, cpu"] < math.inf
+
+
+def test_the_followed_training_is_the_usual_one() -> None:
+    """Epoch by epoch, the AUROC is that of the head which the same training without a follower ends with."""
+    task, _ = bench_training.make_task(SMALL_COHORT, CLEAR, 0, torch.device("cpu"))
+    recipe = our_recipe.Recipe("small", {"head": "abmil", "batch_bags": 4})
+    curve = our_recipe.train(recipe, task, 1e-2, 0, epochs=3)
+    bags = Bags(task.slide_ids, task.bags)
+    replica = Replica(0, 0, recipe.config(1e-2, 3))
+    trained = train_replica(bags, task.labels, replica, our_recipe._parts(task), task.n_classes, task.device)
+    best = trained.probabilities[task.validation]
+    expected = float(auroc(task.labels[task.validation], best)[0])
+    assert curve.aurocs[trained.best_epoch - 1] == pytest.approx(expected, abs=1e-6)
+    assert list(curve.wall) == sorted(curve.wall)
+    assert len(curve.aurocs) == 3
+
+
+def test_many_replicas_are_compared_with_lean_training() -> None:
+    plan = many_replicas.Plan(SMALL_COHORT, folds=3, seeds=1, epochs=2, timed_replicas=2, timed_epochs=1)
+    rows = many_replicas.compare(plan, torch.device("cpu"))
+    metrics = {row.metric: row.median for row in rows}
+    assert metrics["lean batch 1 / tessera"] > 0
+    assert metrics["tessera, arithmetic of training"] > 0
+    assert {"tessera, test AUROC", "lean batch 1, test AUROC"} <= set(metrics)
+    parts = [many_replicas._parts(40, 3, fold) for fold in range(3)]
+    assert (sum((part == "test").astype(int) for part in parts) == 1).all()
+
+
+def test_every_head_is_timed(tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "r.csv")]
+    bench_aggregators.main(["--sizes", "8", "16", "--dim", "16", "--repeats", "1", *out])
+    rows = rows_of(tmp_path / "r.csv")
+    timed = {row["subject"] for row in rows if row["metric"] == "1 x 16: forward and backward"}
+    assert set(list_aggregators()) <= timed
+    assert all(float(row["median"]) > 0 for row in rows if "forward" in row["metric"])
+
+
+def test_a_step_beyond_the_limit_is_left_out(tmp_path: Path) -> None:
+    arguments = ["--sizes", "8", "4000", "--dim", "8", "--repeats", "1", "--limit-s", "1e-6", "--heads", "mean"]
+    rows = bench_aggregators.main([*arguments, "--out", str(tmp_path / "r.csv")])
+    assert [row.metric for row in rows if "left out" in row.metric] == ["1 x 4000: left out, expected"]
+
+
+def test_quality_on_a_stored_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learnable classes: every contestant ranks the test folds, and each slide is tested once."""
+    cohort = make_cohort(n_patients=20, slides_each=1)
+    monkeypatch.setattr(glas_quality, "open_store", lambda path: make_store(cohort))
+    for name, value in (("FOLDS", 2), ("RIVAL_EPOCHS", 6), ("OUR_EPOCHS", 12)):
+        monkeypatch.setattr(glas_quality, name, value)
+    monkeypatch.setattr(torchmil_peer, "is_installed", lambda: False)
+    lines = [
+        f"{slide},{patient},{cohort.class_names[label]}"
+        for slide, patient, label in zip(cohort.slide_ids, cohort.patient_ids, cohort.labels, strict=True)
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(["slide_id,patient_id,subtype", *lines]) + "\n")
+    tasks = glas_quality.fold_tasks(tmp_path, tmp_path / "labels.csv", "subtype", torch.device("cpu"))
+    assert sorted(np.concatenate([task.validation for task in tasks]).tolist()) == list(range(20))
+    assert not any(set(task.validation) & set(task.training) for task in tasks)
+    recipes = [our_recipe.Recipe("ours", {"batch_bags": 1, "optimizer": {"lr": 1e-2}})]
+    arguments = ["--store", str(tmp_path), "--labels", str(tmp_path / "labels.csv"), "--target", "subtype"]
+    monkeypatch.setattr(bench_training, "RECIPES", recipes)
+    rows = bench_training.main([*arguments, "--seeds", "1", "--out", str(tmp_path / "r.csv")])
+    assert [row.metric.split(":")[0] for row in rows] == ["common recipe", "ours"]
+    assert all(row.median > 0.7 for row in rows)

@@ -323,3 +323,9 @@ def test_the_command(store: MemoryStore, tmp_path: Path, monkeypatch: pytest.Mon
         CliRunner().invoke(
             cli.app, ["benchmark", "--labels", str(labels), "--out", str(tmp_path / "c")], catch_exceptions=False
         )
+
+
+def test_other_splits_are_compared_on_the_slides_they_test(store: MemoryStore, tmp_path: Path) -> None:
+    board = benchmark(store, COHORT, ["max"], tmp_path / "b", **OPTIONS | {"repeats": 2, "seeds": 1, "epochs": 1})
+    assert all(row.verdict != "failed" for row in board.rows)
+    assert board.n_slides == len(COHORT)

@@ -12,6 +12,7 @@ from mil.config import compose_config
 from mil.crossval import run_training, train
 from mil.errors import BagError, ConfigError, RunError
 from mil.looks import LEDGER
+from mil.report import write_report
 from mil.run import Run, check_folder
 from mil.splits import read_splits
 from mil.statistics import evaluate
@@ -225,3 +226,32 @@ def test_overwriting_replaces_a_run_and_nothing_else(tmp_path, foreign):
     (run / foreign).unlink()
     check_folder(run, overwrite=True)
     assert (run / "metrics.json").is_file()
+
+
+def test_repeats_test_every_slide_more_than_once(store: MemoryStore, tmp_path: Path) -> None:
+    run = train(store, COHORT, **_overrides(repeats=2, seeds=1))
+    assert len(run.trained) == 6
+    assert ((run.predictions.parts == "test").sum(axis=0) == 2).all()
+    assert run.metrics["split"]["method"] == "kfold"
+    saved = run.save(tmp_path / "run")
+    assert [row["slide_id"] for row in _table(saved.folder / "oof.csv")] == list(COHORT.slide_ids)
+    assert write_report(saved.folder).is_file()
+
+
+def test_slides_that_a_fixed_split_leaves_untested_are_not_scored(store: MemoryStore, tmp_path: Path) -> None:
+    words = ["train", "train", "val", "test"] * 6
+    patients = list(dict.fromkeys(COHORT.patient_ids))
+    part = {patient: words[at // 2] for at, patient in enumerate(patients)}
+    lines = [
+        f"{slide},{patient},{COHORT.class_names[label]},{part[patient]}"
+        for slide, patient, label in zip(COHORT.slide_ids, COHORT.patient_ids, COHORT.labels, strict=True)
+    ]
+    table = tmp_path / "labels.csv"
+    table.write_text("slide_id,patient_id,subtype,part\n" + "\n".join(lines) + "\n")
+    run = train(store, COHORT, **_overrides(split="fixed", split_column="part", labels=table, seeds=1))
+    tested = [slide for slide, who in zip(COHORT.slide_ids, COHORT.patient_ids, strict=True) if part[who] == "test"]
+    assert run.metrics["out_of_fold"]["n_slides"] == len(tested)
+    saved = run.save(tmp_path / "run")
+    assert [row["slide_id"] for row in _table(saved.folder / "oof.csv")] == tested
+    assert np.isnan(run.predictions.out_of_fold()).any(axis=1).sum() == len(COHORT) - len(tested)
+    assert write_report(saved.folder).is_file()

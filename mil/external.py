@@ -1,0 +1,247 @@
+"""Evaluation on an external labelled cohort: a model meets slides that had no part in making it."""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+
+from extract.store import Store, open_store
+from mil import statistics
+from mil.artefact import check_new_folder, is_artefact, read_artefact
+from mil.calibration import evaluate_calibration
+from mil.checkpoint import CheckpointRecord, package_versions
+from mil.cohort import Cohort, join_store, read_cohort
+from mil.crossval import is_synthetic
+from mil.ensemble import is_ensemble, read_ensemble
+from mil.errors import CohortError, RunError, did_you_mean, listed
+from mil.files import Row, probability_text, write_atomically, write_csv
+from mil.inference import available_slides, model_records, predict
+from mil.looks import Look
+from mil.packing import abstention_of
+from mil.predictions import Predictions
+from mil.training_cohort import TrainingCohort, read_training_cohort
+from mil.training_cohort import overlap as overlap_with
+
+Overlap = Literal["refuse", "drop", "mark"]
+OVERLAPS = ("refuse", "drop", "mark")
+BoolArray = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class ExternalEvaluation:
+    """What a model is worth on a cohort that it was not made with.
+
+    Attributes:
+        cohort: the labelled slides that were predicted.
+        predictions: in the order of the cohort.
+        trained_on: bool [n], slides that were trained on, or whose patient was; only with ``overlap="mark"``.
+        metrics: the content of ``metrics.json``; its ``looks`` counts this look alone until it is saved.
+
+    Example:
+        >>> found = evaluate_external("models/subtype", "b.zarr", "b.csv", "subtype")   # doctest: +SKIP
+        >>> found.metrics["external"]["auroc"]                                          # doctest: +SKIP
+        {'value': 0.83, 'low': 0.74, 'high': 0.9}
+    """
+
+    cohort: Cohort
+    predictions: Predictions
+    trained_on: BoolArray
+    metrics: dict[str, Any]
+
+    def save(self, folder: str | Path) -> "ExternalEvaluation":
+        """Write ``metrics.json``, ``predictions.csv`` and ``attrition.csv``; the look at the cohort is counted.
+
+        Raises:
+            RunError: ``folder`` exists and is not empty.
+        """
+        folder = Path(folder).absolute()
+        check_new_folder(folder)
+        look = Look.at(
+            folder, self.cohort, f"{self.metrics['head']} of {self.metrics['model']}", self.predictions.entry
+        )
+        metrics = self.metrics | {"looks": look.count_earlier() + 1}
+        partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
+        try:
+            partial.mkdir(parents=True)
+            write_csv(partial / "predictions.csv", self._rows())
+            write_csv(partial / "attrition.csv", _attrition_rows(metrics["attrition"]))
+            text = json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False)
+            write_atomically(partial / "metrics.json", text.encode())
+            look.append()
+            if folder.is_dir():
+                folder.rmdir()
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return replace(self, metrics=metrics)
+
+    def _rows(self) -> Iterator[Row]:
+        cohort, found = self.cohort, self.predictions
+        names = [f"p_{name}" for name in found.class_names]
+        yield ("slide_id", "patient_id", "target", "predicted", *names, "confidence", "abstained", "trained_on")
+        for at, slide_id in enumerate(cohort.slide_ids):
+            values = [probability_text(value) for value in (*found.probabilities[at], found.confidence[at])]
+            flags = [str(bool(flag)).lower() for flag in (found.abstained[at], self.trained_on[at])]
+            truth = cohort.class_names[cohort.labels[at]]
+            yield (slide_id, cohort.patient_ids[at], truth, found.predicted[at], *values, *flags)
+
+
+def evaluate_external(
+    run_folder: str | Path,
+    store: Store | str | Path,
+    labels: str | Path,
+    target: str,
+    entry: str | None = None,
+    device: str = "auto",
+    *,
+    slide_column: str | None = None,
+    patient_column: str | None = None,
+    classes: Sequence[str] | None = None,
+    overlap: Overlap = "refuse",
+) -> ExternalEvaluation:
+    """Apply a run, a packed model or an ensemble to labelled slides and score it, with intervals over patients.
+
+    Args:
+        run_folder: written by ``mil train``, ``mil pack`` or ``mil ensemble``.
+        store: holds features of the recipe that the model was trained on.
+        labels: label table, see `mil.read_cohort`.
+        target: its column of labels, spelled as the model's classes.
+        entry: the features entry; by default the one whose recipe fits.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        slide_column: column of the slide ids.
+        patient_column: column of the patient ids.
+        classes: the labels to keep; by default all.
+        overlap: what becomes of slides that were trained on, or whose patient was: ``refuse``, ``drop`` leaves them
+            out, ``mark`` keeps them and says so with the result. Slides are known by their file's name, patients by
+            their id.
+
+    Raises:
+        CohortError: a label table that cannot be used, or labels that the model does not know.
+        RunError: slides that were trained on, unless they are dropped or marked; or none is left.
+        MilError, ExtractError: as in `mil.predict`.
+    """
+    folder = Path(run_folder)
+    reader = open_store(store) if isinstance(store, str | Path) else store
+    _check_choice(overlap)
+    records = model_records(folder)
+    table = read_cohort(labels, target, slide_column, patient_column, classes)
+    _refuse_unknown_classes(table, records[0], labels)
+    joined = _in_order_of(records[0].class_names, join_store(table, available_slides(reader, records, entry)))
+    cohort, trained_on, dropped = _settle(joined, _trainings(folder), overlap)
+    predictions = predict(folder, reader, entry, cohort.slide_ids, device)
+    metrics = _metrics(records, cohort, predictions, trained_on, dropped)
+    metrics |= {"model": str(folder), "synthetic": is_synthetic(reader, cohort.slide_ids)}
+    return ExternalEvaluation(cohort, predictions, trained_on, metrics)
+
+
+def _check_choice(overlap: str) -> None:
+    if overlap not in OVERLAPS:
+        raise RunError(
+            f"got overlap={overlap!r} → expected one of {listed(OVERLAPS)} → {did_you_mean(overlap, OVERLAPS)}choose "
+            f"one of these"
+        )
+
+
+def _refuse_unknown_classes(cohort: Cohort, record: CheckpointRecord, labels: str | Path) -> None:
+    unknown = [name for name in cohort.class_names if name not in record.class_names]
+    if unknown:
+        raise CohortError(
+            f"{labels}, column {cohort.target!r}: got the classes {listed(unknown)}, which the model does not know → "
+            f"expected some of {listed(record.class_names)} → {did_you_mean(unknown[0], record.class_names)}write them "
+            f"as the model does, or leave them out by naming the others with --class"
+        )
+
+
+def _in_order_of(class_names: Sequence[str], cohort: Cohort) -> Cohort:
+    """The same cohort with labels that index the model's classes, those without slides included."""
+    at = np.array([class_names.index(name) for name in cohort.class_names], dtype=np.int64)
+    return replace(cohort, class_names=tuple(class_names), labels=at[cohort.labels])
+
+
+def _trainings(folder: Path) -> list[TrainingCohort]:
+    if is_artefact(folder):
+        return [read_artefact(folder).training_cohort()]
+    members = read_ensemble(folder)[0] if is_ensemble(folder) else (folder,)
+    return [read_training_cohort(member) for member in members]
+
+
+def _settle(
+    cohort: Cohort, trainings: Sequence[TrainingCohort], choice: Overlap
+) -> tuple[Cohort, BoolArray, tuple[str, ...]]:
+    """The cohort that is evaluated, which of its slides were trained on, and the ids of those left out.
+
+    Raises:
+        RunError: slides or patients that were trained on, unless they are dropped or marked.
+    """
+    slides, patients = overlap_with(trainings, cohort.slide_ids, cohort.patient_ids)
+    known = slides | patients
+    if not known.any() or choice == "mark":
+        return cohort, known, ()
+    ids = tuple(cohort.slide_ids[at] for at in np.flatnonzero(known))
+    if choice == "refuse":
+        who = sorted({cohort.patient_ids[at] for at in np.flatnonzero(patients)})
+        raise RunError(
+            f"got {len(ids)} of {len(cohort)} slides that the model was trained on, or whose patient was: slides "
+            f"{listed(ids)} (by file name: {int(slides.sum())}), patients {listed(who)} → expected a cohort that had "
+            f"no part in the training → leave them out with --overlap drop, or, where only the names are the same, "
+            f"keep them with --overlap mark"
+        )
+    if known.all():
+        raise RunError(
+            f"got {len(ids)} slides, all of which the model was trained on, or their patient was → expected others → "
+            f"evaluate another cohort"
+        )
+    kept = cohort.subset(np.flatnonzero(~known).tolist())
+    return kept, np.zeros(len(kept), dtype=bool), ids
+
+
+def _metrics(
+    records: Sequence[CheckpointRecord],
+    cohort: Cohort,
+    found: Predictions,
+    trained_on: BoolArray,
+    dropped: Sequence[str],
+) -> dict[str, Any]:
+    """The content of ``metrics.json``."""
+    scores = statistics.evaluate(cohort.labels, found.probabilities, cohort.patient_ids, cohort.class_names)
+    calibration = evaluate_calibration(cohort.labels, found.probabilities, cohort.patient_ids, cohort.class_names)
+    warnings = list(dict.fromkeys([*scores["warnings"], *calibration["warnings"]]))
+    n_trained = int(trained_on.sum())
+    if n_trained:
+        warnings.insert(
+            0,
+            f"{n_trained} of {len(cohort)} slides were trained on, or their patient was: these figures are NOT of an "
+            f"external cohort",
+        )
+    rows = [(reason, count, list(ids)) for reason, count, ids in cohort.attrition.rows()[:-1]]
+    rows.append(("slides that the model was trained on, or whose patient was (left out)", len(dropped), list(dropped)))
+    return {
+        "target": cohort.target,
+        "trained_target": records[0].target,
+        "class_names": list(cohort.class_names),
+        "head": ", ".join(record.head for record in records),
+        "entry": found.entry,
+        "n_replicas": len(found.replicas),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": package_versions(),
+        "attrition": [*rows, ("slides kept", len(cohort), [])],
+        "trained_on": n_trained,
+        "warnings": warnings,
+        "looks": 1,
+        "external": scores,
+        "calibration": calibration,
+        "abstention": abstention_of(cohort.labels, found.probabilities, found.abstain_below),
+    }
+
+
+def _attrition_rows(rows: Sequence[tuple[str, int, Sequence[str]]]) -> Iterator[Row]:
+    yield ("reason", "count", "ids")
+    for reason, count, ids in rows:
+        yield (reason, count, " ".join(ids))

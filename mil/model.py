@@ -1,0 +1,105 @@
+"""A trained model as prediction needs it, whether it lies in a run folder or in an artefact."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from aggregators import Aggregator
+from extract.store import difference
+from mil.artefact import is_artefact, read_artefact
+from mil.checkpoint import CheckpointRecord, load_checkpoint
+from mil.errors import CheckpointError, RunError, did_you_mean, listed
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """The replicas of a run.
+
+    Attributes:
+        heads: R heads in evaluation mode, on the CPU.
+        records: [R], of classes and recipes that all share.
+        temperatures: [R]; logits are divided by them. 1 in a run, where nothing is calibrated.
+        abstain_below: the confidence below which the model abstains, or None.
+    """
+
+    heads: tuple[Aggregator, ...]
+    records: tuple[CheckpointRecord, ...]
+    temperatures: tuple[float, ...]
+    abstain_below: float | None = None
+
+    @property
+    def record(self) -> CheckpointRecord:
+        """That of the first replica: classes, target and recipes are those of all."""
+        return self.records[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the replicas."""
+        return tuple(record.replica for record in self.records)
+
+
+def load_model(folder: Path, replicas: Sequence[str] | None = None) -> Model:
+    """Heads and records of a run or an artefact, in the order of their fold and seed; every file is verified.
+
+    Args:
+        folder: written by `mil train` or `mil pack`.
+        replicas: names of those to load, by default all.
+
+    Raises:
+        RunError: no run or model there, a checkpoint is missing or foreign, or an unknown replica.
+        CheckpointError: a damaged file, or checkpoints that do not belong together.
+    """
+    artefact = read_artefact(folder) if is_artefact(folder) else None
+    found = artefact.replicas if artefact is not None else _replicas_of_run(folder)
+    for name in replicas or ():
+        if name not in found:
+            raise RunError(
+                f"got replica {name!r} → expected some of {listed(found)} → {did_you_mean(name, found)}"
+                f"leave it out to average all"
+            )
+    if replicas is not None and not replicas:
+        raise RunError("got an empty list of replicas → expected one or more → leave it out to average all")
+    loaded = [load_checkpoint(folder / "checkpoints" / f"{name}.safetensors") for name in (replicas or found)]
+    loaded.sort(key=lambda pair: (pair[1].fold, pair[1].seed))
+    heads, records = (tuple(each) for each in zip(*loaded, strict=True))
+    _check_alike(records, folder)
+    if artefact is None:
+        return Model(heads, records, (1.0,) * len(heads))
+    temperatures = tuple(artefact.temperatures[record.replica] for record in records)
+    return Model(heads, records, temperatures, artefact.abstain_below)
+
+
+def _replicas_of_run(folder: Path) -> tuple[str, ...]:
+    """The names of the checkpoints, which must be those that the run trained, and no others."""
+    names = tuple(path.stem for path in sorted((folder / "checkpoints").glob("*.safetensors")))
+    if not (folder / "metrics.json").is_file() or not names:
+        raise RunError(
+            f"got {folder} as run folder → there are no metrics.json and checkpoints in it → give the --out folder of "
+            f"a finished mil train, or a model of mil pack"
+        )
+    try:
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        expected = [each["replica"] for each in metrics["per_replica"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"got {folder / 'metrics.json'}, which is not what mil train writes ({type(error).__name__} {error}) → "
+            f"bring it back from a copy of the run"
+        ) from error
+    odd = sorted(set(names) ^ set(expected))
+    if odd:
+        raise RunError(
+            f"got {len(names)} checkpoints in {folder} → the run trained {len(expected)}; missing or foreign: "
+            f"{listed(odd)} → bring the missing back from a copy of the run, or train again"
+        )
+    return names
+
+
+def _check_alike(records: Sequence[CheckpointRecord], folder: Path) -> None:
+    first = records[0]
+    for record in records:
+        if record.class_names != first.class_names or difference(record.feature_recipe, first.feature_recipe):
+            raise CheckpointError(
+                f"got replicas {first.replica} and {record.replica} of different classes or features in {folder} → "
+                f"expected those of one run → do not copy checkpoints between runs"
+            )

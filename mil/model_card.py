@@ -1,0 +1,221 @@
+"""The model card: what a packed model is, what it was worth, and what it is not for, as Markdown."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+NOT_A_DEVICE = (
+    "This is research software. It is **not a medical device**: it is neither approved nor validated for diagnosis, "
+    "treatment or any decision about a patient."
+)
+SYNTHETIC = (
+    "> **SYNTHETIC DATA.** The slides were drawn by a program. This model shows that the software works and says "
+    "nothing about tumours."
+)
+_METRICS = {"macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "accuracy": "accuracy"}
+_CALIBRATION = {"brier": "Brier score (0 to 2)", "nll": "negative log-likelihood", "ece": "calibration error (ECE)"}
+
+
+def write_card(record: Mapping[str, Any]) -> str:
+    """The text of ``README.md``.
+
+    Args:
+        record: the content of ``model.json``, with or without hashes.
+    """
+    parts = [
+        _opening(record),
+        _data(record),
+        _recipe(record),
+        _metrics(record),
+        _calibration(record),
+        _abstention(record),
+        _limits(record),
+        _use(record),
+    ]
+    return "\n".join(line for part in parts for line in (*part, "")).rstrip() + "\n"
+
+
+def _opening(record: Mapping[str, Any]) -> Iterator[str]:
+    yield f"# {_plain(record['target'])} by {_plain(record['head'])}"
+    yield ""
+    if record["synthetic"]:
+        yield SYNTHETIC
+        yield ""
+    names = ", ".join(f"`{name}`" for name in record["class_names"])
+    yield (
+        f"Predicts **{_plain(record['target'])}** of a whole-slide image as one of {names}, from embeddings of its "
+        f"tissue tiles. The prediction is the mean probability of {len(record['replicas'])} replicas."
+    )
+    yield ""
+    yield NOT_A_DEVICE
+
+
+def _data(record: Mapping[str, Any]) -> Iterator[str]:
+    data = record["data"]
+    yield "## Data"
+    yield ""
+    yield f"Trained on {data['n_slides']} slides of {data['n_patients']} patients."
+    yield ""
+    rows = [(name, each["slides"], each["patients"]) for name, each in data["classes"].items()]
+    yield from _table(("class", "slides", "patients"), rows)
+    yield ""
+    yield "Where the rows of the label table and the slides of the store went:"
+    yield ""
+    yield from _table(("rows and slides", "count"), [(reason, count) for reason, count in data["attrition"]])
+
+
+def _recipe(record: Mapping[str, Any]) -> Iterator[str]:
+    features, scale, training = record["feature_recipe"], record["intended_scale"], record["training"]
+    mpp = "the slide's own scale" if scale["mpp"] is None else f"{scale['mpp']:g} µm per pixel"
+    rows = [
+        ("tiles", f"{scale['tile_px']} px at {mpp}"),
+        ("backbone", f"{features['backbone']} (revision {features['revision']}), pooling {features['pooling']}"),
+        ("weights SHA-256", f"`{features['weights_sha256']}`"),
+        ("features", f"{features['dim']} per tile, {features['dtype']}, entry `{record['entry']}`"),
+        ("feature recipe", f"`{record['feature_fingerprint']}`"),
+        ("tile recipe", f"`{record['tile_fingerprint']}`"),
+        ("head", f"{record['head']} {_settings(record['head_keywords'])}"),
+        ("optimizer", _settings(training["optimizer"])),
+        ("epochs", f"at most {training['epochs']}, stopped after {training['patience']} without a better one"),
+        ("folds and seeds", f"{training['folds']} folds, seeds {', '.join(map(str, training['seeds']))}"),
+        ("trained", f"{record['trained']} with {_settings(record['trained_with'])}"),
+        ("packed", f"{record['packed']} with {_settings(record['packed_with'])}"),
+    ]
+    yield "## Recipe"
+    yield ""
+    yield from _table(("what", "value"), rows)
+    yield ""
+    yield "Features of another backbone, other weights or another scale are refused."
+
+
+def _metrics(record: Mapping[str, Any]) -> Iterator[str]:
+    found, before = record["out_of_fold"], record["out_of_fold_uncalibrated"]
+    yield "## Metrics"
+    yield ""
+    yield (
+        f"What was held out: every slide was predicted by the replicas that had neither it nor its patient in training "
+        f"or validation. {found['n_slides']} slides of {found['n_patients']} patients; "
+        f"{found['confidence']:.0%} intervals over resampled patients."
+    )
+    yield ""
+    columns = ("metric", "value", "interval") + (("before calibration",) if before else ())
+    rows = []
+    for key, title in _METRICS.items():
+        last = (_value(before[key]["value"]),) if before else ()
+        rows.append((title, _value(found[key]["value"]), _interval(found[key]), *last))
+    yield from _table(columns, rows)
+    yield ""
+    classes = [
+        (name, each["support"], _both(each["recall"]), _both(each["precision"]), _both(each["auroc"]))
+        for name, each in found["classes"].items()
+    ]
+    yield from _table(("class", "slides", "recall", "precision", "AUROC against the others"), classes)
+    yield ""
+    looks = record["looks"]
+    times = "once" if looks == 1 else f"{looks} times"
+    yield (
+        f"The test folds of this cohort had been looked at {times} in the folder of this run when it was trained. "
+        f"Whoever chose this model among several by these figures must expect less from it."
+    )
+
+
+def _calibration(record: Mapping[str, Any]) -> Iterator[str]:
+    found = record["calibration"]
+    after, before = found["out_of_fold"], found["uncalibrated"]
+    yield "## Calibration"
+    yield ""
+    yield f"Method: {found['method']}. Out of fold, lower is better:"
+    yield ""
+    rows = []
+    for key, title in _CALIBRATION.items():
+        values = [each[key] if key == "ece" else each[key]["value"] for each in (after, before) if each is not None]
+        rows.append((title, *map(_value, values)))
+    columns = ("measure", "this model", "before calibration") if before is not None else ("measure", "this model")
+    yield from _table(columns, rows)
+    expected = after["ece_if_calibrated"]
+    yield ""
+    yield (
+        f"Of so few slides, perfectly calibrated probabilities would show a calibration error of "
+        f"{expected['mean']:.3f} on average, and up to {expected['high']:.3f} in 19 of 20 cases."
+    )
+
+
+def _abstention(record: Mapping[str, Any]) -> Iterator[str]:
+    chosen = record["abstention"]
+    yield "## Abstention"
+    yield ""
+    if chosen is None:
+        yield "None: every slide gets an answer, however unsure."
+        return
+    yield f"Abstains where the highest probability is below **{chosen['below']:.3f}** ({chosen['chosen_by']})."
+    yield ""
+    rows = []
+    for part, title in (("validation", "validation (chosen there)"), ("out_of_fold", "out of fold")):
+        each = chosen[part]
+        rows.append((title, each["n_slides"], _value(each["coverage"]), _value(each["accuracy"])))
+    yield from _table(("slides", "n", "answered", "accuracy of the answered"), rows)
+
+
+def _limits(record: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Limits"
+    yield ""
+    yield f"- {NOT_A_DEVICE}"
+    yield (
+        "- All figures come from cross-validation within one cohort. Other scanners, stains, sites and populations may "
+        "give others: run `mil evaluate` on labelled slides of your own first."
+    )
+    yield (
+        "- It knows the classes above and nothing else; a slide of any other kind is given one of them, perhaps with "
+        "great confidence."
+    )
+    yield "- Attention shows what the head looked at. It is no proof of why."
+    yield (
+        "- The mean of all replicas predicts new slides, and the mean of fewer gave the figures above: expect new "
+        "probabilities to be a little less extreme."
+    )
+    for warning in record["warnings"]:
+        yield f"- {_plain(warning)}"
+
+
+def _use(record: Mapping[str, Any]) -> Iterator[str]:
+    yield "## Use"
+    yield ""
+    yield "    mil predict --run THIS_FOLDER SLIDES... --out predictions.csv"
+    yield "    mil evaluate --run THIS_FOLDER --store STORE --labels LABELS --target COLUMN --out FOLDER"
+    yield ""
+    yield (
+        "Every file is compared with its hash when the model is loaded. `training_cohort.json` holds salted hashes of "
+        "slide names and patient ids, so that an evaluation notices slides that were trained on; ids of a known form "
+        "can be guessed from them."
+    )
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+    yield _row(columns)
+    yield _row(["---"] * len(columns))
+    yield from map(_row, rows)
+
+
+def _row(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(_plain(cell) for cell in cells) + " |"
+
+
+def _plain(cell: object) -> str:
+    """Text that stays in its cell and is no markup of HTML."""
+    return " ".join(str(cell).split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items() if value is not None)
+
+
+def _value(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _interval(entry: Mapping[str, float | None]) -> str:
+    low, high = entry["low"], entry["high"]
+    return "–" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+
+
+def _both(entry: Mapping[str, float | None]) -> str:
+    return f"{_value(entry['value'])} ({_interval(entry)})"

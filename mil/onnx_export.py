@@ -1,0 +1,276 @@
+"""Heads as ONNX files: one bag in, its logits and attention out, compared with torch before anybody relies on them."""
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from aggregators import Aggregator
+from aggregators.base import Standardize
+from extract.store import Store
+from mil.artefact import check_new_folder
+from mil.bags import needs_coords, open_bags
+from mil.checkpoint import CheckpointRecord, package_versions
+from mil.ensemble import is_ensemble
+from mil.errors import MissingExtraError, RunError
+from mil.files import write_atomically
+from mil.inference import available_slides, fitting_entry
+from mil.model import load_model
+
+TOLERANCE = 1e-4
+BAG_SIZES = (1, 2, 7, 64, 500)
+_EXAMPLE_ROWS = 37
+_REAL_BAGS = 8
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class OnnxParity:
+    """How far an ONNX file is from the head that it was made of.
+
+    Attributes:
+        replica: its name.
+        file: name of the ``.onnx`` file.
+        sha256: of the file.
+        outputs: names of the outputs: ``logits`` [1, C] and, where the head has it, ``attention`` [n, branches].
+        temperature: divides the logits before the softmax; 1 in a run that was not packed.
+        largest_difference: over all outputs and bags.
+        bags: sizes of the bags that were compared.
+        real_bags: how many of them are slides of a store; the others are random.
+    """
+
+    replica: str
+    file: str
+    sha256: str
+    outputs: tuple[str, ...]
+    temperature: float
+    largest_difference: float
+    bags: tuple[int, ...]
+    real_bags: int
+
+
+def export_onnx(
+    run_folder: str | Path,
+    out: str | Path,
+    store: Store | None = None,
+    replicas: Sequence[str] | None = None,
+) -> list[OnnxParity]:
+    """Write one ``.onnx`` per replica, and ``onnx.json`` with what their users must know.
+
+    Every file takes ``instances`` float32 [n, dim] of one bag, any n from 1. It is run by onnxruntime on bags of
+    several sizes and must agree with torch within 1e-4, or nothing is written.
+
+    Args:
+        run_folder: written by ``mil train`` or ``mil pack``.
+        out: folder to write; must be new or empty.
+        store: compare on up to eight of its slides too.
+        replicas: which; by default all.
+
+    Raises:
+        MissingExtraError: onnx, onnxscript or onnxruntime is not installed.
+        RunError: no run there, ``out`` is taken, or a head that cannot be exported; the message says why.
+        CheckpointError: a damaged file, or a store of another recipe.
+    """
+    _require_packages()
+    folder, out = Path(run_folder), Path(out).absolute()
+    check_new_folder(out)
+    if is_ensemble(folder):
+        raise RunError(f"got the ensemble {folder} to export → expected a run → export its members one by one")
+    model = load_model(folder, replicas)
+    if needs_coords(model.record.keywords):
+        raise RunError(
+            f"got head {model.record.head!r} of positions={model.record.keywords['positions']!r} to export → the "
+            f"file takes instances alone, and this head reads where they lie → keep to torch, or train positions=none"
+        )
+    real = [] if store is None else _real_bags(store, model.records)
+    files, found = dict[str, bytes](), []
+    for head, record, temperature in zip(model.heads, model.records, model.temperatures, strict=True):
+        bags = [*_random_bags(head), *real]
+        content, outputs = to_onnx(head, record.head)
+        largest = compare(content, head, record.head, bags)
+        name = f"{record.replica}.onnx"
+        files[name] = content
+        digest = sha256(content).hexdigest()
+        sizes = tuple(len(bag) for bag in bags)
+        found.append(OnnxParity(record.replica, name, digest, outputs, temperature, largest, sizes, len(real)))
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(out / name, content)
+    write_atomically(out / "onnx.json", json.dumps(_description(model.record, found), indent=2).encode())
+    return found
+
+
+def to_onnx(head: Aggregator, name: str) -> tuple[bytes, tuple[str, ...]]:
+    """A head as the content of an ONNX file, and the names of its outputs.
+
+    Args:
+        head: on the CPU.
+        name: of the head, for messages.
+
+    Raises:
+        MissingExtraError: onnx or onnxscript is not installed.
+        RunError: the head does what ONNX has no word for, or works for bags of one size only.
+    """
+    _require_packages()
+    wrapped = _OneBag(copy.deepcopy(head).requires_grad_(False)).eval()
+    example = torch.from_numpy(_random_bags(head, (_EXAMPLE_ROWS,))[0])
+    outputs = ("logits", "attention")[: len(wrapped(example))]
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                wrapped,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("n", min=1)},),
+                input_names=["instances"],
+                output_names=list(outputs),
+                verbose=False,
+            )
+            if program is None:
+                raise RunError(f"got head {name!r} → torch.onnx gave no program for it → keep to torch for it")
+            return _content(program), outputs
+    except RunError:
+        raise
+    # the exporter's own errors have no common base, and those of what it calls come through as they are
+    except Exception as error:
+        raise RunError(
+            f"got head {name!r} to export → it does what ONNX cannot say ({_reason(error)}) → keep to torch for it, or "
+            f"train another head, such as abmil"
+        ) from error
+
+
+def _content(program: Any) -> bytes:
+    """The program as one file, weights included."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "head.onnx"
+        program.save(path, external_data=False)
+        return path.read_bytes()
+
+
+def compare(content: bytes, head: Aggregator, name: str, bags: Sequence[FloatArray]) -> float:
+    """The largest difference between an ONNX file and torch over some bags [n, dim].
+
+    Raises:
+        RunError: it is above 1e-4, or the file does not take bags of every size.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    (dimension, _) = session.get_inputs()[0].shape
+    if isinstance(dimension, int):
+        raise RunError(
+            f"got head {name!r} to export → what it does depends on the size of the bag, and the file would take bags "
+            f"of {dimension} instances only → keep to torch for it, or train another head, such as abmil"
+        )
+    largest = 0.0
+    for bag in bags:
+        with torch.inference_mode():
+            expected = _OneBag(head)(torch.from_numpy(bag))
+        for ours, theirs in zip(expected, session.run(None, {"instances": bag}), strict=True):
+            difference = float(np.abs(ours.numpy() - theirs).max()) if ours.shape == theirs.shape else np.inf
+            # a difference that is not a number is no agreement
+            largest = max(largest, difference if np.isfinite(difference) else np.inf)
+    if largest > TOLERANCE:
+        raise RunError(
+            f"got head {name!r} as ONNX, which differs from torch by {largest:.2g} → expected {TOLERANCE:g} at most → "
+            f"keep to torch for it"
+        )
+    return largest
+
+
+class _OneBag(nn.Module):
+    """A head that is given one bag, and returns plain tensors."""
+
+    def __init__(self, head: Aggregator) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, instances: Tensor) -> tuple[Tensor, ...]:
+        """Instances [n, dim] to logits [1, C] and, where there is one, attention [n, branches]."""
+        output = self.head(instances)
+        return (output.logits,) if output.attention is None else (output.logits, output.attention)
+
+
+def _random_bags(head: Aggregator, sizes: Sequence[int] = BAG_SIZES) -> list[FloatArray]:
+    """Seeded normal instances, of the mean and deviation that a head which standardises has seen in training."""
+    rng = np.random.default_rng(0)
+    mean: npt.NDArray[Any] = np.zeros(1, np.float32)
+    std: npt.NDArray[Any] = np.ones(1, np.float32)
+    if isinstance(head.input_norm, Standardize):
+        mean, std = head.input_norm.mean.numpy(), head.input_norm.std.numpy()
+    return [mean + std * rng.standard_normal((size, head.in_dim), dtype=np.float32) for size in sizes]
+
+
+def _real_bags(store: Store, records: Sequence[CheckpointRecord]) -> list[FloatArray]:
+    """The first slides of a store, as the heads would see them."""
+    entry = fitting_entry(store, records, None)
+    ids = available_slides(store, records[:1], entry)[:_REAL_BAGS]
+    bags = open_bags(store, ids, entry, "mmap")
+    return [bags.pack(np.array([at])).instances.float().numpy() for at in range(len(bags))]
+
+
+def _description(record: CheckpointRecord, found: Sequence[OnnxParity]) -> dict[str, Any]:
+    """The content of ``onnx.json``."""
+    return {
+        "input": {"name": "instances", "dtype": "float32", "shape": ["n", record.in_dim]},
+        "target": record.target,
+        "class_names": list(record.class_names),
+        "probabilities": "mean over the files of softmax(logits / temperature)",
+        "feature_recipe": dict(record.feature_recipe),
+        "tile_recipe": dict(record.tile_recipe),
+        "tolerance": TOLERANCE,
+        "versions": package_versions() | _versions(),
+        "files": [asdict(each) for each in found],
+    }
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in _PACKAGES}
+
+
+def _require_packages() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f'got no {", ".join(missing)} → expected them for the export to ONNX → run pip install "tessera-mil[onnx]"'
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter prints and warns of on its way; what fails is raised all the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _reason(error: Exception) -> str:
+    """The innermost cause, in one line."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"

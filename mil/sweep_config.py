@@ -1,0 +1,261 @@
+"""What a sweep is asked for: a search space over a training configuration, composed, checked and saved to run again."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from mil.config import GROUPS, TrainConfig, compose_config, read_config_file
+from mil.errors import ConfigError, did_you_mean
+from mil.space import Dimension, draw_settings, grid, override_text, parse_space, space_of, typed, value_name
+
+METHODS = ("grid", "random", "tpe")
+SELECT = {"auroc": True, "macro_f1": True, "balanced_accuracy": True, "log_loss": False}
+"""What settings can be chosen by, and whether more is better."""
+
+DEFAULT_TRIALS = 20
+_SECTION = ("space", "method", "trials", "select", "seed", "overrides", "values")
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """One point of the search space.
+
+    Attributes:
+        values: by key of its dimensions.
+        config: all of it.
+    """
+
+    values: Mapping[str, Any]
+    config: TrainConfig
+
+    @property
+    def title(self) -> str:
+        """Such as ``head=abmil optimizer.lr=0.001``."""
+        return " ".join(f"{key}={value_name(value)}" for key, value in self.values.items())
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the values that are not swept come from; see `mil.config.compose_config`."""
+
+    file: Mapping[str, Any] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """What to sweep.
+
+    Attributes:
+        space: the dimensions.
+        method: ``grid`` trains every combination, ``random`` some drawn ones, ``tpe`` searches by what it has seen.
+        trials: settings per fold; None for a grid.
+        select: what settings are chosen by, on validation parts; a key of `SELECT`.
+        seed: of random draws and of the search.
+        sources: the values that all settings share.
+        checked: the first setting of all, and every other value once beside the first of the others.
+    """
+
+    space: tuple[Dimension, ...]
+    method: str
+    trials: int | None
+    select: str
+    seed: int
+    sources: Sources
+    checked: tuple[TrainConfig, ...]
+
+    @property
+    def train(self) -> TrainConfig:
+        """The first setting, for what all share: store, labels, folds, seeds, ..."""
+        return self.checked[0]
+
+    def setting(self, values: Mapping[str, Any]) -> Setting:
+        """The setting at a point of the space.
+
+        Raises:
+            ConfigError: values that do not go together.
+        """
+        return Setting(dict(values), _compose(self.sources, values))
+
+    def settings(self) -> list[Setting]:
+        """All settings of a grid or of random draws, each checked.
+
+        Raises:
+            ConfigError: values that do not go together.
+        """
+        drawn = draw_settings(self.space, self.trials, self.seed) if self.trials is not None else grid(self.space)
+        return [self.setting(values) for values in drawn]
+
+    def to_yaml(self) -> str:
+        """The text of the sweep's ``config.yaml``: what was given, so that it composes to the same settings."""
+        values = self.sources.values
+        plain = {key: value for key, value in values.items() if key not in GROUPS}
+        # absolute, so that the saved config runs from anywhere
+        paths = {name: getattr(self.train, name) for name in ("store", "labels")}
+        plain |= {name: path for name, path in paths.items() if path is not None}
+        section = {
+            "space": {dimension.key: dimension.plain() for dimension in self.space},
+            "method": self.method,
+            "trials": self.trials,
+            "select": self.select,
+            "seed": self.seed,
+            "overrides": [text for text in self.sources.overrides if text.partition("=")[0].strip() not in plain],
+            "values": {key: value for key, value in values.items() if key in GROUPS},
+        }
+        tree = _yaml_values({**self.sources.file, **plain, "sweep": section})
+        text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        return text
+
+
+def compose_sweep(
+    overrides: Sequence[str] = (),
+    file: str | Path | None = None,
+    values: Mapping[str, Any] | None = None,
+    space: Mapping[str, Any] | None = None,
+    **chosen: Any,
+) -> SweepConfig:
+    """Compose and check a sweep, before anything is trained.
+
+    Args:
+        overrides: Hydra overrides; those with several values are the search space, see `mil.space.parse_space`.
+        file: ``config.yaml`` of an earlier sweep or run; what is given here goes before what it says.
+        values: plain values by name, as in `mil.config.compose_config`.
+        space: lists of values, or texts of intervals, by key.
+        **chosen: ``method``, ``trials``, ``select`` and ``seed`` of `SweepConfig`; what is None is left to the file.
+
+    Raises:
+        ConfigError: an unknown key, option or value (near matches are named), values that do not go together, or no
+            search space.
+
+    Example:
+        >>> compose_sweep(["optimizer.lr=1e-4,1e-3", "head=mean,abmil"]).method
+        'grid'
+    """
+    given = read_config_file(Path(file)) if file is not None else {}
+    section = _section(given.pop("sweep", {}))
+    dimensions, others = parse_space(overrides)
+    dimensions = (*dimensions, *space_of(space or {}))
+    taken = {text.partition("=")[0].strip() for text in others} | {each.key for each in dimensions}
+    earlier = [each for each in space_of(section["space"]) if each.key not in taken]
+    kept = [text for text in section["overrides"] if text.partition("=")[0].strip() not in taken]
+    _refuse_both_ways([*earlier, *dimensions], values or {})
+    sources = Sources(given, (*kept, *others), {**section["values"], **(values or {})})
+    complete = _typed((*earlier, *dimensions), sources)
+    checked = _check_values(complete, sources)
+    if checked[0].track:
+        raise ConfigError(
+            f"got track={list(checked[0].track)} → a sweep tells no tracker of its trials → leave it out, and track "
+            f"the training of best.yaml"
+        )
+    picked = {name: section[name] if chosen.get(name) is None else chosen[name] for name in _SECTION[1:5]}
+    method, trials = _method(picked["method"], picked["trials"], complete)
+    select = _one_of("select", picked["select"] or "auroc", list(SELECT))
+    seed = _whole("seed", picked["seed"] or 0, 0)
+    return SweepConfig(complete, method, trials, select, seed, sources, checked)
+
+
+def _section(given: Any) -> dict[str, Any]:
+    """What a config file says of the sweep."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"got sweep: {given!r} in the config file → expected keys below it → {', '.join(_SECTION)}")
+    for key in given:
+        _one_of("sweep.", str(key), list(_SECTION))
+    found = dict.fromkeys(_SECTION) | dict(given)
+    return found | {
+        "space": found["space"] or {},
+        "overrides": found["overrides"] or [],
+        "values": found["values"] or {},
+    }
+
+
+def _one_of(name: str, value: Any, valid: Sequence[str]) -> str:
+    if value not in valid:
+        hint = did_you_mean(str(value), valid) or "choose one of these"
+        raise ConfigError(f"got {name} {value} → expected one of {', '.join(valid)} → {hint.rstrip()}")
+    return str(value)
+
+
+def _whole(name: str, value: Any, low: int) -> int:
+    if type(value) is not int or value < low:
+        raise ConfigError(
+            f"got {name} {value} → expected a whole number of {low} or more → give --{name} {max(low, 20)}"
+        )
+    return value
+
+
+def _method(method: Any, trials: Any, space: Sequence[Dimension]) -> tuple[str, int | None]:
+    """The method and its number of trials, None for a grid."""
+    intervals = [dimension.key for dimension in space if dimension.interval is not None]
+    method = _one_of("method", method or ("tpe" if intervals else "grid"), METHODS)
+    if method != "grid":
+        return method, _whole("trials", DEFAULT_TRIALS if trials is None else trials, 1)
+    if intervals:
+        raise ConfigError(
+            f"got method grid with an interval of {intervals[0]} → a grid needs values → list them, such as "
+            f"{intervals[0]}=1e-4,1e-3, or give --method random or tpe"
+        )
+    if trials is not None:
+        n = math.prod(len(dimension.values) for dimension in space)
+        raise ConfigError(
+            f"got trials {trials} for a grid → a grid trains all of its {n} settings → leave out --trials, or give "
+            f"--method random or tpe"
+        )
+    return method, None
+
+
+def _refuse_both_ways(space: Sequence[Dimension], values: Mapping[str, Any]) -> None:
+    """Refuse keys that are swept and given one value as well, which would silently win."""
+    flat = set(values)
+    for group, value in values.items():
+        flat |= {f"{group}.{key}" for key in value} if isinstance(value, Mapping) else set()
+        if isinstance(value, Mapping) and "name" not in value:
+            flat.discard(group)
+    both = [dimension.key for dimension in space if dimension.key in flat]
+    if both:
+        raise ConfigError(f"got {both[0]} both to sweep and with one value → expected one of them → take the other out")
+
+
+def _compose(sources: Sources, values: Mapping[str, Any]) -> TrainConfig:
+    texts = [override_text(key, value) for key, value in values.items()]
+    return compose_config([*sources.overrides, *texts], sources.file, sources.values)
+
+
+def _typed(space: Sequence[Dimension], sources: Sources) -> tuple[Dimension, ...]:
+    """The dimensions, intervals in the type of their key."""
+    if not space:
+        raise ConfigError(
+            "got nothing to sweep → expected a key with several values → write optimizer.lr=1e-4,1e-3 or "
+            "optimizer.lr=interval(1e-5,1e-2), or use mil train"
+        )
+    lists = {dimension.key: dimension.values[0] for dimension in space if dimension.interval is None}
+    plain = _compose(sources, lists).to_dict()
+    return tuple(typed(dimension, _look_up(plain, dimension.key)) for dimension in space)
+
+
+def _look_up(plain: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key; None where there is none, which composing will tell."""
+    found: Any = plain
+    for name in key.split("."):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _check_values(space: Sequence[Dimension], sources: Sources) -> tuple[TrainConfig, ...]:
+    """Compose the first values, then every other value once beside the first of the others."""
+    first = {dimension.key: dimension.known[0] for dimension in space}
+    points = [first | {dimension.key: value} for dimension in space for value in dimension.known[1:]]
+    return tuple(_compose(sources, point) for point in [first, *points])
+
+
+def _yaml_values(value: Any) -> Any:
+    """Plain values that YAML can hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _yaml_values(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_yaml_values(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,53 @@
+"""A sweep as one HTML page and one figure: what was chosen, how good the choosing is, and which dimensions matter."""
+
+import base64
+from pathlib import Path
+
+from mil.files import write_atomically
+from mil.page import load_template
+from mil.plotting import to_svg
+from mil.space import value_name
+from mil.sweep import PROCEDURE, Sweep
+from mil.sweep_figures import sensitivity_plot
+
+METRIC_NAMES = {
+    "auroc": "AUROC",
+    "macro_f1": "macro-F1",
+    "balanced_accuracy": "balanced accuracy",
+    "accuracy": "accuracy",
+    "log_loss": "log-loss",
+}
+MOST_SETTINGS = 50
+"""Settings in the page's table; the CSV file has all."""
+
+
+def write_sweep_page(folder: Path, found: Sweep) -> Path:
+    """Write ``sweep.html`` and ``figures/sensitivity.svg`` into a sweep's folder, and return the page's path.
+
+    Raises:
+        MissingExtraError: matplotlib or jinja2 is not installed.
+    """
+    template = load_template("sweep.html", "the page of a sweep", value_name=value_name, number=_number)
+    note = "synthetic data" if found.metrics["synthetic"] else ""
+    figure = sensitivity_plot(found.sensitivities, METRIC_NAMES[found.config.select])
+    svg = to_svg(figure, note).encode("utf-8", "backslashreplace")
+    (folder / "figures").mkdir(exist_ok=True)
+    write_atomically(folder / "figures" / "sensitivity.svg", svg)
+    page = template.render(
+        found=found,
+        metrics=found.metrics,
+        nested=found.metrics["out_of_fold"],
+        names=METRIC_NAMES,
+        score=METRIC_NAMES[found.config.select],
+        procedure=PROCEDURE,
+        averages=found.averages[:MOST_SETTINGS],
+        figure=f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}",
+    )
+    path = folder / "sweep.html"
+    # an id that is not UTF-8 reaches us with lone surrogates, which no HTML file can hold
+    write_atomically(path, page.encode("utf-8", "backslashreplace"))
+    return path
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
