@@ -26,6 +26,8 @@ IntArray = npt.NDArray[np.int64]
 RAM_SHARE = 0.5
 # A map keeps a file open; macOS allows a process 256 unless told otherwise, Linux 1,024.
 MAPS_KEPT = 64
+VIEW = "@view-"
+"""In an entry's name: an augmented view of the entry named before it, made by ``mil extract --views``."""
 _CHUNK_ROWS = 4096
 _DRAW_ROWS = 1
 
@@ -109,6 +111,7 @@ class Bags:
         memory: ``ram`` copies them into one matrix, ``mmap`` leaves them where they are, ``auto`` copies when they
             take at most half of the free memory.
         coords: for heads that use positions, n matrices [n_instances, 2] in level-0 px.
+        views: augmented views of all bags, each n matrices of the shapes of `features`; they stay where they are.
 
     Raises:
         BagError: no bags, a bag without instances, bags of different width, or coords of another number.
@@ -125,6 +128,7 @@ class Bags:
         features: Sequence[npt.NDArray[Any]],
         memory: Memory = "auto",
         coords: Sequence[npt.NDArray[Any]] | None = None,
+        views: Sequence[Sequence[npt.NDArray[Any]]] = (),
     ) -> None:
         room = {"ram": math.inf, "mmap": -1.0}[memory] if memory != "auto" else RAM_SHARE * _free_bytes()
         # each bag is opened once: it may have to be mapped, checked, or fetched for it
@@ -142,6 +146,7 @@ class Bags:
         self.dim, self._dtype = int(forms[0][0][1]), forms[0][1]
         self.memory: Literal["mmap", "ram"] = "ram" if size <= room else "mmap"
         self._matrices = copies if self.memory == "ram" else features
+        self._views = tuple(views)
         self._coords = None if coords is None else [np.asarray(each, dtype=np.int32) for each in coords]
         if self._coords is not None and [len(each) for each in self._coords] != self.n_instances.tolist():
             raise BagError(
@@ -153,26 +158,46 @@ class Bags:
         return len(self.slide_ids)
 
     @property
+    def n_views(self) -> int:
+        """Augmented views that every bag has beside itself."""
+        return len(self._views)
+
+    @property
     def itemsize(self) -> int:
         """Bytes of one number."""
         return int(self._dtype.itemsize)
 
-    def pack(self, bags: IntArray, rows: Mapping[int, IntArray] | None = None) -> Pack:
+    def pack(
+        self, bags: IntArray, rows: Mapping[int, IntArray] | None = None, views: Mapping[int, int] | None = None
+    ) -> Pack:
         """Gather bags, in this order.
 
         Args:
             bags: [k], which.
             rows: for some of them, the instances to take; the others are taken whole.
+            views: for some of them, the augmented view to take, from 1; the others are taken as they are.
+
+        Raises:
+            BagError: a view has other instances than its bag.
         """
-        rows = rows or {}
+        rows, views = rows or {}, views or {}
         counts = [len(rows[bag]) if bag in rows else self.n_instances[bag] for bag in bags.tolist()]
         offsets = np.cumsum([0, *counts], dtype=np.int64)
         instances = np.empty((offsets[-1], self.dim), self._dtype)
         # one after another: a pack of small bags may hold more of them than files can be open
         for bag, start, stop in zip(bags.tolist(), offsets, offsets[1:], strict=False):
-            matrix = self._matrices[bag]
+            matrix = self._view(bag, views[bag]) if views.get(bag) else self._matrices[bag]
             instances[start:stop] = matrix[rows[bag]] if bag in rows else matrix
         return Pack(torch.from_numpy(instances), torch.from_numpy(offsets), bags, self._pack_coords(bags, rows))
+
+    def _view(self, bag: int, view: int) -> npt.NDArray[Any]:
+        matrix = self._views[view - 1][bag]
+        if matrix.shape != (self.n_instances[bag], self.dim):
+            raise BagError(
+                f"got {matrix.shape} in view {view} of slide {self.slide_ids[bag]!r} → expected "
+                f"{(int(self.n_instances[bag]), self.dim)} as in the slide itself → run mil extract with --views again"
+            )
+        return matrix
 
     def _pack_coords(self, bags: IntArray, rows: Mapping[int, IntArray]) -> Tensor | None:
         """The coords of a pack's instances."""
@@ -254,9 +279,13 @@ class ResidentBags(Bags):
             matrix = torch.from_numpy(np.ascontiguousarray(self._matrices[bag]))
             self._resident[start : start + len(matrix)].copy_(matrix)
 
-    def pack(self, bags: IntArray, rows: Mapping[int, IntArray] | None = None) -> Pack:
-        """As `Bags.pack`, with the instances on the device."""
+    def pack(
+        self, bags: IntArray, rows: Mapping[int, IntArray] | None = None, views: Mapping[int, int] | None = None
+    ) -> Pack:
+        """As `Bags.pack`, with the instances on the device; views come from where they are."""
         rows = rows or {}
+        if views:
+            return super().pack(bags, rows, views)
         taken = [
             self._starts[bag] + rows.get(bag, np.arange(self.n_instances[bag], dtype=np.int64)) for bag in bags.tolist()
         ]
@@ -276,7 +305,12 @@ def place_bags(bags: Bags, device: torch.device) -> Bags:
 
 
 def open_bags(
-    store: FeatureStore, slide_ids: Sequence[str], entry: str, memory: Memory = "auto", coords: bool = False
+    store: FeatureStore,
+    slide_ids: Sequence[str],
+    entry: str,
+    memory: Memory = "auto",
+    coords: bool = False,
+    views: bool = False,
 ) -> Bags:
     """The bags of some slides of a store, in this order.
 
@@ -286,20 +320,35 @@ def open_bags(
         entry: their features.
         memory: see `Bags`.
         coords: also read where the tiles lie, for heads that use positions.
+        views: also open the entry's augmented views.
 
     Raises:
-        BagError: a slide without complete features in ``entry``, or without a valid tile.
+        BagError: a slide without complete features in ``entry`` or its views, a slide without a valid tile, or no view.
         ExtractError: ``coords`` of a slide that was imported without any.
         UnitCorruptError: features that do not match their checksum; every bag is read once to see.
     """
-    missing = sorted(set(slide_ids) - set(store.slide_ids(entry)))
-    if missing:
+    others = view_entries(store, entry) if views else []
+    if views and not others:
         raise BagError(
-            f"got {len(missing)} slides without features in entry {entry!r} of {store.path}: {listed(missing)} → "
-            f"expected complete features → run mil extract on them, or leave them out"
+            f"got views=sample for entry {entry!r} of {store.path} → it has no augmented views → run mil extract with "
+            f"--views 4, or set views=none"
         )
+    for name in (entry, *others):
+        missing = sorted(set(slide_ids) - set(store.slide_ids(name)))
+        if missing:
+            raise BagError(
+                f"got {len(missing)} slides without features in entry {name!r} of {store.path}: {listed(missing)} → "
+                f"expected complete features → run mil extract on them, or leave them out"
+            )
     places = [store[slide_id].coords(entry) for slide_id in slide_ids] if coords else None
-    return Bags(slide_ids, _StoredMatrices(store, slide_ids, entry), memory, places)
+    seen = [_StoredMatrices(store, slide_ids, name) for name in others]
+    return Bags(slide_ids, _StoredMatrices(store, slide_ids, entry), memory, places, seen)
+
+
+def view_entries(store: FeatureStore, entry: str) -> list[str]:
+    """The augmented views of an entry, in the order of their numbers."""
+    found = [name for name in store.entries() if name.startswith(f"{entry}{VIEW}")]
+    return sorted(found, key=lambda name: (len(name), name))
 
 
 def needs_coords(keywords: Mapping[str, Any]) -> bool:
@@ -347,7 +396,9 @@ def choose_entry(store: FeatureStore, entry: str | None = None) -> str:
     Raises:
         BagError: no entries, several without a choice, or an unknown one; the message lists those there are.
     """
-    entries = store.entries()
+    everything = store.entries()
+    # a view is trained on with its entry, and alone only when it is asked for
+    entries = [name for name in everything if VIEW not in name or name == entry] or everything
     if not entries:
         raise BagError(f"got the store {store.path} without features → expected an entry → run mil extract first")
     if entry is None and len(entries) > 1:

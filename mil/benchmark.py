@@ -21,7 +21,7 @@ from aggregators import list_aggregators
 from aggregators.errors import AggregatorError
 from extract.store import Store, open_store
 from extract.store.remote_path import store_path
-from mil.bags import Bags, choose_entry, needs_coords, open_bags, place_bags
+from mil.bags import VIEW, Bags, choose_entry, needs_coords, open_bags, place_bags
 from mil.baselines import ON_FEATURES, run_baselines
 from mil.board import REFERENCE, Board, BoardRow, Entrant, rank, score
 from mil.board_page import write_page
@@ -310,7 +310,12 @@ def _sources(stores: Sequence[Store], cohort: Cohort, config: BenchmarkConfig) -
     found = []
     for store in stores:
         entries = store.entries()
-        wanted = entries if config.backbones is None else [name for name in config.backbones if name in entries]
+        # views are trained on with their entry
+        wanted = (
+            [name for name in entries if VIEW not in name]
+            if config.backbones is None
+            else [name for name in config.backbones if name in entries]
+        )
         found += [(store, choose_entry(store, entry)) for entry in wanted]
     unknown = sorted(set(config.backbones or ()) - {entry for _, entry in found})
     if unknown or not found:
@@ -327,7 +332,8 @@ def _sources(stores: Sequence[Store], cohort: Cohort, config: BenchmarkConfig) -
     sources = []
     for store, entry in found:
         positions = any(needs_coords(head.keywords) for head in config.heads)
-        bags = open_bags(store, cohort.slide_ids, entry, config.train.memory, positions)
+        views = config.train.views == "sample"
+        bags = open_bags(store, cohort.slide_ids, entry, config.train.memory, positions, views)
         # features that are not finite stop the benchmark here, before any head is blamed
         _ = bags.moments
         if config.train.memory == "auto":

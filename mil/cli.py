@@ -12,6 +12,7 @@ from rich.console import Console
 from mil import (
     cli_benchmark,
     cli_compare,
+    cli_config,
     cli_extract,
     cli_foreign,
     cli_models,
@@ -65,6 +66,7 @@ app.command()(cli_plan.doctor)
 app.command()(cli_plan.plan)
 app.command()(cli_extract.extract)
 app.command()(cli_sheet.sheet)
+app.add_typer(cli_config.app, name="config")
 app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_store.store_app, name="store")
 cli_store.store_app.command("import")(cli_foreign.import_features)

@@ -52,9 +52,9 @@ class HeadConfig(_Checked):
         super().__post_init__()
         _option("head", self.name)
         for key in self.keywords:
-            _require(key, list(_options("head")[self.name]), "head.", what="key")
+            _require(key, list(group_options("head")[self.name]), "head.", what="key")
         kinds = _keyword_types(self.name)
-        filled = {key: self.keywords.get(key, default) for key, default in _options("head")[self.name].items()}
+        filled = {key: self.keywords.get(key, default) for key, default in group_options("head")[self.name].items()}
         object.__setattr__(
             self, "keywords", {key: _coerce(f"head.{key}", value, kinds[key]) for key, value in filled.items()}
         )
@@ -66,7 +66,7 @@ class _Option(_Checked):
     _group = ""
 
     def __post_init__(self) -> None:
-        own = _options(self._group)[_option(self._group, str(self.name))]  # type: ignore[attr-defined]
+        own = group_options(self._group)[_option(self._group, str(self.name))]  # type: ignore[attr-defined]
         for item in fields(self):  # type: ignore[arg-type]
             if item.name == "name":
                 continue
@@ -223,6 +223,8 @@ class TrainConfig(_Checked):
             many training bags with replacement, every class or patient equally likely.
         instance_budget: most instances drawn per bag and training step, afresh each epoch; None takes all.
         instance_dropout: probability with which an instance is left out, afresh each epoch; one always stays.
+        views: ``sample`` trains on the entry's augmented views too (``mil extract --views``), one drawn for every bag and
+            epoch; validation and test see the slides as they are.
         class_weights: ``balanced`` weighs a class by the inverse of its frequency in the training part. In training it
             does so only where the sampler has not balanced the classes already.
         standardize: ``train`` fits mean and standard deviation of the features on the training instances.
@@ -268,6 +270,7 @@ class TrainConfig(_Checked):
     sampler: Literal["natural", "class_balanced", "patient_balanced"] = "natural"
     instance_budget: int | None = _number(4096, 1)
     instance_dropout: float = _number(0.0, 0.0, 1.0, below=True)
+    views: Literal["none", "sample"] = "none"
     class_weights: Literal["balanced", "none"] = "balanced"
     standardize: Literal["train", "none"] = "train"
     grad_clip: float | None = _number(1.0, 0.0, above=True)
@@ -384,7 +387,7 @@ def _section(value: object) -> dict[str, Any]:
 
 
 def _option(group: str, option: str) -> str:
-    _require(option, list(_options(group)), f"{group}=")
+    _require(option, list(group_options(group)), f"{group}=")
     return option
 
 
@@ -393,8 +396,8 @@ def _option(group: str, option: str) -> str:
 _RECORDS = {"optimizer": OPTIMIZERS, "scheduler": SCHEDULERS, "loss": LOSSES, "augment": AUGMENTATIONS}
 
 
-def _options(group: str) -> dict[str, dict[str, object]]:
-    """The options of a group with their default values."""
+def group_options(group: str) -> dict[str, dict[str, object]]:
+    """The options of a group with their keys and defaults, such as those of ``optimizer``."""
     if group in _RECORDS:
         return keys_of(_RECORDS[group])
     from aggregators import list_aggregators
@@ -433,7 +436,7 @@ def _defaults(given: Mapping[str, Any]) -> _Defaults:
     top.update({key: value for key, value in given.items() if key not in GROUPS})
     options, chosen = {}, {}
     for group in GROUPS:
-        options[group] = {name: dict(keywords) for name, keywords in _options(group).items()}
+        options[group] = {name: dict(keywords) for name, keywords in group_options(group).items()}
         section = _section(given.get(group, plain[group]["name"]))
         chosen[group] = _option(group, str(section.pop("name", plain[group]["name"])))
         for key, value in section.items():

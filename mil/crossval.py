@@ -144,7 +144,8 @@ def cross_validate(
     cohort = join_store(cohort, store.slide_ids(entry))
     splits = split_cohort(cohort, split_plan(config))
     if bags is None:
-        bags = open_bags(store, cohort.slide_ids, entry, config.memory, needs_coords(config.head.keywords))
+        positions, views = needs_coords(config.head.keywords), config.views == "sample"
+        bags = open_bags(store, cohort.slide_ids, entry, config.memory, positions, views)
     bags = place_bags(bags, device) if config.memory == "auto" else bags
     replicas = [Replica(fold, seed, config) for fold in range(splits.n_folds) for seed in config.seeds]
     parts = np.stack([splits.parts(replica.fold, replica.seed) for replica in replicas])

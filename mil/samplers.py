@@ -15,6 +15,7 @@ BoolArray = npt.NDArray[np.bool_]
 _DRAW_ORDER = 0
 _DRAW_KEPT = 2
 _DRAW_BAGS = 3
+_DRAW_VIEW = 4
 
 
 def natural_order(n_bags: int, seed: int, epoch: int) -> IntArray:
@@ -112,3 +113,14 @@ def _keep_some(rows: IntArray | None, n: int, dropout: float, key: tuple[int, in
     # the one that came nearest
     kept[draws.argmax()] = True
     return rows[kept]
+
+
+def draw_views(bags: Bags, members: IntArray, seed: int, epoch: int) -> dict[int, int]:
+    """The view of every bag in an epoch: itself (0) and each of its augmented views equally likely.
+
+    A draw depends on (seed, epoch, bag) alone.
+    """
+    return {
+        bag: int(np.random.default_rng((_DRAW_VIEW, seed, epoch, bag)).integers(bags.n_views + 1))
+        for bag in members.tolist()
+    }

@@ -245,7 +245,8 @@ def _open(store: Store, cohort: Cohort, config: SweepConfig, entry: str) -> Swee
     cohort = join_store(cohort, store.slide_ids(entry))
     splits = split_cohort(cohort, split_plan(train))
     positions = any(needs_coords(each.head.keywords) for each in config.checked)
-    bags = open_bags(store, cohort.slide_ids, entry, train.memory, positions)
+    views = any(each.views == "sample" for each in config.checked)
+    bags = open_bags(store, cohort.slide_ids, entry, train.memory, positions, views)
     return SweepData(place_bags(bags, device) if train.memory == "auto" else bags, cohort, splits, device)
 
 

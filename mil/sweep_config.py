@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from mil.config import GROUPS, TrainConfig, compose_config, read_config_file
+from mil.config import GROUPS, HeadConfig, TrainConfig, compose_config, read_config_file
 from mil.errors import ConfigError, did_you_mean
 from mil.space import Dimension, draw_settings, grid, override_text, parse_space, space_of, typed, value_name
 
@@ -45,6 +45,19 @@ class Sources:
     file: Mapping[str, Any] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     values: Mapping[str, Any] = field(default_factory=dict)
+    _composed: dict[str, TrainConfig] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def compose(self, swept: Mapping[str, Any]) -> TrainConfig:
+        """The configuration with these values of the dimensions; Hydra takes a tenth of a second for each once.
+
+        Raises:
+            ConfigError: an unknown key or value, or values that do not go together.
+        """
+        texts = [override_text(key, value) for key, value in swept.items()]
+        name = " ".join(texts)
+        if name not in self._composed:
+            self._composed[name] = compose_config([*self.overrides, *texts], self.file, self.values)
+        return self._composed[name]
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,10 @@ class SweepConfig:
         Raises:
             ConfigError: values that do not go together.
         """
-        return Setting(dict(values), _compose(self.sources, values))
+        drawn = {each.key: values[each.key] for each in self.space if each.interval is not None}
+        # numbers of an interval differ in every setting: they are put into what is composed once
+        base = self.sources.compose({**values, **{each.key: each.known[0] for each in self.space if each.key in drawn}})
+        return Setting(dict(values), _with_numbers(base, drawn))
 
     def settings(self) -> list[Setting]:
         """All settings of a grid or of random draws, each checked.
@@ -220,9 +236,20 @@ def _refuse_both_ways(space: Sequence[Dimension], values: Mapping[str, Any]) -> 
         raise ConfigError(f"got {both[0]} both to sweep and with one value → expected one of them → take the other out")
 
 
-def _compose(sources: Sources, values: Mapping[str, Any]) -> TrainConfig:
-    texts = [override_text(key, value) for key, value in values.items()]
-    return compose_config([*sources.overrides, *texts], sources.file, sources.values)
+def _with_numbers(config: TrainConfig, numbers: Mapping[str, Any]) -> TrainConfig:
+    """The configuration with some numbers replaced, checked as if it had been composed with them."""
+    changed: dict[str, Any] = {}
+    for key, value in numbers.items():
+        group, _, name = key.rpartition(".")
+        if not group:
+            changed[key] = value
+            continue
+        section = changed.get(group, getattr(config, group))
+        if isinstance(section, HeadConfig):
+            changed[group] = HeadConfig(section.name, {**section.keywords, name: value})
+        else:
+            changed[group] = replace(section, **{name: value})
+    return replace(config, **changed) if changed else config
 
 
 def _typed(space: Sequence[Dimension], sources: Sources) -> tuple[Dimension, ...]:
@@ -233,8 +260,26 @@ def _typed(space: Sequence[Dimension], sources: Sources) -> tuple[Dimension, ...
             "optimizer.lr=interval(1e-5,1e-2), or use mil train"
         )
     lists = {dimension.key: dimension.values[0] for dimension in space if dimension.interval is None}
-    plain = _compose(sources, lists).to_dict()
-    return tuple(typed(dimension, _look_up(plain, dimension.key)) for dimension in space)
+    plain = sources.compose(lists).to_dict()
+    found = []
+    for dimension in space:
+        current = _look_up(plain, dimension.key)
+        if current is None and dimension.interval is not None and _takes_whole_numbers(dimension, sources, lists):
+            current = 0
+        found.append(typed(dimension, current))
+    return tuple(found)
+
+
+def _takes_whole_numbers(dimension: Dimension, sources: Sources, lists: Mapping[str, Any]) -> bool:
+    """Whether a key without a value, which has no type to go by, refuses fractions between two whole ends."""
+    interval = dimension.interval
+    if interval is None or interval.low % 1 or interval.high % 1:
+        return False
+    try:
+        sources.compose({**lists, dimension.key: interval.low + 0.4 * (interval.high - interval.low) + 0.05})
+    except ConfigError:
+        return True
+    return False
 
 
 def _look_up(plain: Mapping[str, Any], key: str) -> Any:
@@ -249,7 +294,7 @@ def _check_values(space: Sequence[Dimension], sources: Sources) -> tuple[TrainCo
     """Compose the first values, then every other value once beside the first of the others."""
     first = {dimension.key: dimension.known[0] for dimension in space}
     points = [first | {dimension.key: value} for dimension in space for value in dimension.known[1:]]
-    return tuple(_compose(sources, point) for point in [first, *points])
+    return tuple(sources.compose(point) for point in [first, *points])
 
 
 def _yaml_values(value: Any) -> Any:

@@ -32,7 +32,7 @@ from mil.losses import (
 )
 from mil.metrics import balanced_accuracy, confusion
 from mil.optim import add_l1_gradient, create_optimizer, learning_rate, set_learning_rate
-from mil.samplers import draw_instances, sampled_order, step_packs
+from mil.samplers import draw_instances, draw_views, sampled_order, step_packs
 from mil.usage import PeakMemory
 
 IntArray = npt.NDArray[np.int64]
@@ -347,7 +347,8 @@ class _Loop:
         """Add ``share`` times the gradient of some bags' mean loss; returns ``share`` times the losses, [2]."""
         budget, dropout = self.config.instance_budget, self.config.instance_dropout
         rows = draw_instances(self.bags, members, budget, dropout, self.replica.seed, self.epoch)
-        pack = self.bags.pack(members, rows)
+        views = draw_views(self.bags, members, self.replica.seed, self.epoch) if self.config.views == "sample" else None
+        pack = self.bags.pack(members, rows, views)
         instances, offsets = pack.instances.to(self.device), pack.offsets.to(self.device)
         targets = torch.from_numpy(self.labels[members]).to(self.device)
         coords = None if pack.coords is None else pack.coords.to(self.device)

@@ -42,6 +42,7 @@ def training_key(config: TrainConfig, cohort: Cohort, splits: Splits, bags: Bags
             "slide_ids": list(cohort.slide_ids),
             "splits": sha256(repr(list(split_rows(splits, cohort))).encode()).hexdigest(),
             "bags": content.hexdigest(),
+            "views": bags.n_views,
             "device": device.type,
             "versions": package_versions(),
             "init": _content_hash(config.init),

@@ -201,6 +201,7 @@ ORDER = {
         "__init__",
         "cli_benchmark",
         "cli_compare",
+        "cli_config",
         "cli_extract",
         "cli_models",
         "cli_sheet",

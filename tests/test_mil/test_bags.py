@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mil.bags import MAPS_KEPT, Bags, Memory, ResidentBags, choose_entry, open_bags, place_bags
+from mil.bags import MAPS_KEPT, Bags, Memory, ResidentBags, choose_entry, open_bags, place_bags, view_entries
 from mil.errors import BagError
 from tests.test_mil.small import FEATURES, make_cohort, make_features, make_store
 
@@ -206,3 +206,30 @@ def test_resident_bags_give_the_same_packs() -> None:
 def test_bags_stay_where_they_are_on_a_cpu() -> None:
     bags = Bags(["a"], [np.zeros((2, 3), np.float32)])
     assert place_bags(bags, torch.device("cpu")) is bags
+
+
+def test_views_take_the_place_of_their_bag() -> None:
+    matrices = [np.full((n, 2), n, np.float32) for n in (3, 2)]
+    views = [[matrix + 10 * k for matrix in matrices] for k in (1, 2)]
+    bags = Bags(["a", "b"], matrices, views=views)
+    assert bags.n_views == 2
+    members = np.array([1, 0])
+    rows = {0: np.array([0, 2])}
+    for packed in (bags, ResidentBags(bags, torch.device("cpu"))):
+        found = packed.pack(members, rows, {0: 2, 1: 0})
+        assert found.instances[:, 0].tolist() == [2, 2, 23, 23]
+    broken = Bags(["a", "b"], matrices, views=[[matrices[0][:1], matrices[1]]])
+    with pytest.raises(BagError, match=r"view 1 of slide 'a'.*--views again"):
+        broken.pack(members, None, {0: 1})
+
+
+def test_views_are_found_beside_their_entry() -> None:
+    cohort = make_cohort(4)
+    names = ("tiny", "tiny@view-1", "tiny@view-2", "tiny@view-10")
+    store = make_store(cohort, recipes=dict.fromkeys(names, FEATURES))
+    assert view_entries(store, "tiny") == ["tiny@view-1", "tiny@view-2", "tiny@view-10"]
+    assert choose_entry(store) == "tiny"
+    assert choose_entry(store, "tiny@view-2") == "tiny@view-2"
+    assert open_bags(store, cohort.slide_ids, "tiny", views=True).n_views == 3
+    with pytest.raises(BagError, match=r"views=sample.*--views 4"):
+        open_bags(make_store(cohort), cohort.slide_ids, "tiny", views=True)

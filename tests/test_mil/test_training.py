@@ -17,6 +17,7 @@ from mil.errors import BagError, CheckpointError, ConfigError, TrainingDivergedE
 from mil.evaluation import bag_logits
 from mil.losses import balanced_class_weights, log_loss, probabilities
 from mil.recipes import LOSSES, OPTIMIZERS, RECIPES, SCHEDULERS
+from mil.samplers import draw_views
 from mil.training import Replica, TrainedReplica, train_replica
 from tests.test_mil.small import DIM, fast_config, make_cohort, make_features, make_store
 
@@ -527,3 +528,19 @@ def test_each_augmentation_can_be_set_alone() -> None:
         assert np.isfinite(trained.probabilities).all()
     with pytest.raises(ConfigError, match=r"augment\.bag_mixup with head\.positions=sincos"):
         compose_config(["head=transformer", "head.positions=sincos", "augment.bag_mixup=0.5"])
+
+
+def test_views_are_drawn_for_training_and_never_for_scoring() -> None:
+    matrices = make_features(N, LABELS)
+    same, far = ([matrix.copy() for matrix in matrices], [-50 * np.ones_like(matrix) for matrix in matrices])
+    plain = _train(fast_config("epochs=2"), Bags([f"s{i}" for i in range(N)], matrices))
+    for views, equal in (([same], True), ([far], False)):
+        bags = Bags([f"s{i}" for i in range(N)], matrices, views=views)
+        sampled = _train(fast_config("epochs=2", "views=sample"), bags)
+        assert np.array_equal(sampled.probabilities, plain.probabilities) == equal
+        ignored = _train(fast_config("epochs=2"), bags)
+        np.testing.assert_array_equal(ignored.probabilities, plain.probabilities)
+    drawn = [draw_views(bags, np.arange(N), 0, epoch) for epoch in range(1, 30)]
+    share = np.mean([[each[bag] for bag in range(N)] for each in drawn])
+    assert 0.4 < share < 0.6
+    assert drawn[0] == draw_views(bags, np.arange(N), 0, 1) != drawn[1]
