@@ -6,20 +6,25 @@ Names are resolved on first use, so that ``import mil`` stays light.
 from importlib import import_module
 from typing import Any
 
+# no name is that of a module of mil: importing the module would put it in the name's place
 _HOME = {
-    "Board": "mil.benchmark",
+    "Board": "mil.board",
     "Cohort": "mil.cohort",
     "MilError": "mil.errors",
     "Run": "mil.run",
+    "Sweep": "mil.sweeping",
     "TrainConfig": "mil.config",
-    "benchmark": "mil.benchmark",
+    "benchmark": "mil.benchmarking",
+    "compare_runs": "mil.compare",
     "compose_config": "mil.config",
     "evaluate_external": "mil.external",
     "export_onnx": "mil.onnx_export",
+    "make_ensemble": "mil.ensemble",
     "open_store": "extract.store",
     "pack": "mil.packing",
     "predict": "mil.inference",
     "read_cohort": "mil.cohort",
+    "sweep": "mil.sweeping",
     "train": "mil.crossval",
     "write_report": "mil.report",
 }
@@ -29,15 +34,19 @@ __all__ = [
     "Cohort",
     "MilError",
     "Run",
+    "Sweep",
     "TrainConfig",
     "benchmark",
+    "compare_runs",
     "compose_config",
     "evaluate_external",
     "export_onnx",
+    "make_ensemble",
     "open_store",
     "pack",
     "predict",
     "read_cohort",
+    "sweep",
     "train",
     "write_report",
 ]

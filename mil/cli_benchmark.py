@@ -40,7 +40,7 @@ def benchmark(
 
     Example: `mil benchmark --store cohort.zarr --labels labels.csv --target subtype --out board heads=[max,abmil]`
     """
-    from mil.benchmark import compose_benchmark, run_benchmark
+    from mil.benchmarking import compose_benchmark, run_benchmark
 
     values: dict[str, Any] = {"labels": labels, "target": target}
     values |= {"slide_column": slide_column, "patient_column": patient_column}

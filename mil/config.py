@@ -537,7 +537,7 @@ def take_overrides(overrides: Sequence[str], names: Sequence[str]) -> tuple[dict
         ({'heads': ['mean', {'name': 'abmil', 'gated': True}]}, ['folds=3'])
     """
     taken = [text for text in overrides if text.partition("=")[0].strip() in names]
-    values = {item.key_or_group: _plain_value(item.value()) for item in _parse(taken)}
+    values = {item.key_or_group: _plain_value(item.value()) for item in parse_overrides(taken)}
     return values, [text for text in overrides if text not in taken]
 
 
@@ -550,8 +550,12 @@ def _plain_value(value: Any) -> Any:
     return value if isinstance(value, bool | int | float) or value is None else str(value)
 
 
-def _parse(overrides: Sequence[str]) -> Any:
-    """Overrides as Hydra reads them."""
+def parse_overrides(overrides: Sequence[str]) -> Any:
+    """Overrides as Hydra reads them.
+
+    Raises:
+        ConfigError: they are not written as overrides.
+    """
     import hydra.errors
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -566,7 +570,7 @@ def _parse(overrides: Sequence[str]) -> Any:
 
 def _check_overrides(defaults: _Defaults, overrides: Sequence[str]) -> None:
     """Refuse unknown keys and options, sweeps, and Hydra's adding and deleting of keys."""
-    parsed = _parse(overrides)
+    parsed = parse_overrides(overrides)
     chosen = dict(defaults.chosen)
     for item in parsed:
         if item.is_sweep_override() or item.is_add() or item.is_delete() or item.package is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mil.config import GROUPS, _parse
+from mil.config import GROUPS, parse_overrides
 from mil.errors import ConfigError, listed
 
 LOG_FROM_RATIO = 100
@@ -166,7 +166,7 @@ def parse_space(overrides: Sequence[str]) -> tuple[tuple[Dimension, ...], list[s
     found: list[Dimension] = []
     others: list[str] = []
     keys: list[str] = []
-    for text, item in zip(overrides, _parse(overrides), strict=True):
+    for text, item in zip(overrides, parse_overrides(overrides), strict=True):
         if item.is_sweep_override():
             found.append(_dimension(str(item.key_or_group), item.value(), text))
         else:
@@ -189,7 +189,7 @@ def space_of(given: Mapping[str, Any]) -> tuple[Dimension, ...]:
     found = []
     for key, value in given.items():
         if isinstance(value, str):
-            (item,) = _parse([f"{key}={value}"])
+            (item,) = parse_overrides([f"{key}={value}"])
             if not item.is_sweep_override():
                 raise _no_list(key, value)
             found.append(_dimension(key, item.value(), f"{key}={value}"))

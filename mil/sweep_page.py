@@ -7,7 +7,7 @@ from mil.files import write_atomically
 from mil.page import load_template
 from mil.plotting import to_svg
 from mil.space import value_name
-from mil.sweep import PROCEDURE, Sweep
+from mil.sweeping import PROCEDURE, Sweep
 from mil.sweep_figures import sensitivity_plot
 
 METRIC_NAMES = {

@@ -1,6 +1,7 @@
 """The public names, pinned: a change here is a change for users and belongs in the changelog."""
 
 import importlib
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,27 @@ EXPORTS = {
         "open_store",
         "to_dict",
     ],
+    "mil": [
+        "Board",
+        "Cohort",
+        "MilError",
+        "Run",
+        "Sweep",
+        "TrainConfig",
+        "benchmark",
+        "compare_runs",
+        "compose_config",
+        "evaluate_external",
+        "export_onnx",
+        "make_ensemble",
+        "open_store",
+        "pack",
+        "predict",
+        "read_cohort",
+        "sweep",
+        "train",
+        "write_report",
+    ],
 }
 
 
@@ -59,3 +81,12 @@ def test_an_unknown_name_is_an_attribute_error():
 
     with pytest.raises(AttributeError, match="run_extractoin"):
         extract.run_extractoin  # noqa: B018
+
+
+def test_no_export_is_hidden_by_a_module_of_its_name():
+    import mil
+
+    folder = Path(mil.__file__).parent
+    assert not {path.stem for path in folder.iterdir()} & set(mil.__all__)
+    for name in mil.__all__:
+        assert getattr(mil, name) is getattr(mil, name)

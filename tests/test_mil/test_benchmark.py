@@ -13,11 +13,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from typer.testing import CliRunner
 
-from mil import benchmark as module
+from mil import benchmarking as module
 from mil import cli
 from mil.bags import open_bags
 from mil.baselines import run_baselines
-from mil.benchmark import BenchmarkProgress, benchmark, compose_benchmark, head_title
+from mil.benchmarking import BenchmarkProgress, benchmark, compose_benchmark, head_title
 from mil.board import Board, BoardRow, Entrant, rank, score
 from mil.board_page import write_page
 from mil.cohort import Cohort

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mil import cli
-from mil import sweep as module
+from mil import sweeping as module
 from mil.config import compose_config
 from mil.errors import ConfigError
 from mil.trials import SweepProgress

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from aggregators import list_aggregators
-from mil.config import HeadConfig, LossConfig, OptimizerConfig, SchedulerConfig, TrainConfig, compose_config
+from mil.config import (
+    HeadConfig,
+    LossConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    TrainConfig,
+    compose_config,
+    take_overrides,
+)
 from mil.errors import ConfigError
 from mil.recipes import LOSSES, OPTIMIZERS, RECIPES, SCHEDULERS
 
@@ -262,3 +270,7 @@ def test_a_recipe_is_beneath_its_own_source_and_above_earlier_ones(tmp_path: Pat
         compose_config(["recipe=clam_official"], file, {"head": "mean"}).head
         == compose_config(["head=mean", "standardize=none"]).head
     )
+
+
+def test_quotes_are_not_part_of_what_they_quote() -> None:
+    assert take_overrides(["heads=['a b',c]"], ["heads"])[0] == {"heads": ["a b", "c"]}

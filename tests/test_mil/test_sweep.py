@@ -14,7 +14,7 @@ import pytest
 from scipy.stats import f_oneway
 from sklearn import metrics as sk
 
-from mil import sweep as module
+from mil import sweeping as module
 from mil import unfinished
 from mil.compare import compare_runs
 from mil.config import TrainConfig, compose_config
@@ -25,7 +25,7 @@ from mil.plotting import to_svg
 from mil.sensitivity import sensitivities
 from mil.space import draw_settings, override_text, parse_space
 from mil.split_plan import split_cohort
-from mil.sweep import PROCEDURE, Sweep, sweep
+from mil.sweeping import PROCEDURE, Sweep, sweep
 from mil.sweep_config import Setting, compose_sweep
 from mil.sweep_figures import sensitivity_plot
 from mil.sweep_page import write_sweep_page
