@@ -120,6 +120,7 @@ def read_cohort(
     slide_column: str | None = None,
     patient_column: str | None = None,
     classes: Sequence[str] | None = None,
+    for_training: bool = True,
 ) -> Cohort:
     """Read a label table: CSV, UTF-8 with or without byte-order mark, separated by comma, semicolon or tab.
 
@@ -133,6 +134,7 @@ def read_cohort(
         patient_column: column of the patient ids; by default `patient_id`, `case_id` (CLAM's) or `PATIENT` (STAMP's).
             The slide column again states that every slide is a patient of its own.
         classes: the labels to keep; by default all. Rows of other classes are listed in the attrition.
+        for_training: require what folds need, two classes of two patients each.
 
     Raises:
         CohortError: no such file, not a table, a column that is absent, an empty patient id, a slide that occurs
@@ -163,11 +165,12 @@ def read_cohort(
         target=target,
         attrition=replace(attrition, n_rows=len(rows), no_slide_id=nameless),
     )
-    _refuse_small_classes(cohort, f"{path}, column {target!r}")
+    if for_training:
+        _refuse_small_classes(cohort, f"{path}, column {target!r}")
     return cohort
 
 
-def join_store(cohort: Cohort, available_slide_ids: Iterable[str]) -> Cohort:
+def join_store(cohort: Cohort, available_slide_ids: Iterable[str], for_training: bool = True) -> Cohort:
     """Keep the slides that a store holds, under the store's ids, and complete the attrition.
 
     A row joins the slide of exactly its id; else the only slide of its file name, with or without a file's ending
@@ -175,7 +178,7 @@ def join_store(cohort: Cohort, available_slide_ids: Iterable[str]) -> Cohort:
 
     Raises:
         CohortError: a row fits several slides, two rows fit one, nothing fits, or a class is left with fewer than
-            two patients.
+            two patients although it is ``for_training``.
     """
     available = tuple(dict.fromkeys(available_slide_ids))
     index = SlideIndex(available)
@@ -204,7 +207,8 @@ def join_store(cohort: Cohort, available_slide_ids: Iterable[str]) -> Cohort:
             f"{listed(attrition.no_slide, 3)}; it "
             f"has {listed(available, 3)}; were leading zeros lost?)"
         )
-    _refuse_small_classes(result, where)
+    if for_training:
+        _refuse_small_classes(result, where)
     return result
 
 

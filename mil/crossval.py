@@ -11,7 +11,7 @@ import numpy as np
 from extract.store import Store, open_store, to_dict
 from mil import statistics
 from mil.bags import Bags, choose_entry, needs_coords, open_bags, place_bags
-from mil.checkpoint import package_versions
+from mil.checkpoint import load_checkpoint, package_versions, require_recipes
 from mil.cohort import Cohort, join_store, read_cohort
 from mil.config import TrainConfig, compose_config
 from mil.errors import ConfigError
@@ -29,7 +29,7 @@ from mil.unfinished import UnfinishedTraining, discard_unfinished, training_key,
 def train(
     store: Store,
     cohort: Cohort,
-    head: str | Mapping[str, Any] = "abmil",
+    head: str | Mapping[str, Any] | None = None,
     folds: int = 5,
     seeds: int | Sequence[int] = 3,
     progress: OnProgress | None = None,
@@ -40,7 +40,7 @@ def train(
     Args:
         store: holds the embeddings.
         cohort: slides, patients and labels; slides that the store lacks are left out and listed.
-        head: its name, or a mapping with ``name`` and keywords.
+        head: its name, or a mapping with ``name`` and keywords; by default ABMIL, or that of a ``recipe=``.
         folds: number of folds.
         seeds: how many seeds per fold, or which.
         progress: called after each epoch and each replica.
@@ -52,8 +52,9 @@ def train(
             `train_replicas`.
     """
     seeds = seeds if isinstance(seeds, int) else list(seeds)
-    given = {"store": store.path, "target": cohort.target, "head": head, "folds": folds, "seeds": seeds}
-    return cross_validate(store, cohort, compose_config(values=given | options), progress)
+    given = {"store": store.path, "target": cohort.target, "folds": folds, "seeds": seeds}
+    chosen = {} if head is None else {"head": head}
+    return cross_validate(store, cohort, compose_config(values=given | chosen | options), progress)
 
 
 def run_training(
@@ -141,6 +142,9 @@ def cross_validate(
     """
     entry = choose_entry(store, config.backbone)
     device = resolve_device(config.device)
+    if config.init is not None:
+        where = f"entry {entry!r} of {store.path}"
+        require_recipes(load_checkpoint(config.init)[1], store.feature_recipe(entry), store.tile_recipe, where)
     cohort = join_store(cohort, store.slide_ids(entry))
     splits = split_cohort(cohort, split_plan(config))
     if bags is None:

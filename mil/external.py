@@ -131,9 +131,11 @@ def evaluate_external(
     reader = open_store(store) if isinstance(store, str | Path) else store
     _check_choice(overlap)
     records = model_records(folder)
-    table = read_cohort(labels, target, slide_column, patient_column, classes)
+    table = read_cohort(labels, target, slide_column, patient_column, classes, for_training=False)
     _refuse_unknown_classes(table, records[0], labels)
-    joined = _in_order_of(records[0].class_names, join_store(table, available_slides(reader, records, entry)))
+    joined = _in_order_of(
+        records[0].class_names, join_store(table, available_slides(reader, records, entry), for_training=False)
+    )
     cohort, trained_on, dropped = _settle(joined, _trainings(folder), overlap)
     predictions = predict(folder, reader, entry, cohort.slide_ids, device)
     metrics = _metrics(records, cohort, predictions, trained_on, dropped)

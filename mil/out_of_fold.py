@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mil.cohort import Cohort
-from mil.errors import RunError
+from mil.errors import RunError, listed
 from mil.files import Row, probability_text
 
 FloatArray = npt.NDArray[np.float64]
@@ -79,10 +79,12 @@ def require_same_slides(runs: Iterable[tuple[str, OutOfFold]]) -> None:
     (first_name, first), *others = runs
     expected = _identity(first)
     for name, run in others:
-        if _identity(run) != expected:
+        differing = sorted({row[0] for row in set(_identity(run)) ^ set(expected)})
+        if differing:
             raise RunError(
-                f"got {first_name} and {name} → expected runs of the same slides, patients and labels → train both "
-                f"with one label table and target, on stores with the same slides"
+                f"got {first_name} and {name}, which differ in slide, patient or label of {listed(differing)} → "
+                f"expected runs of the same slides, patients and labels → train both with one label table and target, "
+                f"on stores with the same slides"
             )
 
 

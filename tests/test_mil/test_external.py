@@ -186,3 +186,17 @@ def test_wrong_input_is_named(run: Path, external: MemoryStore, labels: Path, tm
     other = replace(external, recipes={"tiny": replace(FEATURES, revision="2")})
     with pytest.raises(CheckpointError, match="revision: 1 → 2"):
         evaluate_external(run, other, labels, "truth", device="cpu")
+
+
+def test_a_class_of_one_patient_or_of_none_can_be_evaluated(run: Path, external: MemoryStore, tmp_path: Path) -> None:
+    slides = sorted(external.slides)
+    one = [(slide, "q0" if at == 1 else f"q{at}", NAMES[int(at == 1)]) for at, slide in enumerate(slides)]
+    found = evaluate_external(run, external, write_labels(tmp_path / "a.csv", one), "truth", device="cpu")
+    scores = found.metrics["external"]
+    assert scores["macro_f1"]["value"] is not None
+    assert scores["macro_f1"]["low"] is None
+    assert any("has 1 patient" in text for text in scores["warnings"])
+    alone = [(slide, f"q{at}", NAMES[0]) for at, slide in enumerate(slides)]
+    found = evaluate_external(run, external, write_labels(tmp_path / "b.csv", alone), "truth", device="cpu")
+    assert found.metrics["external"]["auroc"]["value"] is None
+    assert any("has no slides" in text for text in found.metrics["external"]["warnings"])
