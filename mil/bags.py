@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, overload
 
@@ -161,6 +162,22 @@ class Bags:
     def n_views(self) -> int:
         """Augmented views that every bag has beside itself."""
         return len(self._views)
+
+    def views_digest(self) -> str:
+        """SHA-256 of the first and last instance of every bag in every view; tells other views from these."""
+        digest = sha256()
+        for view in self._views:
+            for bag in range(len(self)):
+                matrix = view[bag]
+                digest.update(repr(matrix.shape).encode() + matrix[0].tobytes() + matrix[-1].tobytes())
+        return digest.hexdigest()
+
+    def coords_digest(self) -> str:
+        """SHA-256 of where the instances lie; of nothing where the bags were opened without."""
+        digest = sha256()
+        for coords in self._coords or ():
+            digest.update(coords.tobytes())
+        return digest.hexdigest()
 
     @property
     def itemsize(self) -> int:

@@ -33,9 +33,10 @@ from mil.evaluation import resolve_device
 from mil.files import write_atomically
 from mil.looks import Look
 from mil.replicas import OnProgress
+from mil.run import check_folder
 from mil.split_plan import split_cohort
 from mil.splits import Splits, write_splits
-from mil.unfinished import discard_unfinished, training_key
+from mil.unfinished import UNESSENTIAL, discard_unfinished, training_key
 
 DEFAULT_HEADS = ("mean", "max", "abmil", "transformer")
 
@@ -90,11 +91,16 @@ def compose_benchmark(
             f"got {misplaced[0]} → a benchmark takes heads=[...], backbones=[...] and --store → give a head's keywords "
             f"as heads=[mean,'{{name: abmil, dropout: 0.5}}']"
         )
+    train = compose_config(others, given, values)
+    if train.track:
+        raise ConfigError(
+            f"got track={list(train.track)} → a benchmark tells no trackers → leave it out; mil train has it"
+        )
     return BenchmarkConfig(
         stores=tuple(store_path(path).expanduser().absolute() for path in chosen["stores"] or ()),
         heads=_heads(chosen["heads"]),
         backbones=tuple(_list("backbones", chosen["backbones"])) if chosen["backbones"] is not None else None,
-        train=compose_config(others, given, values),
+        train=train,
     )
 
 
@@ -190,6 +196,7 @@ def benchmark(
     out: str | Path | None = None,
     backbones: Sequence[str] | None = None,
     progress: Callable[[BenchmarkProgress], None] | None = None,
+    overwrite: bool = False,
     **options: Any,
 ) -> Board:
     """Train and compare heads on the same slides, folds and seeds; always beside mean pooling and three baselines.
@@ -201,6 +208,7 @@ def benchmark(
         out: folder of the board; a benchmark that was stopped goes on from what it holds. None keeps nothing.
         backbones: features entries; None takes all.
         progress: called as replicas and epochs are done.
+        overwrite: replace a board that was made under other settings.
         **options: any other field of `TrainConfig`: ``folds=5, seeds=3, epochs=20``.
 
     Raises:
@@ -212,13 +220,16 @@ def benchmark(
     values = {"target": cohort.target, "heads": heads, "backbones": backbones} | options
     config = compose_benchmark(values=values | {"stores": [each.path for each in stores]})
     if out is not None:
-        return _benchmark(stores, cohort, config, Path(out).absolute(), progress)
+        return _benchmark(stores, cohort, config, Path(out).absolute(), progress, overwrite)
     with tempfile.TemporaryDirectory() as folder:
-        return replace(_benchmark(stores, cohort, config, Path(folder), progress), folder=None)
+        return replace(_benchmark(stores, cohort, config, Path(folder), progress, overwrite), folder=None)
 
 
 def run_benchmark(
-    config: BenchmarkConfig, out: str | Path, progress: Callable[[BenchmarkProgress], None] | None = None
+    config: BenchmarkConfig,
+    out: str | Path,
+    progress: Callable[[BenchmarkProgress], None] | None = None,
+    overwrite: bool = False,
 ) -> Board:
     """Benchmark as a configuration says, into the folder ``out``.
 
@@ -236,7 +247,7 @@ def run_benchmark(
         )
     cohort = read_cohort(train.labels, train.target, train.slide_column, train.patient_column)
     stores = [open_store(path) for path in config.stores]
-    return _benchmark(stores, cohort, config, Path(out).absolute(), progress)
+    return _benchmark(stores, cohort, config, Path(out).absolute(), progress, overwrite)
 
 
 # ------------------------------------------------------------------------------------------------------------ the cells
@@ -248,35 +259,69 @@ def _benchmark(
     config: BenchmarkConfig,
     folder: Path,
     progress: Callable[[BenchmarkProgress], None] | None,
+    overwrite: bool,
 ) -> Board:
-    _prepare(folder)
+    _prepare(folder, config, overwrite)
     cohort, sources = _sources(stores, cohort, config)
+    cells = [[_Cell.of(source, head, config.train, folder) for head in config.heads] for source in sources]
     train = config.train
     splits = split_cohort(cohort, split_plan(train))
-    tested = np.flatnonzero(splits.test.any(axis=0))
-    scored = cohort.subset(tested)
+    tested = cohort.subset(np.flatnonzero(splits.test.any(axis=0)))
     write_atomically(folder / "config.yaml", config.to_yaml().encode())
     write_splits(folder / "splits.csv", splits, cohort)
     replicas = splits.n_folds * len(train.seeds)
     count = _Count(len(sources) * len(config.heads) * replicas, progress or (lambda _: None))
     rows: list[BoardRow] = []
-    for source in sources:
+    for source, its_cells in zip(sources, cells, strict=True):
         reference: Entrant | None = None
-        for head in config.heads:
-            entrants = [_enter(source, head, cohort, config, folder, count)]
+        for cell in its_cells:
+            entrants = [_enter(cell, cohort, count)]
             if reference is None:
                 # mean pooling is the first of the heads, and the baselines are compared with it too
                 reference = entrants[0]
                 entrants += _baselines(source, cohort, splits, rows)
-            rows += [score(each, reference, scored) for each in entrants]
-            count.finish(replicas, f"{head_title(head)} on {source.name}")
-            board = _board(rows, scored, config, sources, splits.warnings, folder)
+            rows += [score(each, reference, tested) for each in entrants]
+            count.finish(replicas, cell.where)
+            board = _board(rows, cohort, tested, config, sources, splits.warnings, folder)
             # after each cell, so that a long benchmark can be followed
             board.write_csv(folder / "leaderboard.csv")
             with suppress(MissingExtraError):
                 write_page(folder / "leaderboard.html", board)
-    discard_unfinished(folder / "unfinished")
+    with suppress(OSError):
+        # gone unless a cell that failed has left replicas there
+        (folder / "unfinished").rmdir()
     return board
+
+
+@dataclass(frozen=True, eq=False)
+class _Cell:
+    """One head on one source."""
+
+    source: _Source
+    title: str
+    name: str
+    train: TrainConfig
+    run_folder: Path
+    unfinished: Path
+
+    @classmethod
+    def of(cls, source: _Source, head: HeadConfig, train: TrainConfig, folder: Path) -> "_Cell":
+        """Made for all cells before the first is trained, so that impossible settings are told at once.
+
+        Raises:
+            ConfigError: the head and the other settings do not go together.
+            RunError: its run folder holds something else.
+        """
+        title = head_title(head)
+        name = f"{_slug(title)}--{_slug(source.name)}"
+        own = replace(train, head=head, store=source.store.path, backbone=source.entry)
+        check_folder(folder / "runs" / name, overwrite=True)
+        return cls(source, title, name, own, folder / "runs" / name, folder / "unfinished" / name)
+
+    @property
+    def where(self) -> str:
+        """For progress."""
+        return f"{self.title} on {self.source.name}"
 
 
 def _baselines(source: _Source, cohort: Cohort, splits: Splits, rows: Sequence[BoardRow]) -> list[Entrant]:
@@ -291,8 +336,8 @@ def _baselines(source: _Source, cohort: Cohort, splits: Splits, rows: Sequence[B
     ]
 
 
-def _prepare(folder: Path) -> None:
-    """Refuse a folder that holds anything but a board; an unfinished board is gone on with."""
+def _prepare(folder: Path, config: BenchmarkConfig, overwrite: bool) -> None:
+    """Refuse a folder that holds anything but a board of these settings, which is gone on with."""
     if folder.exists() and not folder.is_dir():
         raise RunError(f"got {folder} as folder of a board → it is a file → give another folder with --out")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
@@ -302,7 +347,28 @@ def _prepare(folder: Path) -> None:
         )
     if (folder / "metrics.json").is_file():
         raise RunError(f"got {folder} as folder of a board → it holds a run of mil train → give another with --out")
+    if (folder / "config.yaml").is_file() and not overwrite:
+        _refuse_other_settings(folder, config)
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def _refuse_other_settings(folder: Path, config: BenchmarkConfig) -> None:
+    """Heads and features may be added to a board; under other settings its rows would no longer be comparable."""
+    try:
+        earlier = compose_benchmark(file=folder / "config.yaml").train.to_dict()
+    except MilError as error:
+        raise RunError(
+            f"got {folder} as folder of a board → its config.yaml is not that of a board ({error}) → give another "
+            f"folder with --out"
+        ) from error
+    current = config.train.to_dict()
+    differing = [name for name in current if name not in UNESSENTIAL and current[name] != earlier.get(name)]
+    if differing:
+        changes = ", ".join(f"{name} {earlier.get(name)} → {current[name]}" for name in differing)
+        raise RunError(
+            f"got other settings than those of the board in {folder} ({changes}) → expected the same for all of its "
+            f"rows → give another folder with --out, or add --overwrite to train everything again"
+        )
 
 
 def _sources(stores: Sequence[Store], cohort: Cohort, config: BenchmarkConfig) -> tuple[Cohort, list[_Source]]:
@@ -328,9 +394,9 @@ def _sources(stores: Sequence[Store], cohort: Cohort, config: BenchmarkConfig) -
     for store, entry in found[1:]:
         common &= set(store.slide_ids(entry))
     cohort = join_store(cohort, sorted(common))
-    repeated = len({entry for _, entry in found}) < len(found)
+    names = _names(found)
     sources = []
-    for store, entry in found:
+    for (store, entry), name in zip(found, names, strict=True):
         positions = any(needs_coords(head.keywords) for head in config.heads)
         views = config.train.views == "sample"
         bags = open_bags(store, cohort.slide_ids, entry, config.train.memory, positions, views)
@@ -338,27 +404,39 @@ def _sources(stores: Sequence[Store], cohort: Cohort, config: BenchmarkConfig) -
         _ = bags.moments
         if config.train.memory == "auto":
             bags = place_bags(bags, resolve_device(config.train.device))
-        sources.append(_Source(store, entry, f"{entry} ({store.path.name})" if repeated else entry, bags))
+        sources.append(_Source(store, entry, name, bags))
     return cohort, sources
 
 
-def _enter(
-    source: _Source, head: HeadConfig, cohort: Cohort, config: BenchmarkConfig, folder: Path, count: _Count
-) -> Entrant:
+def _names(found: Sequence[tuple[Store, str]]) -> list[str]:
+    """A name for every source: its entry, with as much of its store as tells it from the others.
+
+    Raises:
+        ConfigError: the same features twice.
+    """
+    kinds = (
+        [entry for _, entry in found],
+        [f"{entry} ({store.path.name})" for store, entry in found],
+        [f"{entry} ({store.path})" for store, entry in found],
+    )
+    for names in kinds:
+        if len(set(names)) == len(names):
+            return names
+    raise ConfigError(f"got the features {listed(kinds[-1])} → expected each once → take one out")
+
+
+def _enter(cell: _Cell, cohort: Cohort, count: _Count) -> Entrant:
     """Train one cell, unless an earlier benchmark has; the row is made from its run folder either way."""
-    title = head_title(head)
-    cell = f"{_slug(title)}--{_slug(source.name)}"
-    run_folder, unfinished = folder / "runs" / cell, folder / "unfinished" / cell
-    train = replace(config.train, head=head, store=source.store.path, backbone=source.entry)
+    source = cell.source
     try:
-        if not _is_trained(run_folder, train, cohort, source.bags):
-            progress = count.cell(f"{title} on {source.name}")
-            run = cross_validate(source.store, cohort, train, progress, unfinished, source.bags)
-            run.save(run_folder, overwrite=True)
-            discard_unfinished(unfinished)
+        if not _is_trained(cell.run_folder, cell.train, cohort, source.bags):
+            progress = count.cell(cell.where)
+            run = cross_validate(source.store, cohort, cell.train, progress, cell.unfinished, source.bags)
+            run.save(cell.run_folder, overwrite=True)
+            discard_unfinished(cell.unfinished)
+        return Entrant.of_run(cell.title, source.name, cell.run_folder, f"runs/{cell.name}")
     except (MilError, AggregatorError, MemoryError, RuntimeError) as error:
-        return Entrant(title, source.name, "head", reason=str(error).partition("\n")[0])
-    return Entrant.of_run(title, source.name, run_folder, f"runs/{cell}")
+        return Entrant(cell.title, source.name, "head", reason=str(error).partition("\n")[0] or type(error).__name__)
 
 
 def _is_trained(run_folder: Path, train: TrainConfig, cohort: Cohort, bags: Bags) -> bool:
@@ -374,6 +452,7 @@ def _is_trained(run_folder: Path, train: TrainConfig, cohort: Cohort, bags: Bags
 def _board(
     rows: Sequence[BoardRow],
     cohort: Cohort,
+    tested: Cohort,
     config: BenchmarkConfig,
     sources: Sequence[_Source],
     warnings: Sequence[str],
@@ -395,8 +474,8 @@ def _board(
     return Board(
         target=cohort.target,
         class_names=cohort.class_names,
-        n_slides=len(cohort),
-        n_patients=len(set(cohort.patient_ids)),
+        n_slides=len(tested),
+        n_patients=len(set(tested.patient_ids)),
         rows=rank(rows),
         warnings=tuple(mind),
         facts=facts,

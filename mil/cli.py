@@ -49,6 +49,13 @@ def main() -> None:
     except _own_errors() as error:
         Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        # torch's own is only known where torch was imported
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        what = "got too little memory → expected room for the largest slide's bag → set instance_budget, or device=cpu"
+        Console(stderr=True).print(f"error: {what}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         Console(stderr=True).print(f"error: {what}", style="red", markup=False, highlight=False, soft_wrap=True)

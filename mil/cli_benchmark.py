@@ -33,6 +33,9 @@ def benchmark(
     config: Annotated[
         Path | None, typer.Option(help="config.yaml of an earlier board, to run it again.", show_default=False)
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a board in --out that has other settings.")
+    ] = False,
 ) -> None:
     """Compare heads (and features) on the same slides, folds and seeds; writes a leaderboard.
 
@@ -61,7 +64,7 @@ def benchmark(
         shown = progress.done
 
     try:
-        board = run_benchmark(settings, out, report)
+        board = run_benchmark(settings, out, report, overwrite)
     except KeyboardInterrupt:
         count.end()
         say(console, f"stopped. What is done is kept in {out}; the same command goes on from there.")

@@ -59,8 +59,8 @@ def sweep(
     Example: `mil sweep --store cohort.zarr --labels labels.csv --target subtype --out sweeps/lr
     head=abmil,mean optimizer.lr=1e-4,3e-4,1e-3`
     """
-    from mil.sweeping import run_sweep
     from mil.sweep_config import compose_sweep
+    from mil.sweeping import run_sweep
 
     values: dict[str, Any] = {"store": store, "labels": labels, "target": target}
     values |= {"slide_column": slide_column, "patient_column": patient_column}

@@ -223,8 +223,8 @@ class TrainConfig(_Checked):
             many training bags with replacement, every class or patient equally likely.
         instance_budget: most instances drawn per bag and training step, afresh each epoch; None takes all.
         instance_dropout: probability with which an instance is left out, afresh each epoch; one always stays.
-        views: ``sample`` trains on the entry's augmented views too (``mil extract --views``), one drawn for every bag and
-            epoch; validation and test see the slides as they are.
+        views: ``sample`` trains on the entry's augmented views too (``mil extract --views``), one drawn for every bag
+            and epoch; validation and test see the slides as they are.
         class_weights: ``balanced`` weighs a class by the inverse of its frequency in the training part. In training it
             does so only where the sampler has not balanced the classes already.
         standardize: ``train`` fits mean and standard deviation of the features on the training instances.

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from mil import statistics
 from mil.cohort import Attrition, Cohort
 from mil.errors import RunError, listed
-from mil.files import write_atomically, write_csv
+from mil.files import put_in_place, write_csv, write_json
 from mil.looks import Look
 from mil.out_of_fold import OutOfFold, out_of_fold_rows, read_out_of_fold, require_same_slides
 
@@ -69,14 +69,11 @@ class Ensemble:
         try:
             partial.mkdir(parents=True)
             members = {"average": self.average, "members": [str(path) for path in self.folders]}
-            write_atomically(partial / ENSEMBLE, json.dumps(members, indent=2, ensure_ascii=False).encode())
+            write_json(partial / ENSEMBLE, members)
             write_csv(partial / "oof.csv", out_of_fold_rows(self.cohort, self.probabilities))
-            text = json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False)
-            write_atomically(partial / "metrics.json", text.encode())
+            write_json(partial / "metrics.json", metrics)
             look.append()
-            if folder.exists():
-                shutil.rmtree(folder)
-            partial.rename(folder)
+            put_in_place(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return folder

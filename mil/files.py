@@ -2,7 +2,9 @@
 
 import csv
 import io
+import json
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from uuid import uuid4
@@ -23,11 +25,32 @@ def write_atomically(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_json(path: Path, content: object) -> None:
+    """Write plain values as JSON; what UTF-8 cannot hold is escaped."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Rename ``partial`` to ``folder``; an older folder is moved aside first, and back if that fails."""
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    older = folder.with_name(f".{folder.name}.{uuid4().hex}.replaced")
+    folder.rename(older)
+    try:
+        partial.rename(folder)
+    except OSError:
+        older.rename(folder)
+        raise
+    shutil.rmtree(older)
+
+
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows, the first being the header, as UTF-8."""
+    """Write rows, the first being the header, as UTF-8; a name that is not UTF-8 keeps its bytes."""
     buffer = io.StringIO(newline="")
     csv.writer(buffer, lineterminator="\n").writerows(rows)
-    write_atomically(path, buffer.getvalue().encode())
+    write_atomically(path, buffer.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def probability_text(value: float) -> str:

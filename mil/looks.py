@@ -45,5 +45,5 @@ class Look:
 
     def append(self) -> None:
         """Write it down."""
-        with open(self.ledger, "a", encoding="utf-8") as file:
+        with open(self.ledger, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(self.line + "\n")

@@ -55,7 +55,7 @@ def read_out_of_fold(folder: Path) -> OutOfFold:
     """
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        with open(folder / "oof.csv", encoding="utf-8", newline="") as file:
+        with open(folder / "oof.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
             table = list(csv.DictReader(file))
         names = tuple(metrics["class_names"])
         labels = np.array([names.index(row["target"]) for row in table], dtype=np.int64)

@@ -131,7 +131,7 @@ _AUGMENT_KEYS = {
 }
 _AUGMENT_PAPER = (
     "Zhang et al., mixup, ICLR 2018; Yang et al., ReMix, MICCAI 2022; Zhang et al., DTFD-MIL, CVPR 2022; Mueller and "
-    "Hutter, TrivialAugment, ICCV 2021; see `mil.augment.Augmentation`."
+    "Hutter, TrivialAugment, ICCV 2021; see `mil.config.AugmentConfig`."
 )
 
 AUGMENTATIONS = {

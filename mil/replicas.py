@@ -1,5 +1,6 @@
 """Training many replicas of one head on one set of bags."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,9 +78,19 @@ def train_replicas(
         groups, alone = [[alone[at] for at in group] for group in found], [alone[at] for at in rest]
     for group in groups:
         chosen, own_parts = [replicas[index] for index in group], [parts[index] for index in group]
-        trained = train_stacked(bags, labels, chosen, own_parts, n_classes, device, ledger.epoch_done(group))
+        saved = unfinished.stack(chosen) if unfinished is not None else None
+        try:
+            trained = train_stacked(bags, labels, chosen, own_parts, n_classes, device, ledger.epoch_done(group), saved)
+        except torch.OutOfMemoryError:
+            warnings.warn(
+                f"got too little memory for {len(group)} replicas at once → they are trained one by one", stacklevel=2
+            )
+            alone = sorted(alone + group)
+            continue
         for index, each in zip(group, trained, strict=True):
             ledger.finish(index, each)
+        if saved is not None:
+            saved.discard()
     for index in alone:
         saved = unfinished.epoch(replicas[index]) if unfinished is not None else None
         told = partial(ledger.epoch_done([index]), 0)
@@ -141,7 +152,8 @@ def _at_once(bags: Bags, replicas: Sequence[Replica], device: torch.device) -> i
     if device.type != "cuda":
         return STACKED_ON_CPU
     config = replicas[0].config
-    rows = min(int(bags.n_instances.max()), config.instance_budget or MAX_INSTANCES) * config.batch_bags
+    largest = int(bags.n_instances.max())
+    rows = min(largest, config.instance_budget or largest) * config.batch_bags
     rows = max(rows, min(MAX_INSTANCES, int(bags.n_instances.sum())))
     free, _ = torch.cuda.mem_get_info(device)
     return max(1, int(free / 2 / (rows * bags.dim * 4 * COPIES_OF_INSTANCES)))

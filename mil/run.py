@@ -1,6 +1,5 @@
 """A finished training and its folder of plain files."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,7 @@ from mil.checkpoint import CheckpointRecord, save_checkpoint
 from mil.cohort import Cohort
 from mil.config import TrainConfig
 from mil.errors import RunError, listed
-from mil.files import Row, probability_text, write_atomically, write_csv
+from mil.files import Row, probability_text, put_in_place, write_csv, write_json
 from mil.looks import Look
 from mil.out_of_fold import out_of_fold_rows
 from mil.splits import Splits, write_splits
@@ -135,7 +134,7 @@ class Run:
             partial.mkdir(parents=True)
             _write_run(partial, saved)
             look.append()
-            _put_in_place(partial, folder)
+            put_in_place(partial, folder)
         except OSError as error:
             raise RunError(f"got {error} while writing {folder} → free some space or choose another --out") from error
         finally:
@@ -180,8 +179,7 @@ def _write_run(folder: Path, run: Run) -> None:
     (folder / "checkpoints").mkdir()
     for each in run.trained:
         save_checkpoint(folder / "checkpoints" / f"{each.replica.name}.safetensors", each.head, _record(run, each))
-    text = json.dumps(run.metrics, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(folder / "metrics.json", text.encode())
+    write_json(folder / "metrics.json", run.metrics)
 
 
 def _record(run: Run, trained: TrainedReplica) -> CheckpointRecord:
@@ -210,14 +208,3 @@ def _history_rows(trained: Iterable[TrainedReplica]) -> Iterator[Row]:
         for record in each.history:
             values = [getattr(record, name) for name in names]
             yield (each.replica.name, each.replica.fold, each.replica.seed, *values)
-
-
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Rename ``partial`` to ``folder``; an older folder is moved aside first and deleted last."""
-    if not folder.exists():
-        partial.rename(folder)
-        return
-    older = folder.with_name(f".{folder.name}.{uuid4().hex}.replaced")
-    folder.rename(older)
-    partial.rename(folder)
-    shutil.rmtree(older)

@@ -11,7 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,12 @@ from aggregators.norm import BatchNorm
 from mil.bags import Bags
 from mil.config import TrainConfig
 from mil.errors import TrainingDivergedError
-from mil.evaluation import MAX_INSTANCES
+from mil.evaluation import MAX_INSTANCES, bag_logits
 from mil.losses import balanced_class_weights, log_loss, probabilities
 from mil.metrics import balanced_accuracy, confusion
 from mil.optim import learning_rate
 from mil.samplers import natural_order
-from mil.training import EpochRecord, IntArray, PartArray, Replica, TrainedReplica
+from mil.training import EpochRecord, IntArray, PartArray, Replica, SavedEpoch, TrainedReplica
 from mil.usage import PeakMemory
 
 Stacked = dict[str, Tensor]
@@ -51,6 +51,9 @@ _ANY_VALUE = frozenset((
 # fmt: on
 _SCHEDULERS = ("cosine", "constant", "onecycle", "step")
 _EPS = 1e-8
+# what of a stack changes from epoch to epoch
+_ARRAYS = ("running", "best_loss", "best_epoch")
+_TENSORS = ("parameters", "buffers", "moments", "steps", "best_weights")
 
 
 def is_stackable(config: TrainConfig, head: Aggregator) -> bool:
@@ -102,6 +105,7 @@ def train_stacked(
     n_classes: int,
     device: torch.device,
     epoch_done: StackedEpochDone | None = None,
+    saved: SavedEpoch | None = None,
 ) -> list[TrainedReplica]:
     """Train replicas of one seed and one head together.
 
@@ -113,23 +117,30 @@ def train_stacked(
         n_classes: C.
         device: where to train.
         epoch_done: called for each replica after each of its epochs.
+        saved: where to keep the state between epochs; what it holds of the same stack is gone on from.
 
     Raises:
         TrainingDivergedError: the loss of a replica is not finite.
     """
     started, peak = time.perf_counter(), PeakMemory(device)
     stack = _Stack.of(bags, labels, replicas, np.stack(parts), n_classes, device)
-    for epoch in range(1, stack.config.epochs + 1):
+    first = stack.load(saved.load()) if saved is not None else 1
+    for epoch in range(first, stack.config.epochs + 1):
         if not stack.running.any():
             break
         begun = time.perf_counter()
         losses, rates = _train_epoch(stack, epoch)
         _validate(stack, epoch, losses, rates, begun, epoch_done)
-    predicting = time.perf_counter()
+        if saved is not None and saved.due():
+            saved.save(stack.state(epoch))
     logits = torch.cat(
         [found for _, found in _predict(stack, stack.best_weights, np.arange(len(bags)))], dim=1
     )  # [R, n, C]
-    seconds, inference = time.perf_counter() - started, time.perf_counter() - predicting
+    seconds = time.perf_counter() - started
+    # of one head alone, as for those that are trained alone
+    predicting = time.perf_counter()
+    bag_logits([stack.head_of(0).to(device)], bags, np.arange(len(bags)), device)
+    inference = time.perf_counter() - predicting
     return [
         TrainedReplica(
             replica=replica,
@@ -139,7 +150,7 @@ def train_stacked(
             best_epoch=int(stack.best_epoch[at]),
             # each took its share of what they took together
             seconds=seconds / len(replicas),
-            inference_seconds=inference / len(replicas),
+            inference_seconds=inference,
             peak_bytes=peak.read(),
         )
         for at, replica in enumerate(replicas)
@@ -225,6 +236,27 @@ class _Stack:
             best_weights={name: value.clone() for name, value in (parameters | buffers).items()},
             history=[[] for _ in replicas],
         )
+
+    def state(self, epoch: int) -> dict[str, Any]:
+        """What the epochs after ``epoch`` depend on."""
+        arrays = {name: torch.from_numpy(getattr(self, name)) for name in _ARRAYS}
+        history = [[asdict(record) for record in records] for records in self.history]
+        names = [replica.name for replica in self.replicas]
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        return {"epoch": epoch, "names": names, "history": history, "arrays": arrays, "tensors": tensors}
+
+    def load(self, state: dict[str, Any] | None) -> int:
+        """Go on from the state of the same replicas; returns the next epoch, 1 where there is none."""
+        if state is None or state["names"] != [replica.name for replica in self.replicas]:
+            return 1
+        for name in _ARRAYS:
+            setattr(self, name, state["arrays"][name].numpy())
+        for name in _TENSORS:
+            value = state["tensors"][name]
+            placed = {key: each.to(self.device) for key, each in value.items()} if isinstance(value, dict) else value
+            setattr(self, name, placed if isinstance(placed, dict) else placed.to(self.device))
+        self.history = [[EpochRecord(**record) for record in records] for records in state["history"]]
+        return int(state["epoch"]) + 1
 
     @property
     def config(self) -> TrainConfig:

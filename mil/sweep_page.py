@@ -7,8 +7,8 @@ from mil.files import write_atomically
 from mil.page import load_template
 from mil.plotting import to_svg
 from mil.space import value_name
-from mil.sweeping import PROCEDURE, Sweep
 from mil.sweep_figures import sensitivity_plot
+from mil.sweeping import PROCEDURE, Sweep
 
 METRIC_NAMES = {
     "auroc": "AUROC",

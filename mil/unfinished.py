@@ -7,7 +7,7 @@ is in the name of the folder, so that a training under other settings finds noth
 import io
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -26,13 +26,13 @@ from mil.splits import Splits, split_rows
 from mil.training import EpochRecord, Replica, TrainedReplica
 
 SAVE_EVERY_S = 30.0
-# where a config may differ and its result may not
-_UNESSENTIAL = ("store", "labels", "memory", "slide_column", "patient_column", "track")
+UNESSENTIAL = ("store", "labels", "memory", "slide_column", "patient_column", "track")
+"""Where a config may differ and its result may not."""
 
 
 def training_key(config: TrainConfig, cohort: Cohort, splits: Splits, bags: Bags, device: torch.device) -> str:
     """Names a training by all that decides its result: settings, slides, labels, parts, features, device, versions."""
-    settings = {name: value for name, value in config.to_dict().items() if name not in _UNESSENTIAL}
+    settings = {name: value for name, value in config.to_dict().items() if name not in UNESSENTIAL}
     moments = bags.moments
     content = sha256(moments.counts.tobytes() + moments.means.tobytes() + moments.deviations.tobytes())
     return fingerprint(
@@ -42,7 +42,8 @@ def training_key(config: TrainConfig, cohort: Cohort, splits: Splits, bags: Bags
             "slide_ids": list(cohort.slide_ids),
             "splits": sha256(repr(list(split_rows(splits, cohort))).encode()).hexdigest(),
             "bags": content.hexdigest(),
-            "views": bags.n_views,
+            "views": bags.views_digest(),
+            "coords": bags.coords_digest(),
             "device": device.type,
             "versions": package_versions(),
             "init": _content_hash(config.init),
@@ -85,6 +86,10 @@ class UnfinishedTraining:
         _write(self._path(trained.replica, "replica"), content)
         self._path(trained.replica, "epoch").unlink(missing_ok=True)
 
+    def stack(self, replicas: Sequence[Replica]) -> "SavedEpochFile":
+        """Where replicas that are trained together keep their state."""
+        return SavedEpochFile(self._folder / f"stack-{replicas[0].name}-{len(replicas)}.epoch")
+
     def epoch(self, replica: Replica) -> "SavedEpochFile":
         """Where a replica keeps its state between epochs."""
         return SavedEpochFile(self._path(replica, "epoch"))
@@ -111,6 +116,10 @@ class SavedEpochFile:
         """Replace the saved state."""
         _write(self._path, state)
         self._last = time.monotonic()
+
+    def discard(self) -> None:
+        """It is no longer needed."""
+        self._path.unlink(missing_ok=True)
 
 
 def unfinished_folder(run_folder: Path) -> Path:

@@ -26,6 +26,7 @@ from mil.config import compose_config
 from mil.crossval import train
 from mil.errors import BagError, ConfigError, RunError
 from mil.splits import make_splits
+from mil.unfinished import kept_replicas
 from tests.test_mil.small import FEATURES, MemoryStore, make_cohort, make_store
 
 COHORT = make_cohort()
@@ -180,7 +181,7 @@ def test_a_finished_board_takes_another_head_without_training_the_others(
     monkeypatch.setattr(module, "cross_validate", spy)
     benchmark(store, COHORT, ["mean", "max"], tmp_path, **OPTIONS)
     assert trained == ["max"]
-    benchmark(store, COHORT, ["mean", "max"], tmp_path, **OPTIONS | {"epochs": 2})
+    benchmark(store, COHORT, ["mean", "max"], tmp_path, overwrite=True, **OPTIONS | {"epochs": 2})
     assert trained == ["max", "mean", "max"]
 
 
@@ -329,3 +330,70 @@ def test_other_splits_are_compared_on_the_slides_they_test(store: MemoryStore, t
     board = benchmark(store, COHORT, ["max"], tmp_path / "b", **OPTIONS | {"repeats": 2, "seeds": 1, "epochs": 1})
     assert all(row.verdict != "failed" for row in board.rows)
     assert board.n_slides == len(COHORT)
+
+
+def test_two_stores_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    stores = [make_store(COHORT, path=Path(f"/{folder}/cohort.zarr")) for folder in "ab"]
+    board = benchmark(stores, COHORT, ["mean"], tmp_path, **OPTIONS | {"epochs": 1, "seeds": 1})
+    heads = [row for row in board.rows if row.kind == "head"]
+    assert len({row.folder for row in heads}) == len({row.entry for row in heads}) == 2
+    with pytest.raises(ConfigError, match="expected each once"):
+        benchmark([stores[0], stores[0]], COHORT, ["mean"], tmp_path / "twice", **OPTIONS)
+
+
+def test_impossible_cells_are_told_before_any_is_trained(
+    store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "cross_validate", lambda *_: pytest.fail("trained"))
+    heads = ["mean", {"name": "abmil", "input_norm": "layer"}]
+    with pytest.raises(ConfigError, match=r"head\.input_norm=layer with standardize=train"):
+        benchmark(store, COHORT, heads, tmp_path, **OPTIONS)
+
+
+def test_a_board_of_other_settings_is_not_replaced_unasked(store: MemoryStore, tmp_path: Path) -> None:
+    options = OPTIONS | {"epochs": 1, "seeds": 1}
+    benchmark(store, COHORT, ["mean"], tmp_path, **options)
+    with pytest.raises(RunError, match=r"seeds \[0\] → \[0, 1\].*--overwrite"):
+        benchmark(store, COHORT, ["mean"], tmp_path, **options | {"seeds": 2})
+    board = benchmark(store, COHORT, ["mean"], tmp_path, overwrite=True, **options | {"seeds": 2})
+    assert {row.seed_low for row in board.rows if row.kind == "head"} != {None}
+    (tmp_path / "config.yaml").write_text("space: {}\n")
+    with pytest.raises(RunError, match="not that of a board"):
+        benchmark(store, COHORT, ["mean"], tmp_path, **options)
+
+
+def test_replicas_of_a_cell_that_failed_are_kept(
+    store: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Any, *_: Any, **__: Any) -> None:
+        raise RunError("got no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("mil.run.Run.save", full)
+        board = benchmark(store, COHORT, ["mean"], tmp_path, **OPTIONS)
+        assert [row.verdict for row in board.rows if row.name == "mean"] == ["failed"]
+    assert kept_replicas(tmp_path / "unfinished" / "mean--tiny") == 6
+    seen: list[BenchmarkProgress] = []
+    benchmark(store, COHORT, ["mean"], tmp_path, progress=seen.append, **OPTIONS)
+    assert not [each for each in seen if "epoch" in each.what]
+    assert not (tmp_path / "unfinished").exists()
+
+
+def test_looks_are_those_of_the_whole_cohort(store: MemoryStore, tmp_path: Path) -> None:
+    patients = list(dict.fromkeys(COHORT.patient_ids))
+    part = {patient: ["train", "train", "val", "test"][at // 2 % 4] for at, patient in enumerate(patients)}
+    lines = [
+        f"{s},{p},{COHORT.class_names[c]},{part[p]}"
+        for s, p, c in zip(COHORT.slide_ids, COHORT.patient_ids, COHORT.labels, strict=True)
+    ]
+    table = tmp_path / "labels.csv"
+    table.write_text("slide_id,patient_id,subtype,part\n" + "\n".join(lines) + "\n")
+    fixed = {"split": "fixed", "split_column": "part", "labels": str(table), "seeds": 1, "epochs": 1}
+    board = benchmark(store, COHORT, ["max"], tmp_path / "b", **OPTIONS | fixed)
+    assert board.facts["looks at the test folds"] == 2
+    assert board.n_slides == sum(word == "test" for word in (part[p] for p in COHORT.patient_ids))
+
+
+def test_trackers_are_refused(store: MemoryStore) -> None:
+    with pytest.raises(ConfigError, match="tells no trackers"):
+        benchmark(store, COHORT, ["mean"], **OPTIONS | {"track": ["wandb"]})

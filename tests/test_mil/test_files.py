@@ -1,11 +1,12 @@
 """Plain files, whole or not at all."""
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
 
-from mil.files import probability_text, write_atomically, write_csv
+from mil.files import probability_text, put_in_place, write_atomically, write_csv, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +32,22 @@ def test_any_text_survives_csv(tmp_path: Path) -> None:
 
 def test_probabilities_are_written_with_nine_digits() -> None:
     assert [probability_text(value) for value in (0.0, 1.0, 2 / 3, 1e-12)] == ["0", "1", "0.666666667", "1e-12"]
+
+
+def test_a_name_that_is_not_utf8_is_written_all_the_same(tmp_path: Path) -> None:
+    name = b"slide \xff".decode("utf-8", "surrogateescape")
+    write_csv(tmp_path / "a.csv", [("slide_id",), (name,)])
+    assert (tmp_path / "a.csv").read_bytes() == b"slide_id\nslide \xff\n"
+    write_json(tmp_path / "a.json", {"slide": name})
+    assert json.loads((tmp_path / "a.json").read_text())["slide"] == name
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "a").write_text("1")
+    with pytest.raises(FileNotFoundError):
+        put_in_place(tmp_path / "absent", tmp_path / "old")
+    assert (tmp_path / "old" / "a").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from aggregators import create_aggregator
+from mil import unfinished as unfinished_module
 from mil.bags import Bags
 from mil.config import TrainConfig, compose_config
 from mil.errors import TrainingDivergedError
 from mil.replicas import Progress, train_replicas
 from mil.splits import make_splits
 from mil.stacked import is_stackable, stacks, train_stacked
-from mil.training import Replica, TrainedReplica, train_replica
+from mil.training import EpochRecord, Replica, TrainedReplica, train_replica
 from mil.unfinished import UnfinishedTraining, kept_replicas
 from tests.test_mil.small import DIM, fast_config, make_cohort, make_features
 
@@ -168,3 +169,43 @@ def test_a_loss_that_is_not_finite_names_the_replica() -> None:
     parts = [SPLITS.parts(replica.fold, 0) for replica in replicas]
     with pytest.raises(TrainingDivergedError, match=r"replica fold\d-seed0, epoch \d"):
         train_stacked(BAGS, COHORT.labels, replicas, parts, 2, CPU)
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_stack_goes_on_from_its_last_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    monkeypatch.setattr(unfinished_module, "SAVE_EVERY_S", 0.0)
+    replicas = [
+        Replica(fold, 0, _config("abmil", f"optimizer.lr={rate}")) for fold in range(2) for rate in (0.01, 0.03)
+    ]
+    parts = [SPLITS.parts(replica.fold, replica.seed) for replica in replicas]
+    whole = train_stacked(BAGS, COHORT.labels, replicas, parts, 2, CPU)
+    saved = UnfinishedTraining(tmp_path, "key").stack(replicas)
+
+    def stop(place: int, record: EpochRecord) -> None:
+        if record.epoch == at + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_stacked(BAGS, COHORT.labels, replicas, parts, 2, CPU, stop, saved)
+    epochs: list[int] = []
+    again = train_stacked(
+        BAGS, COHORT.labels, replicas, parts, 2, CPU, lambda place, record: epochs.append(record.epoch), saved
+    )
+    assert epochs[0] == at + 1
+    for one, other in zip(whole, again, strict=True):
+        np.testing.assert_array_equal(one.probabilities, other.probabilities)
+        assert one.best_epoch == other.best_epoch
+
+
+def test_a_stack_that_does_not_fit_is_trained_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    replicas = [Replica(fold, 0, _config("mean")) for fold in range(2)]
+    parts = [SPLITS.parts(replica.fold, replica.seed) for replica in replicas]
+    alone = train_replicas(BAGS, COHORT.labels, replicas, parts, 2, CPU, stacked=False)
+    monkeypatch.setattr("mil.replicas.train_stacked", full)
+    with pytest.warns(UserWarning, match="one by one"):
+        together = train_replicas(BAGS, COHORT.labels, replicas, parts, 2, CPU, stacked=True)
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one.probabilities, other.probabilities)

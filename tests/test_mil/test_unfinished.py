@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from mil import training, unfinished
+from mil.bags import Bags
 from mil.crossval import cross_validate
 from mil.replicas import Progress
 from mil.run import Run
-from mil.unfinished import kept_replicas
+from mil.splits import make_splits
+from mil.unfinished import kept_replicas, training_key
 from tests.test_mil.small import MemoryStore, fast_config, make_cohort, make_store
 
 COHORT = make_cohort()
@@ -153,3 +155,13 @@ def test_saving_waits(tmp_path: Path) -> None:
     assert state is not None
     assert state["x"].tolist() == [0, 1, 2]
     assert training.SavedEpoch  # what replicas ask of it
+
+
+def test_other_views_or_coords_are_another_training() -> None:
+    matrices = list(make_store(COHORT).slides.values())
+    plain = Bags(COHORT.slide_ids, matrices)
+    views = [Bags(COHORT.slide_ids, matrices, views=[[matrix + add for matrix in matrices]]) for add in (1, 2)]
+    coords = [Bags(COHORT.slide_ids, matrices, coords=[np.full((len(m), 2), at) for m in matrices]) for at in (0, 1)]
+    splits = make_splits(COHORT, 2, 0, (0, 1), 0.2)
+    keys = {training_key(CONFIG, COHORT, splits, bags, torch.device("cpu")) for bags in (plain, *views, *coords)}
+    assert len(keys) == 5
