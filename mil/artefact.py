@@ -19,12 +19,11 @@ from uuid import uuid4
 from extract.store import fingerprint
 from mil.errors import CheckpointError, RunError
 from mil.files import write_atomically
-from mil.training_cohort import TrainingCohort
+from mil.training_cohort import COHORT, TrainingCohort
 
 FORMAT = 1
 MODEL = "model.json"
 CARD = "README.md"
-COHORT = "training_cohort.json"
 _REQUIRED = ("format", "target", "class_names", "replicas", "abstention", "files", "sha256")
 
 

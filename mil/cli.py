@@ -119,13 +119,15 @@ def train(
     try:
         with _replica_progress(console, f"replicas of {settings.head.name}") as progress:
             run = run_training(
-                settings, out, progress, overwrite, lambda _: lines.append(_write_report(out, settings.store))
+                settings, out, progress, overwrite, lambda folder: lines.append(_try_report(folder, settings.store))
             )
     except KeyboardInterrupt:
         say(console, f"stopped. {_kept(out)}; the same command goes on from there.")
         raise typer.Exit(130) from None
     _print_run(console, run)
-    say(console, lines[0])
+    # it was written before the folder had its name
+    report = out / "report.html"
+    say(console, f"results {out}, report {report}" if report.is_file() else f"results {out}; {lines[0]}")
 
 
 def _kept(out: Path) -> str:
@@ -193,6 +195,14 @@ def _report(console: Console, folder: Path, store: Path | None) -> None:
     say(console, _write_report(folder, store))
 
 
+def _try_report(folder: Path, store: Path | None) -> str:
+    """As `_write_report`; no fault of a page may cost the training behind it."""
+    try:
+        return _write_report(folder, store)
+    except Exception as error:  # noqa: BLE001
+        return f"no report: {error}; mil report writes it again"
+
+
 def _write_report(folder: Path, store: Path | None) -> str:
     """Write the report; returns where, or what is missing for it."""
     from extract.errors import ExtractError
@@ -212,7 +222,7 @@ def _write_report(folder: Path, store: Path | None) -> str:
     try:
         path = write_report(folder, thumbnail)
     except MissingExtraError as error:
-        return f"results {folder}; no report: {error}"
+        return f"no report: {error}"
     return f"results {folder}, report {path}"
 
 

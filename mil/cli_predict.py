@@ -278,12 +278,11 @@ def ensemble(
         scores = [_stacked(each["macro_f1"]), _stacked(each["auroc"])]
         gain = dict(each["gain_macro_f1"])
         gain["value"] = gain.pop("difference")
-        rows.append([Path(each["run"]).name, each["head"], each["entry"], *scores, _stacked(gain, "+.3f")])
+        # one column that may wrap, and three of figures, fit 80 letters
+        rows.append([f"{Path(each['run']).name} ({each['head']}, {each['entry']})", *scores, _stacked(gain, "+.3f")])
     whole = metrics["out_of_fold"]
-    rows.append(
-        ["ensemble", "mean of these", metrics["entry"], _stacked(whole["macro_f1"]), _stacked(whole["auroc"]), "–"]
-    )
-    columns = ["name", "head", "entry", "macro-F1", "AUROC", "gain in macro-F1"]
+    rows.append(["ensemble", _stacked(whole["macro_f1"]), _stacked(whole["auroc"]), "–"])
+    columns = ["member", "macro-F1", "AUROC", "gain in macro-F1"]
     print_table(console, "members, and the ensemble minus each; 95 % intervals over patients", columns, rows)
     print_metrics(console, f"{metrics['target']} by the ensemble, out of fold", whole)
     _warn(console, metrics["warnings"])
@@ -356,13 +355,18 @@ def _say_abstention(console: Console, parts: dict[str, Any] | None) -> None:
     """One line for every part of slides that a threshold was applied to."""
     for part in ("validation", "out_of_fold", "here"):
         each = (parts or {}).get(part)
-        if each is not None:
-            right = "–" if each["accuracy"] is None else f"{each['accuracy']:.3f}"
-            say(
-                console,
-                f"abstaining below {each['below']:.3f} ({part.replace('_', ' ')}): {each['n_answered']} of "
-                f"{each['n_slides']} answered, {right} of these right (of all: {each['accuracy_of_all']:.3f})",
-            )
+        if each is None:
+            continue
+        thresholds = each.get("below_by_fold") or [each["below"]]
+        below = " to ".join(f"{value:.3f}" for value in dict.fromkeys((min(thresholds), max(thresholds))))
+        right = "–" if each["accuracy"] is None else f"{each['accuracy']:.3f}"
+        say(
+            console,
+            f"abstaining below {below} ({part.replace('_', ' ')}): {each['n_answered']} of "
+            f"{each['n_slides']} answered, {right} of these right (of all: {each['accuracy_of_all']:.3f})",
+        )
+    if parts is not None and parts.get("out_of_fold_missing"):
+        say(console, f"no figures of abstention out of fold: {parts['out_of_fold_missing']}")
 
 
 def _stacked(entry: dict[str, float | None], form: str = ".3f") -> str:

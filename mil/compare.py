@@ -12,6 +12,7 @@ from mil import statistics
 from mil.board import NOTHING, SIGNIFICANT, Interval
 from mil.comparison import corrected_t_test, holm, permutation_test
 from mil.delong import delong_test
+from mil.ensemble import is_ensemble
 from mil.errors import EvaluationError, RunError, listed
 from mil.files import Row, write_csv
 from mil.fold_scores import FoldScore, differing_folds, mean_over_seeds, mean_test_to_train, read_fold_scores
@@ -34,7 +35,8 @@ class ComparedRun:
         p: of the difference, by exchanging predictions patient by patient.
         p_holm: corrected for the number of runs that are compared with the reference.
         p_delong: of the difference in AUROC, DeLong's test over patients; None unless there are two classes.
-        p_t_test: of the mean difference over test folds, the corrected resampled t test; None under other folds.
+        p_t_test: of the mean difference over test folds, the corrected resampled t test; None under other folds, and
+            for ensembles, which have none.
         detectable: difference that cohorts like this one find in four of five cases, see `mil.power`.
         verdict: "reference", "better", "worse" or "no difference shown".
     """
@@ -103,7 +105,10 @@ class RunComparison:
 
 @dataclass(frozen=True, eq=False)
 class _RunToCompare:
-    """A run folder as comparisons read it, its slides and classes in the order of the first run's."""
+    """A run folder as comparisons read it, its slides and classes in the order of the first run's.
+
+    An ensemble has no folds.
+    """
 
     name: str
     folder: Path
@@ -121,7 +126,7 @@ def compare_runs(
     further patients; the corrected t test over folds speaks of training again.
 
     Args:
-        folders: two or more folders that `mil train` wrote; the first is the reference.
+        folders: two or more folders that `mil train` or `mil ensemble` wrote; the first is the reference.
         metric: one of `mil.statistics.SUMMARY_METRICS`.
         replicates: bootstrap and permutation resamples.
         seed: of the resamples.
@@ -144,7 +149,8 @@ def compare_runs(
     judged = [_judged(replace(row, p_holm=p)) for row, p in zip(rows[1:], adjusted, strict=True)]
     found = reference.found
     warnings = statistics.few_patients(found.class_names, found.labels, found.patient_ids)
-    warnings += [text for run in runs[1:] for text in _warn_of_folds(run, reference)] + _warn_of_looks(runs)
+    warnings += _warn_of_ensembles(runs) + [text for run in runs[1:] for text in _warn_of_folds(run, reference)]
+    warnings += _warn_of_looks(runs)
     return RunComparison(
         metric=metric,
         target=str(found.metrics.get("target", "")),
@@ -198,6 +204,8 @@ def _delong(found: OutOfFold, reference: OutOfFold) -> float | None:
 
 def _t_test(run: _RunToCompare, reference: _RunToCompare, metric: str) -> float | None:
     """The corrected resampled t test over test folds that both runs have; None under other folds, or fewer than two."""
+    if not run.folds or not reference.folds:
+        return None
     if {each.test for each in run.folds} != {each.test for each in reference.folds}:
         return None
     scores, expected = (mean_over_seeds(each.folds, metric) for each in (run, reference))
@@ -205,7 +213,18 @@ def _t_test(run: _RunToCompare, reference: _RunToCompare, metric: str) -> float 
     return corrected_t_test(differences, mean_test_to_train(run.folds)).p if len(differences) > 1 else None
 
 
+def _warn_of_ensembles(runs: Sequence[_RunToCompare]) -> list[str]:
+    names = [run.name for run in runs if not run.folds]
+    return [
+        f"{name} is an ensemble, whose runs may have other folds: its t test over test folds is left out, and all other "
+        f"figures are of its out-of-fold predictions"
+        for name in names
+    ]
+
+
 def _warn_of_folds(run: _RunToCompare, reference: _RunToCompare) -> list[str]:
+    if not run.folds or not reference.folds:
+        return []
     how = differing_folds(reference.folds, run.folds)
     if how is None:
         return []
@@ -247,9 +266,13 @@ def _read(folders: Sequence[str | Path]) -> list[_RunToCompare]:
         _require_same(names[0], found[0], name, each)
     require_same_slides(zip(names, found, strict=True))
     return [
-        _RunToCompare(name, path, _aligned(each, found[0]), read_fold_scores(path, found[0].class_names))
+        _RunToCompare(name, path, _aligned(each, found[0]), _fold_scores(path, found[0].class_names))
         for name, path, each in zip(names, absolute, found, strict=True)
     ]
+
+
+def _fold_scores(folder: Path, class_names: Sequence[str]) -> list[FoldScore]:
+    return [] if is_ensemble(folder) else read_fold_scores(folder, class_names)
 
 
 def _require_same(first_name: str, first: OutOfFold, name: str, other: OutOfFold) -> None:

@@ -537,7 +537,13 @@ def take_overrides(overrides: Sequence[str], names: Sequence[str]) -> tuple[dict
         ({'heads': ['mean', {'name': 'abmil', 'gated': True}]}, ['folds=3'])
     """
     taken = [text for text in overrides if text.partition("=")[0].strip() in names]
-    values = {item.key_or_group: _plain_value(item.value()) for item in parse_overrides(taken)}
+    parsed = parse_overrides(taken)
+    for item in parsed:
+        if item.is_sweep_override():
+            text = str(item.input_line)
+            name, _, listing = text.partition("=")
+            raise ConfigError(f"got {text} → expected one value or a list in brackets → write {name}=[{listing}]")
+    values = {item.key_or_group: _plain_value(item.value()) for item in parsed}
     return values, [text for text in overrides if text not in taken]
 
 
@@ -576,7 +582,7 @@ def _check_overrides(defaults: _Defaults, overrides: Sequence[str]) -> None:
         if item.is_sweep_override() or item.is_add() or item.is_delete() or item.package is not None:
             raise ConfigError(
                 f"got {item.input_line} → expected one value for one key that exists → write key=value, without "
-                f"+, ++, ~, @ or several values"
+                f"+, ++, ~, @ or several values; mil sweep tries several, mil benchmark compares heads=[...]"
             )
         if item.key_or_group in GROUPS:
             chosen[item.key_or_group] = _option(item.key_or_group, str(item.value()))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mil.cohort import Cohort, join_store, read_cohort
 from mil.config import TrainConfig, compose_config
 from mil.errors import ConfigError
 from mil.evaluation import resolve_device
+from mil.initial import check_initial
 from mil.metrics import auroc, balanced_accuracy, confusion, macro_f1
 from mil.replicas import OnProgress, Progress, train_replicas
 from mil.run import ReplicaPredictions, Run, check_folder
@@ -44,7 +46,8 @@ def train(
         folds: number of folds.
         seeds: how many seeds per fold, or which.
         progress: called after each epoch and each replica.
-        **options: any other field of `TrainConfig`: ``epochs=20``, ``optimizer={"lr": 1e-3}``.
+        **options: any other field of `TrainConfig`: ``epochs=20``, ``optimizer={"lr": 1e-3}``. Trackers are told of
+            curves and metrics, not of files.
 
     Raises:
         ConfigError: an unknown option or an impossible value.
@@ -54,7 +57,11 @@ def train(
     seeds = seeds if isinstance(seeds, int) else list(seeds)
     given = {"store": store.path, "target": cohort.target, "folds": folds, "seeds": seeds}
     chosen = {} if head is None else {"head": head}
-    return cross_validate(store, cohort, compose_config(values=given | chosen | options), progress)
+    config = compose_config(values=given | chosen | options)
+    with _tracked(config, f"{config.head.name} on {cohort.target}", Path.cwd()) as tracking:
+        run = cross_validate(store, cohort, config, _told(tracking, progress))
+        tracking.log_metrics(run.metrics)
+    return run
 
 
 def run_training(
@@ -62,7 +69,7 @@ def run_training(
     out: str | Path,
     progress: OnProgress | None = None,
     overwrite: bool = False,
-    saved: Callable[[Run], None] | None = None,
+    complete: Callable[[Path], None] | None = None,
 ) -> Run:
     """Train as a configuration says and write the run folder ``out``.
 
@@ -75,7 +82,7 @@ def run_training(
         out: the run folder.
         progress: called after each epoch and each replica.
         overwrite: replace an earlier run there.
-        saved: called once the folder is written and before trackers are given its files, such as to write a report.
+        complete: adds files to the run folder before it is put in its place, such as a report.
 
     Raises:
         ConfigError: store, labels or target is not given.
@@ -93,18 +100,23 @@ def run_training(
     check_folder(folder, overwrite)
     unfinished = unfinished_folder(folder)
     cohort = read_cohort(config.labels, config.target, config.slide_column, config.patient_column)
-    tracking = Tracking(config.track, folder.name, config.to_dict(), folder.parent)
-    try:
+    with _tracked(config, folder.name, folder.parent) as tracking:
         run = cross_validate(open_store(config.store), cohort, config, _told(tracking, progress), unfinished)
-        run = run.save(folder, overwrite)
+        run = run.save(folder, overwrite, complete)
         discard_unfinished(unfinished)
-        if saved is not None:
-            saved(run)
         tracking.log_metrics(run.metrics)
         tracking.log_files(folder)
+    return run
+
+
+@contextmanager
+def _tracked(config: TrainConfig, name: str, folder: Path) -> Iterator[Tracking]:
+    """The trackers of a training, told of its end however it ends."""
+    tracking = Tracking(config.track, name, config.to_dict(), folder)
+    try:
+        yield tracking
     finally:
         tracking.close()
-    return run
 
 
 def _told(tracking: Tracking, progress: OnProgress | None) -> OnProgress:
@@ -146,6 +158,7 @@ def cross_validate(
         where = f"entry {entry!r} of {store.path}"
         require_recipes(load_checkpoint(config.init)[1], store.feature_recipe(entry), store.tile_recipe, where)
     cohort = join_store(cohort, store.slide_ids(entry))
+    check_initial(config, cohort.slide_ids, cohort.patient_ids)
     splits = split_cohort(cohort, split_plan(config))
     if bags is None:
         positions, views = needs_coords(config.head.keywords), config.views == "sample"

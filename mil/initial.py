@@ -1,11 +1,17 @@
 """Starting from the weights of an earlier training."""
 
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 
 from aggregators import Aggregator
-from mil.checkpoint import CheckpointRecord, load_checkpoint
+from mil.checkpoint import load_checkpoint
 from mil.config import TrainConfig
-from mil.errors import CheckpointError
+from mil.errors import CheckpointError, RunError, listed
+from mil.training_cohort import COHORT, TrainingCohort, read_training_cohort
 
 
 @torch.no_grad()
@@ -17,12 +23,11 @@ def inherit_weights(head: Aggregator, config: TrainConfig) -> frozenset[str]:
 
     Raises:
         CheckpointError: the checkpoint cannot be read, nothing in it fits, all of it fits while ``freeze_epochs`` would
-            leave nothing to train, or it was trained on this very store and target.
+            leave nothing to train.
     """
     if config.init is None:
         return frozenset()
     saved, record = load_checkpoint(config.init)
-    _refuse_own_cohort(record, config)
     ours, theirs = dict(head.named_parameters()), dict(saved.named_parameters())
     fitting = [name for name, weight in ours.items() if name in theirs and theirs[name].shape == weight.shape]
     if not any(ours[name].ndim > 1 for name in fitting):
@@ -40,11 +45,41 @@ def inherit_weights(head: Aggregator, config: TrainConfig) -> frozenset[str]:
     return frozenset(fitting)
 
 
-def _refuse_own_cohort(record: CheckpointRecord, config: TrainConfig) -> None:
-    """Its replica learned from all slides but one fold's, so these weights know the labels of slides to be tested."""
-    same = str(record.config.get("store")) == str(config.store) and record.target == config.target
-    if same and config.store is not None:
-        raise CheckpointError(
-            f"got init={config.init}, which was trained on {config.store} for {config.target} → the folds of this "
-            f"training would be tested on slides that it has learned → give a checkpoint of another cohort or target"
+def check_initial(config: TrainConfig, slide_ids: Sequence[str], patient_ids: Sequence[str]) -> None:
+    """Refuse a warm start from weights that know slides or patients of this cohort, wherever these lie.
+
+    A replica learned from all slides but one fold's, so its weights know the labels of slides that are to be tested.
+    Whom it learned from stands beside its checkpoints: ``splits.csv`` of a run, ``training_cohort.json`` of a packed
+    model. Where neither is there, a warning says that nobody can tell.
+
+    Raises:
+        CheckpointError: a slide of the same file name, or a patient of the same id.
+    """
+    if config.init is None:
+        return
+    folder = config.init.resolve().parent.parent
+    try:
+        known = _training_cohort(folder)
+    except (OSError, ValueError, KeyError, TypeError, RunError):
+        warnings.warn(
+            f"got init={config.init} → nothing beside it says which slides it was trained on: if any of them is in "
+            f"this cohort, the figures will be too good",
+            stacklevel=2,
         )
+        return
+    slides = [slide for slide in slide_ids if known.knows_slide(slide)]
+    patients = sorted({patient for patient in patient_ids if known.knows_patient(patient)})
+    if slides or patients:
+        raise CheckpointError(
+            f"got init={config.init}, which was trained on {len(slides)} slides and {len(patients)} patients of this "
+            f"cohort (slides {listed(slides)}, patients {listed(patients)}) → the folds would be tested on slides "
+            f"that it has learned → give a checkpoint of another cohort; where only the names are the same, make the ids "
+            f"of the label table unique"
+        )
+
+
+def _training_cohort(folder: Path) -> TrainingCohort:
+    packed = folder / COHORT
+    if packed.is_file():
+        return TrainingCohort.from_json(json.loads(packed.read_text(encoding="utf-8")))
+    return read_training_cohort(folder)

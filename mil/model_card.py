@@ -53,7 +53,11 @@ def _data(record: Mapping[str, Any]) -> Iterator[str]:
     data = record["data"]
     yield "## Data"
     yield ""
-    yield f"Trained on {data['n_slides']} slides of {data['n_patients']} patients."
+    parts = data["parts"]
+    yield (
+        f"Made of {data['n_slides']} slides of {data['n_patients']} patients: {parts['train']} slides trained some "
+        f"replica, {parts['validation']} validated one, {parts['test']} tested one."
+    )
     yield ""
     rows = [(name, each["slides"], each["patients"]) for name, each in data["classes"].items()]
     yield from _table(("class", "slides", "patients"), rows)
@@ -92,7 +96,7 @@ def _metrics(record: Mapping[str, Any]) -> Iterator[str]:
     yield "## Metrics"
     yield ""
     yield (
-        f"What was held out: every slide was predicted by the replicas that had neither it nor its patient in training "
+        f"What was held out: every tested slide was predicted by the replicas that had neither it nor its patient in training "
         f"or validation. {found['n_slides']} slides of {found['n_patients']} patients; "
         f"{found['confidence']:.0%} intervals over resampled patients."
     )
@@ -151,8 +155,19 @@ def _abstention(record: Mapping[str, Any]) -> Iterator[str]:
     rows = []
     for part, title in (("validation", "validation (chosen there)"), ("out_of_fold", "out of fold")):
         each = chosen[part]
-        rows.append((title, each["n_slides"], _value(each["coverage"]), _value(each["accuracy"])))
+        if each is not None:
+            rows.append((title, each["n_slides"], _value(each["coverage"]), _value(each["accuracy"])))
     yield from _table(("slides", "n", "answered", "accuracy of the answered"), rows)
+    if chosen["out_of_fold"] is None:
+        yield ""
+        yield f"There are no figures out of fold: {chosen['out_of_fold_missing']}."
+    elif (thresholds := chosen["out_of_fold"].get("below_by_fold")) is not None:
+        yield ""
+        yield (
+            f"The threshold above was chosen on slides that other folds test. So out of fold every fold has a threshold "
+            f"of its own, chosen in the same way on its validation slides, none of whose patients it tests: "
+            f"{min(thresholds):.3f} to {max(thresholds):.3f}."
+        )
 
 
 def _limits(record: Mapping[str, Any]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from extract.store import fingerprint
 from mil import statistics
 from mil.abstention import choose_confidence
-from mil.artefact import CARD, COHORT, Artefact, check_new_folder, write_artefact
+from mil.artefact import CARD, Artefact, check_new_folder, write_artefact
 from mil.calibration import evaluate_calibration
 from mil.checkpoint import CheckpointRecord, package_versions
 from mil.ensemble import is_ensemble
@@ -23,8 +24,9 @@ from mil.model import load_model
 from mil.model_card import write_card
 from mil.run import ReplicaPredictions
 from mil.saved_run import read_predictions
+from mil.splits import PARTS
 from mil.temperature import scale_temperatures
-from mil.training_cohort import read_training_cohort
+from mil.training_cohort import COHORT, read_training_cohort
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -42,7 +44,8 @@ def pack(
     """Pack a run into one folder that predicts elsewhere; see `mil.artefact` for what is in it.
 
     Temperatures are fitted on each replica's validation part, and a threshold is chosen on the mean of the replicas
-    that validated a slide. Out-of-fold predictions are scored with both, and nothing is chosen by them. At most one of
+    that validated a slide. Out-of-fold predictions are scored with temperatures, and with thresholds that each fold
+    chooses in this way by its own validation parts; nothing is chosen by them. At most one of
     ``abstain_below``, ``coverage`` and ``accuracy`` is given; without any, the model never abstains.
 
     Args:
@@ -89,17 +92,26 @@ def pack(
         "out_of_fold": statistics.evaluate(*_tested(used)),
         "out_of_fold_uncalibrated": metrics["out_of_fold"] if calibrate else None,
     }
-    record["warnings"] = list(dict.fromkeys([*metrics["warnings"], *(scaled.warnings if scaled is not None else ())]))
+    record["warnings"] = list(
+        dict.fromkeys(map(_without_ids, [*metrics["warnings"], *(scaled.warnings if scaled else ())]))
+    )
     files = _checkpoint_files(folder, model.names)
     files |= {COHORT: read_training_cohort(folder).to_json(), CARD: write_card(record).encode()}
     return write_artefact(out, record, files)
 
 
-def abstention_of(labels: IntArray, probabilities: FloatArray, below: float | None) -> dict[str, Any] | None:
+def abstention_of(
+    labels: IntArray, probabilities: FloatArray, below: float | FloatArray | None
+) -> dict[str, Any] | None:
     """What abstaining below a confidence does to slides: shares answered and right; None without a threshold.
 
+    Args:
+        labels: [n].
+        probabilities: [n, C].
+        below: the threshold, or one for each slide [n].
+
     Returns:
-        `below`, `n_slides`, `n_answered`, `coverage`, `accuracy` of the answered (None if there are none) and
+        `below` (None where slides differ in it), `n_slides`, `n_answered`, `coverage`, `accuracy` of the answered (None if there are none) and
         `accuracy_of_all`.
     """
     if below is None:
@@ -107,7 +119,7 @@ def abstention_of(labels: IntArray, probabilities: FloatArray, below: float | No
     right = probabilities.argmax(axis=1) == labels
     answered = probabilities.max(axis=1) >= below
     return {
-        "below": below,
+        "below": None if isinstance(below, np.ndarray) else below,
         "n_slides": len(labels),
         "n_answered": int(answered.sum()),
         "coverage": float(answered.mean()),
@@ -146,24 +158,75 @@ def _abstention(
         return None
     rows, values = _mean_over(used, "validation")
     labels = used.cohort.labels[rows]
-    below, by = abstain_below, {"chosen_by": "given"}
-    if coverage is not None:
-        below, by = choose_coverage(values, coverage), {"chosen_by": f"coverage {coverage:g} of validation slides"}
-    if accuracy is not None:
-        below = choose_confidence(labels, values, accuracy)
-        by = {"chosen_by": f"accuracy {accuracy:g} on validation slides"}
-        if below is None:
-            raise RunError(
-                f"got accuracy={accuracy:g} → no confidence reaches it on the {len(labels)} validation slides → ask "
-                f"for less"
-            )
-    tested, scores, *_ = _tested(used)
+    if abstain_below is not None:
+        tested, scores, *_ = _tested(used)
+        below, by, missing = abstain_below, "given", None
+        out_of_fold = abstention_of(tested, scores, below)
+    else:
+        below = _choose(labels, values, coverage, accuracy)
+        by = (
+            f"coverage {coverage:g} of validation slides" if coverage else f"accuracy {accuracy:g} on validation slides"
+        )
+        out_of_fold, missing = _abstention_by_fold(used, coverage, accuracy)
+    if below is None:
+        raise RunError(
+            f"got accuracy={accuracy:g} → no confidence reaches it on the {len(labels)} validation slides → ask for "
+            f"less"
+        )
     return {
         "below": below,
-        **by,
+        "chosen_by": by,
         "validation": abstention_of(labels, values, below),
-        "out_of_fold": abstention_of(tested, scores, below),
+        "out_of_fold": out_of_fold,
+        "out_of_fold_missing": missing,
     }
+
+
+def _choose(
+    labels: IntArray, probabilities: FloatArray, coverage: float | None, accuracy: float | None
+) -> float | None:
+    """The threshold that slides ask for; None where no confidence reaches the accuracy."""
+    if coverage is not None:
+        return choose_coverage(probabilities, coverage)
+    return None if accuracy is None else choose_confidence(labels, probabilities, accuracy)
+
+
+def _abstention_by_fold(
+    used: ReplicaPredictions, coverage: float | None, accuracy: float | None
+) -> tuple[dict[str, Any] | None, str | None]:
+    """What thresholds chosen in the same way do out of fold, each by the validation parts of one fold alone.
+
+    All folds together validate on the slides that they test, so that the one threshold of the model cannot be judged
+    on them. A fold's own validation parts hold no patient that it tests. A slide that several folds test meets the
+    mean of their thresholds, as it meets the mean of their probabilities.
+
+    Returns:
+        The figures, or None where a fold can choose no threshold, and why.
+    """
+    folds = np.array([replica.fold for replica in used.replicas])
+    tests, chosen = [], []
+    for fold in np.unique(folds):
+        own = _replicas_of(used, folds == fold)
+        rows, values = _mean_over(own, "validation")
+        below = _choose(used.cohort.labels[rows], values, coverage, accuracy)
+        if below is None:
+            return (
+                None,
+                f"no confidence reaches accuracy {accuracy:g} on the {len(rows)} validation slides of fold {fold}",
+            )
+        tests.append((own.parts == "test").any(axis=0))
+        chosen.append(below)
+    held = np.array(tests, dtype=np.float64)  # [folds, n]
+    tested = held.any(axis=0)
+    labels, scores, *_ = _tested(used)
+    cuts = np.array(chosen) @ held[:, tested] / held[:, tested].sum(axis=0)
+    return (abstention_of(labels, scores, cuts) or {}) | {"below_by_fold": chosen}, None
+
+
+def _replicas_of(said: ReplicaPredictions, chosen: npt.NDArray[np.bool_]) -> ReplicaPredictions:
+    """Some of the replicas, chosen by bool [R]."""
+    replicas = tuple(said.replicas[at] for at in np.flatnonzero(chosen))
+    return ReplicaPredictions(said.cohort, replicas, said.parts[chosen], said.probabilities[chosen])
 
 
 def _mean_over(said: ReplicaPredictions, part: str) -> tuple[IntArray, FloatArray]:
@@ -215,6 +278,7 @@ def _record(record: CheckpointRecord, metrics: Mapping[str, Any], said: ReplicaP
             "n_slides": len(cohort),
             "n_patients": len(set(cohort.patient_ids)),
             "classes": _class_counts(said),
+            "parts": {part: int((said.parts == part).any(axis=0).sum()) for part in PARTS},
             "attrition": [[reason, count] for reason, count, _ in metrics["cohort"]["attrition"]],
         },
         "training": _without_paths(record.config),
@@ -264,7 +328,12 @@ def _checkpoint_files(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
     return files
 
 
+def _without_ids(warning: str) -> str:
+    """A warning of a split without the slides that it names in brackets."""
+    return re.sub(r" \(['\"].*\)", "", warning)
+
+
 def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without the paths of the machine that trained."""
-    init = config.get("init")
-    return {**config, "store": None, "labels": None, "init": Path(init).name if init else None}
+    names = {key: Path(config[key]).name if config.get(key) else None for key in ("init", "split_file")}
+    return {**config, "store": None, "labels": None, **names}

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,11 +116,18 @@ class Run:
     recipes: tuple[dict[str, Any], dict[str, Any]]
     folder: Path | None = None
 
-    def save(self, folder: str | Path, overwrite: bool = False) -> "Run":
+    def save(
+        self, folder: str | Path, overwrite: bool = False, complete: Callable[[Path], None] | None = None
+    ) -> "Run":
         """Write the run folder and return the run with its ``folder``.
 
         The files are written beside the folder and renamed into place, so a folder that exists is whole. The look at
         the test folds is added to the ledger ``looks.jsonl`` beside the run folders, and counted in the metrics.
+
+        Args:
+            folder: where to write it.
+            overwrite: replace an earlier run there.
+            complete: adds files to the folder, such as a report, before it is put in its place.
 
         Raises:
             RunError: ``folder`` exists and is not empty, unless ``overwrite``; or it cannot be written.
@@ -133,6 +140,8 @@ class Run:
         try:
             partial.mkdir(parents=True)
             _write_run(partial, saved)
+            if complete is not None:
+                complete(partial)
             look.append()
             put_in_place(partial, folder)
         except OSError as error:

@@ -3,13 +3,14 @@
 import csv
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mil.cohort import Attrition, Cohort
 from mil.config import compose_config
 from mil.errors import RunError
-from mil.out_of_fold import OutOfFold, read_out_of_fold
+from mil.out_of_fold import read_out_of_fold
 from mil.run import ReplicaPredictions
 from mil.training import Replica
 
@@ -22,10 +23,9 @@ def read_predictions(folder: Path) -> ReplicaPredictions:
         ConfigError: the configuration holds what this version does not know.
     """
     truth = read_out_of_fold(folder)
-    cohort = _cohort(truth)
     config = compose_config(file=folder / "config.yaml")
     try:
-        table = _read(folder / "predictions.csv")
+        cohort, table = _read(folder / "predictions.csv", truth.metrics)
         keys = list(table)
         parts = [[table[key][slide][0] for slide in cohort.slide_ids] for key in keys]
         values = [[table[key][slide][1] for slide in cohort.slide_ids] for key in keys]
@@ -37,25 +37,33 @@ def read_predictions(folder: Path) -> ReplicaPredictions:
             f"the run, or train again"
         ) from error
     replicas = tuple(Replica(fold, seed, config) for fold, seed in keys)
-    return ReplicaPredictions(cohort, replicas, np.array(parts, dtype=np.str_), probabilities)
+    found = ReplicaPredictions(cohort, replicas, np.array(parts, dtype=np.str_), probabilities)
+    if set(found.tested()[0].slide_ids) != set(truth.slide_ids):
+        raise RunError(
+            f"got {folder} as run folder → its predictions.csv and oof.csv test different slides → bring both back "
+            f"from a copy of the run, or train again"
+        )
+    return found
 
 
-def _cohort(truth: OutOfFold) -> Cohort:
-    n = len(truth.slide_ids)
-    return Cohort(
-        truth.slide_ids, truth.patient_ids, truth.labels, truth.class_names, truth.metrics["target"], Attrition(n, n)
-    )
+_Table = dict[tuple[int, int], dict[str, tuple[str, list[float]]]]
 
 
-def _read(path: Path) -> dict[tuple[int, int], dict[str, tuple[str, list[float]]]]:
-    """Part and probabilities by fold and seed, then by slide."""
-    table: dict[tuple[int, int], dict[str, tuple[str, list[float]]]] = defaultdict(dict)
-    with open(path, encoding="utf-8", newline="") as file:
+def _read(path: Path, metrics: dict[str, Any]) -> tuple[Cohort, _Table]:
+    """All slides of the run, tested or not; part and probabilities by fold and seed, then by slide."""
+    table: _Table = defaultdict(dict)
+    slides: dict[str, tuple[str, str]] = {}
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file)
         header = next(rows)
         slide, fold, seed, part = (header.index(name) for name in ("slide_id", "fold", "seed", "split"))
-        first = header.index("target") + 1
+        patient, target = header.index("patient_id"), header.index("target")
         for row in rows:
             key = int(row[fold]), int(row[seed])
-            table[key][row[slide]] = (row[part], [float(cell) for cell in row[first:]])
-    return table
+            table[key][row[slide]] = (row[part], [float(cell) for cell in row[target + 1 :]])
+            slides[row[slide]] = (row[patient], row[target])
+    names = tuple(metrics["class_names"])
+    labels = np.array([names.index(label) for _, label in slides.values()], dtype=np.int64)
+    patients = tuple(who for who, _ in slides.values())
+    n = len(slides)
+    return Cohort(tuple(slides), patients, labels, names, metrics["target"], Attrition(n, n)), table

@@ -130,9 +130,13 @@ def operate(
             unchosen += 1
     votes = predictions.probabilities[..., index] >= np.array(thresholds)[:, None]  # [R, n]
     tested = predictions.parts == "test"
-    predicted = (votes & tested).sum(axis=0) * 2 >= tested.sum(axis=0)
+    was_tested = tested.any(axis=0)
+    # slides that no fold tests, which fixed splits may have, are not scored and count as negative
+    predicted = was_tested & ((votes & tested).sum(axis=0) * 2 >= tested.sum(axis=0))
     names = (f"not {cohort.class_names[index]}", cohort.class_names[index])
-    found = evaluate(truth.astype(np.int64), np.eye(2)[predicted.astype(np.int64)], cohort.patient_ids, names)
+    scored = np.flatnonzero(was_tested)
+    patients = [cohort.patient_ids[row] for row in scored]
+    found = evaluate(truth[scored].astype(np.int64), np.eye(2)[predicted[scored].astype(np.int64)], patients, names)
     warnings = [*_warn_of_default(unchosen, len(thresholds)), *warn_of_validation(predictions), *found["warnings"]]
     recalls = [found["classes"][name]["recall"] for name in names]
     return OperatingPoint(names[1], predicted, tuple(thresholds), recalls[1], recalls[0], tuple(warnings))

@@ -33,8 +33,8 @@ class Tracker(Protocol):
         """The run folder is written, its report included."""
         ...
 
-    def close(self) -> None:
-        """Nothing more will come."""
+    def close(self, failed: bool = False) -> None:
+        """Nothing more will come; ``failed`` where the training did not end well."""
         ...
 
 
@@ -62,9 +62,9 @@ class WandbTracker:
             artifact.add_file(str(file))
         self._run.log_artifact(artifact)
 
-    def close(self) -> None:
-        """Finish the run."""
-        self._run.finish()
+    def close(self, failed: bool = False) -> None:
+        """Finish the run, as failed or as finished."""
+        self._run.finish(exit_code=1 if failed else 0)
 
 
 class MlflowTracker:
@@ -95,9 +95,9 @@ class MlflowTracker:
         for file in _files(folder):
             self._client.log_artifact(self._id, str(file))
 
-    def close(self) -> None:
-        """Mark the run as finished."""
-        self._client.set_terminated(self._id)
+    def close(self, failed: bool = False) -> None:
+        """Mark the run as failed or as finished."""
+        self._client.set_terminated(self._id, status="FAILED" if failed else "FINISHED")
 
 
 class TensorboardTracker:
@@ -125,8 +125,10 @@ class TensorboardTracker:
         """It names the folder; event files hold no others."""
         self._writer.add_text("run", str(folder))
 
-    def close(self) -> None:
-        """Write what is left."""
+    def close(self, failed: bool = False) -> None:
+        """Write what is left; event files know no end of a run, so that a failure is one more text."""
+        if failed:
+            self._writer.add_text("status", "failed")
         self._writer.close()
 
 
@@ -140,7 +142,7 @@ class Tracking:
         folder: where tools keep local files.
 
     Raises:
-        ConfigError: an unknown tracker.
+        ConfigError: an unknown tracker, or one that cannot start: nobody is logged in, or its server is away.
         MissingExtraError: its package is not installed.
 
     Example:
@@ -157,7 +159,13 @@ class Tracking:
             )
         if names:
             folder.mkdir(parents=True, exist_ok=True)
-        self._trackers: list[Tracker] = [_KINDS[each](name, config, folder) for each in dict.fromkeys(names)]
+        self._trackers: list[Tracker] = []
+        for each in dict.fromkeys(names):
+            try:
+                self._trackers.append(_start(each, name, config, folder))
+            except BaseException:
+                self.close(failed=True)
+                raise
 
     def log_epoch(self, replica: str, record: EpochRecord) -> None:
         """An epoch of a replica is over."""
@@ -173,9 +181,13 @@ class Tracking:
         """The run folder is written."""
         self._tell("log_files", folder)
 
-    def close(self) -> None:
-        """Nothing more will come; safe to call twice."""
-        self._tell("close")
+    def close(self, failed: bool = False) -> None:
+        """Nothing more will come; safe to call twice.
+
+        Args:
+            failed: whether the training ended with an error, which the tools then show.
+        """
+        self._tell("close", failed)
         self._trackers.clear()
 
     def _tell(self, what: str, *values: Any) -> None:
@@ -191,6 +203,29 @@ class Tracking:
 
 
 _KINDS: dict[str, Any] = {"wandb": WandbTracker, "mlflow": MlflowTracker, "tensorboard": TensorboardTracker}
+
+
+_REMEDIES = {
+    "wandb": "run wandb login, set WANDB_MODE=offline to send the run later, or leave wandb out of track",
+    "mlflow": "check MLFLOW_TRACKING_URI and its server, unset it to write beside the work, or leave mlflow out of "
+    "track",
+    "tensorboard": "check that the folder can be written, or leave tensorboard out of track",
+}
+
+
+def _start(kind: str, name: str, config: Mapping[str, Any], folder: Path) -> Tracker:
+    try:
+        tracker: Tracker = _KINDS[kind](name, config, folder)
+    except (ConfigError, MissingExtraError):
+        raise
+    # whatever a foreign package raises: it has not started, and the training has not either
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise ConfigError(
+            f"got track={kind}, which cannot start ({type(error).__name__}: {lines[0]}) → expected it to take a run → "
+            f"{_REMEDIES[kind]}"
+        ) from error
+    return tracker
 
 
 def _import(package: str) -> Any:

@@ -347,8 +347,10 @@ class _Loop:
         """Add ``share`` times the gradient of some bags' mean loss; returns ``share`` times the losses, [2]."""
         budget, dropout = self.config.instance_budget, self.config.instance_dropout
         rows = draw_instances(self.bags, members, budget, dropout, self.replica.seed, self.epoch)
-        views = draw_views(self.bags, members, self.replica.seed, self.epoch) if self.config.views == "sample" else None
-        pack = self.bags.pack(members, rows, views)
+        if self.config.views == "sample":
+            pack = self.bags.pack(members, rows, draw_views(self.bags, members, self.replica.seed, self.epoch))
+        else:
+            pack = self.bags.pack(members, rows)
         instances, offsets = pack.instances.to(self.device), pack.offsets.to(self.device)
         targets = torch.from_numpy(self.labels[members]).to(self.device)
         coords = None if pack.coords is None else pack.coords.to(self.device)

@@ -20,6 +20,7 @@ from mil.cohort import OTHER_SUFFIXES, SLIDE_SUFFIXES
 from mil.errors import RunError
 
 BoolArray = npt.NDArray[np.bool_]
+COHORT = "training_cohort.json"
 _DIGITS = 24
 
 

@@ -220,3 +220,41 @@ def test_heads_come_back_exactly(run: Run, artefact: Artefact) -> None:
     instances = torch.randn(5, 6)
     for each, head in zip(run.trained, load_model(artefact.folder).heads, strict=True):
         assert torch.equal(each.head(instances).logits, head(instances).logits)
+
+
+def test_a_fixed_split_packs_with_its_untested_slides(store: MemoryStore, tmp_path: Path) -> None:
+    words = ("train", "train", "train", "val", "val", "test")
+    part = {patient: words[at // 2 % 6] for at, patient in enumerate(dict.fromkeys(COHORT.patient_ids))}
+    lines = [
+        f"{slide},{patient},{COHORT.class_names[label]},{part[patient]}"
+        for slide, patient, label in zip(COHORT.slide_ids, COHORT.patient_ids, COHORT.labels, strict=True)
+    ]
+    table = tmp_path / "labels.csv"
+    table.write_text("slide_id,patient_id,subtype,part\n" + "\n".join(lines) + "\n")
+    options = {"split": "fixed", "split_column": "part", "labels": str(table), "seeds": 2, "epochs": 2, "device": "cpu"}
+    saved = train(store, COHORT, head=HEAD, **options).save(tmp_path / "run")
+    found = read_predictions(saved.folder)
+    assert found.cohort.slide_ids == COHORT.slide_ids
+    assert set(found.parts.ravel()) == {"train", "validation", "test"}
+    packed = pack(saved.folder, tmp_path / "model", coverage=0.8)
+    record = json.loads((packed.folder / "model.json").read_text())
+    assert record["data"]["n_slides"] == len(COHORT)
+    tested = sum(part[patient] == "test" for patient in COHORT.patient_ids)
+    assert record["out_of_fold"]["n_slides"] == record["abstention"]["out_of_fold"]["n_slides"] == tested
+
+
+def test_the_abstention_figure_owes_nothing_to_the_slides_it_is_scored_on(run: Run, tmp_path: Path) -> None:
+    said = read_predictions(run.folder)
+    record = json.loads(
+        (pack(run.folder, tmp_path / "m", coverage=0.6, calibrate=False).folder / "model.json").read_text()
+    )
+    answered = 0
+    for fold in range(3):
+        mine = np.array([replica.fold == fold for replica in said.replicas])
+        held = {part: (said.parts[mine] == part).astype(float) for part in ("validation", "test")}
+        means = {
+            part: (w[:, :, None] * said.probabilities[mine]).sum(0)[w.any(0)] / w.sum(0)[w.any(0), None]
+            for part, w in held.items()
+        }
+        answered += int((means["test"].max(1) >= choose_coverage(means["validation"], 0.6)).sum())
+    assert record["abstention"]["out_of_fold"]["n_answered"] == answered

@@ -255,3 +255,19 @@ def test_slides_that_a_fixed_split_leaves_untested_are_not_scored(store: MemoryS
     assert [row["slide_id"] for row in _table(saved.folder / "oof.csv")] == tested
     assert np.isnan(run.predictions.out_of_fold()).any(axis=1).sum() == len(COHORT) - len(tested)
     assert write_report(saved.folder).is_file()
+
+
+def test_trackers_hear_of_epochs_and_metrics(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    class Listener:
+        def __init__(self, *_: object) -> None:
+            told.append("start")
+
+        def __getattr__(self, name: str) -> object:
+            return lambda *_, **__: told.append(name)
+
+    monkeypatch.setattr("mil.tracking._KINDS", {"wandb": Listener})
+    run = train(store, COHORT, **_overrides(track=["wandb"], seeds=1))
+    epochs = sum(len(each.history) for each in run.trained)
+    assert told == ["start", *["log_epoch"] * epochs, "log_metrics", "close"]

@@ -16,6 +16,7 @@ from mil.crossval import cross_validate
 from mil.errors import BagError, CheckpointError, ConfigError, TrainingDivergedError
 from mil.evaluation import bag_logits
 from mil.losses import balanced_class_weights, log_loss, probabilities
+from mil.packing import pack
 from mil.recipes import LOSSES, OPTIMIZERS, RECIPES, SCHEDULERS
 from mil.samplers import draw_views
 from mil.training import Replica, TrainedReplica, train_replica
@@ -488,13 +489,28 @@ def test_a_checkpoint_that_does_not_serve_is_refused(checkpoint: Path, tmp_path:
         _train(compose_config([f"init={checkpoint}", "head=mean", "device=cpu"]))
     with pytest.raises(CheckpointError, match="nothing would be trained"):
         _train(fast_config(f"init={checkpoint}", "freeze_epochs=1"))
-    other = tmp_path / "run"
+
+
+def test_weights_that_know_the_cohort_are_refused_wherever_it_lies(tmp_path: Path) -> None:
     cohort = make_cohort(8, 1)
-    own = replace(fast_config("folds=2", "seeds=1", "epochs=1"), store=tmp_path / "a.zarr", target="subtype")
-    cross_validate(make_store(cohort), cohort, own).save(other)
-    with pytest.raises(CheckpointError, match="slides that it has learned"):
-        _train(replace(own, init=other / "checkpoints" / "fold0-seed0.safetensors"))
-    _train(replace(own, init=other / "checkpoints" / "fold0-seed0.safetensors", target="grade"))
+    config = fast_config("folds=2", "seeds=1", "epochs=2")
+    cross_validate(make_store(cohort), cohort, replace(config, store=tmp_path / "a.zarr")).save(tmp_path / "run")
+    pack(tmp_path / "run", tmp_path / "model", calibrate=False)
+    moved = replace(cohort, slide_ids=tuple(f"elsewhere/{slide}" for slide in cohort.slide_ids), target="grade")
+    store = make_store(moved)
+    for folder in ("run", "model"):
+        weights = tmp_path / folder / "checkpoints" / "fold0-seed0.safetensors"
+        with pytest.raises(CheckpointError, match=r"trained on 8 slides and 8 patients.*another cohort"):
+            cross_validate(store, moved, replace(config, init=weights))
+    names = {"slide_ids": tuple(f"new {at}" for at in range(8)), "patient_ids": tuple(f"q{at}" for at in range(8))}
+    other = replace(cohort, **names)
+    cross_validate(make_store(other), other, replace(config, init=weights))
+    for file in ("fold0-seed0.safetensors", "fold0-seed0.json"):
+        (tmp_path / "alone" / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "alone" / "checkpoints" / file).write_bytes((tmp_path / "run" / "checkpoints" / file).read_bytes())
+    alone = replace(config, init=tmp_path / "alone" / "checkpoints" / "fold0-seed0.safetensors")
+    with pytest.warns(UserWarning, match="nothing beside it says which slides"):
+        cross_validate(make_store(other), other, alone)
 
 
 def test_a_seed_decides_every_byte_of_a_recipe_with_everything() -> None:
