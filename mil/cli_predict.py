@@ -128,8 +128,8 @@ def predict(
 ) -> None:
     """Predict slides without labels by the mean probability of a model's replicas.
 
-    Given slides, it embeds what the store lacks first, by the recipe of the model. Slides that fail are listed, and the
-    exit code is 1.
+    Given slides, it embeds what the store lacks first, by the recipe of the model. Slides that fail, or have no valid
+    tile, are listed, and the exit code is 1.
 
     Example: `mil predict --run models/subtype slides/ --out predictions.csv`
     """

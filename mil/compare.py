@@ -216,8 +216,8 @@ def _t_test(run: _RunToCompare, reference: _RunToCompare, metric: str) -> float 
 def _warn_of_ensembles(runs: Sequence[_RunToCompare]) -> list[str]:
     names = [run.name for run in runs if not run.folds]
     return [
-        f"{name} is an ensemble, whose runs may have other folds: its t test over test folds is left out, and all other "
-        f"figures are of its out-of-fold predictions"
+        f"{name} is an ensemble, whose runs may have other folds: its t test over test folds is left out, and all "
+        f"other figures are of its out-of-fold predictions"
         for name in names
     ]
 

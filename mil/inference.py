@@ -15,7 +15,7 @@ from extract.store import Store, open_store
 from mil.bags import Bags, choose_entry, needs_coords, open_bags
 from mil.checkpoint import CheckpointRecord, require_recipes
 from mil.ensemble import is_ensemble, over_members, read_ensemble
-from mil.errors import RunError
+from mil.errors import RunError, listed
 from mil.evaluation import MAX_INSTANCES, cpu_threads, evaluate_packs, resolve_device
 from mil.extraction import Slides, extract_for, fitting_entries
 from mil.losses import probabilities
@@ -23,6 +23,8 @@ from mil.model import Model, load_model
 from mil.predictions import Predictions
 
 FloatArray = npt.NDArray[np.float64]
+NO_TILE = "it has no valid tile in the store"
+"""Why a slide with features is not predicted."""
 
 
 def predict(
@@ -46,7 +48,8 @@ def predict(
         store: holds features of the recipe that the model was trained on. With ``slides`` it takes them, and is made
             if absent.
         entry: the features entry; by default the one whose recipe fits.
-        slide_ids: which slides; by default all with complete features.
+        slide_ids: which slides; by default all with complete features, of which those without a valid tile are in
+            ``failed`` of the result.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         replicas: names of the replicas to average, such as ``["fold0-seed0"]``; by default all.
         attention: also return the attention of every tile.
@@ -58,7 +61,7 @@ def predict(
         RunError: no run there, an unknown replica, or a head without attention was asked for it.
         CheckpointError: a damaged file, features of another recipe (the fields that differ are named), or a backbone
             that is not the one of the recipe.
-        BagError: a slide without features.
+        BagError: a slide without features, or one of ``slide_ids`` without a valid tile.
         ExtractError: slides that are not found, or a store that cannot be opened.
 
     Example:
@@ -75,20 +78,46 @@ def predict(
         slide_ids, failed = extracted.slide_ids, extracted.failed
         store = open_store(path)
     reader = open_store(store) if isinstance(store, str | Path) else store
-    if is_ensemble(folder):
+    together = is_ensemble(folder)
+    if together:
         _refuse_choice_of_ensemble(replicas, attention)
+    model = None if together else load_model(folder, replicas)
+    if slide_ids is None:
+        slide_ids, failed = _with_tiles(reader, model_records(folder) if model is None else [model.record], entry)
+    if model is None:
         predictions = _predict_ensemble(folder, reader, entry, slide_ids, device)
     else:
-        predictions = _predict_model(load_model(folder, replicas), reader, entry, slide_ids, device, attention)
+        predictions = _predict_model(model, reader, entry, slide_ids, device, attention)
     return replace(predictions, failed=failed)
 
 
+def _with_tiles(
+    store: Store, records: Sequence[CheckpointRecord], entry: str | None
+) -> tuple[list[str], tuple[tuple[str, str], ...]]:
+    """All slides with features for any of these models, and those among them without a valid tile, with the reason.
+
+    Raises:
+        RunError: no slide has one.
+        CheckpointError, BagError: as in `fitting_entry`.
+    """
+    found: dict[str, bool] = {}
+    for name in dict.fromkeys(fitting_entry(store, [record], entry) for record in records):
+        for slide_id in store.slide_ids(name):
+            found[slide_id] = found.get(slide_id, True) and store.n_tiles(slide_id, name) > 0
+    failed = sorted(slide_id for slide_id, has_tiles in found.items() if not has_tiles)
+    if failed and len(failed) == len(found):
+        raise RunError(
+            f"got {len(failed)} slides in {store.path}, none with a valid tile: {listed(failed)} → expected one at "
+            f"least → see why in the store's runs/*.jsonl"
+        )
+    return sorted(set(found) - set(failed)), tuple((slide_id, NO_TILE) for slide_id in failed)
+
+
 def _predict_model(
-    model: Model, store: Store, entry: str | None, slide_ids: Sequence[str] | None, device: str, attention: bool
+    model: Model, store: Store, entry: str | None, slide_ids: Sequence[str], device: str, attention: bool
 ) -> Predictions:
     entry = fitting_entry(store, model.records, entry)
-    chosen = store.slide_ids(entry) if slide_ids is None else slide_ids
-    bags = open_bags(store, chosen, entry, "mmap", needs_coords(model.record.keywords))
+    bags = open_bags(store, slide_ids, entry, "mmap", needs_coords(model.record.keywords))
     with cpu_threads(min(int(bags.n_instances.sum()), MAX_INSTANCES) * bags.dim):
         mean, maps = _average(model, bags, torch.device(device), attention)
     return Predictions(
@@ -103,7 +132,7 @@ def _predict_model(
 
 
 def _predict_ensemble(
-    folder: Path, store: Store, entry: str | None, slide_ids: Sequence[str] | None, device: str
+    folder: Path, store: Store, entry: str | None, slide_ids: Sequence[str], device: str
 ) -> Predictions:
     """The ensemble's mean over its members, each on the features that it was trained on."""
     found: list[Predictions] = []

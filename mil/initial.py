@@ -73,8 +73,8 @@ def check_initial(config: TrainConfig, slide_ids: Sequence[str], patient_ids: Se
         raise CheckpointError(
             f"got init={config.init}, which was trained on {len(slides)} slides and {len(patients)} patients of this "
             f"cohort (slides {listed(slides)}, patients {listed(patients)}) → the folds would be tested on slides "
-            f"that it has learned → give a checkpoint of another cohort; where only the names are the same, make the ids "
-            f"of the label table unique"
+            f"that it has learned → give a checkpoint of another cohort; where only the names are the same, make the "
+            f"ids of the label table unique"
         )
 
 

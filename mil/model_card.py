@@ -96,8 +96,8 @@ def _metrics(record: Mapping[str, Any]) -> Iterator[str]:
     yield "## Metrics"
     yield ""
     yield (
-        f"What was held out: every tested slide was predicted by the replicas that had neither it nor its patient in training "
-        f"or validation. {found['n_slides']} slides of {found['n_patients']} patients; "
+        f"What was held out: every tested slide was predicted by the replicas that had neither it nor its patient in "
+        f"training or validation. {found['n_slides']} slides of {found['n_patients']} patients; "
         f"{found['confidence']:.0%} intervals over resampled patients."
     )
     yield ""
@@ -164,8 +164,8 @@ def _abstention(record: Mapping[str, Any]) -> Iterator[str]:
     elif (thresholds := chosen["out_of_fold"].get("below_by_fold")) is not None:
         yield ""
         yield (
-            f"The threshold above was chosen on slides that other folds test. So out of fold every fold has a threshold "
-            f"of its own, chosen in the same way on its validation slides, none of whose patients it tests: "
+            f"The threshold above was chosen on slides that other folds test. So out of fold every fold has a "
+            f"threshold of its own, chosen in the same way on its validation slides, none of whose patients it tests: "
             f"{min(thresholds):.3f} to {max(thresholds):.3f}."
         )
 

@@ -111,8 +111,8 @@ def abstention_of(
         below: the threshold, or one for each slide [n].
 
     Returns:
-        `below` (None where slides differ in it), `n_slides`, `n_answered`, `coverage`, `accuracy` of the answered (None if there are none) and
-        `accuracy_of_all`.
+        `below` (None where slides differ in it), `n_slides`, `n_answered`, `coverage`, `accuracy` of the answered (None
+        if there are none) and `accuracy_of_all`.
     """
     if below is None:
         return None

@@ -64,6 +64,10 @@ class MemoryStore:
         """All slides."""
         return sorted(self.slides)
 
+    def n_tiles(self, slide_id: str, entry: str) -> int:
+        """Rows of a slide."""
+        return len(self.slides[slide_id])
+
     def __getitem__(self, slide_id: str) -> MemorySlide:
         return MemorySlide(dict.fromkeys(self.recipes, self.slides[slide_id]))
 
