@@ -158,9 +158,9 @@ def _abstention(
         return None
     rows, values = _mean_over(used, "validation")
     labels = used.cohort.labels[rows]
+    below, by, missing = abstain_below, "given", None
     if abstain_below is not None:
         tested, scores, *_ = _tested(used)
-        below, by, missing = abstain_below, "given", None
         out_of_fold = abstention_of(tested, scores, below)
     else:
         below = _choose(labels, values, coverage, accuracy)

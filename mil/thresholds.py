@@ -84,7 +84,8 @@ class OperatingPoint:
 
     Attributes:
         class_name: the positive class.
-        predicted: bool [n], whether half or more of the replicas that tested the slide call it positive.
+        predicted: bool [n], whether half or more of the replicas that tested the slide call it positive; False for
+            slides that no fold tests.
         thresholds: [R], each of its own replica's validation part.
         sensitivity: {value, low, high} out of fold, interval over patients.
         specificity: likewise.

@@ -1,8 +1,11 @@
 """Packed models: what is in them, that every byte is checked, and that they predict as they were packed."""
 
+import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -10,8 +13,10 @@ import torch
 
 from extract.store import fingerprint
 from mil.artefact import Artefact, read_artefact
+from mil.config import TrainConfig
 from mil.crossval import train
 from mil.errors import CheckpointError, MilError, RunError
+from mil.files import write_csv
 from mil.inference import predict
 from mil.model import load_model
 from mil.packing import abstention_of, choose_coverage, pack
@@ -100,15 +105,75 @@ def test_the_record_says_what_a_hospital_must_know(run: Run, artefact: Artefact)
     assert set(record["files"]) == files - {"model.json"}
 
 
+def write_fixed_split(folder: Path) -> Path:
+    """CLAM's file of one fold: slides 00 to 05 are in no part, and one slide is in no cohort."""
+    ids = [slide_id for at, slide_id in enumerate(COHORT.slide_ids) if at >= 6]
+    columns = [ids[:18], ids[18:24], [*ids[24:], "stranger 1"]]
+    rows = [",".join([str(at), *(each[at] if at < len(each) else "" for each in columns)]) for at in range(18)]
+    folder.mkdir()
+    (folder / "splits_0.csv").write_text("\n".join([",train,val,test", *rows]) + "\n")
+    return folder
+
+
 def test_no_id_and_no_path_leaves_the_house(store: MemoryStore, tmp_path: Path) -> None:
-    run = train(store, COHORT, head="mean", folds=2, seeds=1, epochs=1, device="cpu").save(tmp_path / "secret place")
-    artefact = pack(run.folder, tmp_path / "model")
+    split = write_fixed_split(tmp_path / "secret splits")
+    options = {"head": "mean", "seeds": 1, "epochs": 1, "device": "cpu", "split": "fixed", "split_file": str(split)}
+    folder = train(store, COHORT, **options).save(tmp_path / "secret place").folder
+    assert "'slide 00'" in (folder / "metrics.json").read_text()
+    paths = [name for name, kind in get_type_hints(TrainConfig).items() if Path in (kind, *get_args(kind))]
+    assert {"store", "labels", "init", "split_file"} <= set(paths)
+    for file in (folder / "checkpoints").glob("*.json"):
+        record = json.loads(file.read_text())
+        record["config"] |= {name: str(tmp_path / "secret place" / name) for name in paths}
+        file.write_text(json.dumps(record))
+    artefact = pack(folder, tmp_path / "model", coverage=0.9)
+    assert any("in no part of any fold" in text for text in artefact.record["warnings"])
     for path in artefact.folder.rglob("*"):
         content = b"" if path.is_dir() else path.read_bytes()
-        assert b"secret place" not in content
-        assert b"cohort.zarr" not in content
-        assert b"slide 03" not in content
-        assert b'"p3"' not in content
+        for secret in (b"secret", b"cohort.zarr", b"slide 0", b"stranger", b'"p3"', str(tmp_path).encode()):
+            assert secret not in content, (path, secret)
+
+
+def test_counts_are_of_the_whole_cohort_and_of_each_part(store: MemoryStore, tmp_path: Path) -> None:
+    options = {"head": "mean", "seeds": 1, "epochs": 1, "device": "cpu", "split": "fixed"}
+    split = str(write_fixed_split(tmp_path / "splits"))
+    folder = train(store, COHORT, split_file=split, **options).save(tmp_path / "run").folder
+    artefact = pack(folder, tmp_path / "model")
+    assert artefact.record["data"]["n_slides"] == 36
+    assert artefact.record["data"]["parts"] == {"train": 18, "validation": 6, "test": 6}
+    assert artefact.record["out_of_fold"]["n_slides"] == 6
+    card = (artefact.folder / "README.md").read_text(encoding="utf-8")
+    assert "18 slides trained some replica, 6 validated one, 6 tested one" in card
+    lines = (folder / "oof.csv").read_text().splitlines(keepends=True)
+    (folder / "oof.csv").write_text("".join(lines[:-2]))
+    with pytest.raises(RunError, match="test different slides"):
+        read_predictions(folder)
+
+
+def test_where_a_fold_can_choose_no_threshold_there_is_no_figure(run: Run, tmp_path: Path) -> None:
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    header = rows[0]
+    fold, part, target = (header.index(name) for name in ("fold", "split", "target"))
+    for row in rows[1:]:
+        right = header[target + 1 :].index(f"p_{row[target]}")
+        # fold 1 is always wrong where it validates, the others never
+        wrong = row[fold] == "1" and row[part] == "validation"
+        row[target + 1 :] = ["0.9", "0.1"] if right == int(wrong) else ["0.1", "0.9"]
+    write_csv(folder / "predictions.csv", [tuple(row) for row in rows])
+    artefact = pack(folder, tmp_path / "model", accuracy=0.3, calibrate=False)
+    assert artefact.record["abstention"]["out_of_fold"] is None
+    assert "validation slides of fold 1" in artefact.record["abstention"]["out_of_fold_missing"]
+    card = (artefact.folder / "README.md").read_text(encoding="utf-8")
+    assert "There are no figures out of fold: no confidence reaches accuracy 0.3" in card
+
+
+def test_slides_may_have_thresholds_of_their_own() -> None:
+    labels, values = np.array([0, 0, 1]), np.array([[0.8, 0.2], [0.6, 0.4], [0.7, 0.3]])
+    found = abstention_of(labels, values, np.array([0.7, 0.7, 0.7]))
+    assert found == abstention_of(labels, values, 0.7) | {"below": None}
+    assert abstention_of(labels, values, np.array([0.9, 0.5, 0.9]))["n_answered"] == 1
 
 
 def files_of(folder: Path) -> list[str]:

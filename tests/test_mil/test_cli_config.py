@@ -20,7 +20,8 @@ def test_what_is_shown_can_be_run(tmp_path: Path) -> None:
 
 def test_options_are_listed() -> None:
     text = CliRunner().invoke(cli.app, ["config", "show", "--options"]).stdout
-    for part in ("optimizer=", "  lion: lr=0.0001", "scheduler=", "  abmil: ", "recipe= default, fast, strong", "augment="):
+    parts = ("optimizer=", "  lion: lr=0.0001", "scheduler=", "  abmil: ", "recipe= default, fast, strong", "augment=")
+    for part in parts:
         assert part in text, part
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from extract.backbones import Backbone
 from extract.pipeline import run_extraction
-from extract.store import open_store
+from extract.store import TilesUnit, create_store, open_store
 from mil import cli
 from mil.cohort import read_cohort
 from mil.crossval import train
-from tests.test_extract.small import TILES, tiny_backbone, write_slide
+from tests.test_extract.small import EXECUTION, TILES, tiny_backbone, write_slide
 
 N = 8
 
@@ -102,6 +102,33 @@ def test_a_slide_that_fails_ends_with_1_and_keeps_the_others(mil: Mil, home: Pat
     assert [row["slide_id"] for row in rows_of(tmp_path / "p.csv")] == ["s1"]
 
 
+def test_a_stored_slide_without_tiles_ends_with_1_and_keeps_the_others(mil: Mil, home: Path, tmp_path: Path) -> None:
+    store, source = create_store(tmp_path / "s.zarr", TILES), open_store(home / "c.zarr")
+    store.create_entry("tiny", source.feature_recipe("tiny"))
+    slide, n = source["s1"], source["s1"].n_tiles
+    for slide_id, invalid in (("good", ()), ("bare", range(n))):
+        facts = dict(slide.record)
+        mask = np.zeros((2, 2), dtype=bool)
+        store.write_tiles(
+            TilesUnit(slide_id, slide.array("coords"), slide.tissue_fraction, slide.thumbnail, facts, mask)
+        )
+        features = np.zeros((n, slide.features("tiny").shape[1]), slide.features("tiny").dtype)
+        store.write_features("tiny", slide_id, features, list(invalid), EXECUTION)
+    found = mil("predict", "--run", home / "abmil", "--store", tmp_path / "s.zarr", "--out", tmp_path / "p.csv")
+    assert found.code == 1, found.text
+    assert "it has no valid tile in the store" in found.text
+    assert "label table" not in found.text
+    assert [row["slide_id"] for row in rows_of(tmp_path / "p.csv")] == ["good"]
+
+
+def test_a_threshold_of_each_fold_is_told_as_a_range(mil: Mil, home: Path, tmp_path: Path) -> None:
+    packed = mil("pack", home / "abmil", "--out", tmp_path / "model", "--coverage", "0.5")
+    assert packed.code == 0, packed.text
+    record = json.loads((tmp_path / "model" / "model.json").read_text())
+    low, high = sorted(record["abstention"]["out_of_fold"]["below_by_fold"])
+    assert f"abstaining below {low:.3f} to {high:.3f} (out of fold)" in packed.text
+
+
 def test_the_submission(mil: Mil, home: Path, tmp_path: Path) -> None:
     arguments = ("predict", "--run", home / "mean", "--store", home / "c.zarr", "--out", tmp_path / "s.csv")
     form = ("--format", "submission", "--columns", "sample_index,label")
@@ -181,8 +208,6 @@ def test_a_damaged_model_and_an_empty_store_are_refused(mil: Mil, home: Path, tm
     predict = ("predict", "--run", tmp_path / "model", "--out", tmp_path / "p.csv", "--store")
     assert "damaged or edited" in mil(*predict, home / "c.zarr").text
     weights.write_bytes(content)
-    from extract.store import create_store
-
     empty = create_store(tmp_path / "e.zarr", TILES)
     assert "without features" in mil(*predict, tmp_path / "e.zarr").text
     empty.create_entry("tiny", open_store(home / "c.zarr").feature_recipe("tiny"))

@@ -16,6 +16,7 @@ from mil.compare import compare_runs
 from mil.comparison import corrected_t_test, holm, permutation_test
 from mil.crossval import train
 from mil.delong import delong_test
+from mil.ensemble import make_ensemble
 from mil.errors import EvaluationError, RunError
 from mil.files import write_csv
 from mil.fold_scores import differing_folds, mean_over_seeds, mean_test_to_train, read_fold_scores
@@ -172,6 +173,28 @@ def test_more_seeds_on_the_same_folds_are_no_other_folds(runs: list[Path], tmp_p
     first = read_fold_scores(runs[0], COHORT.class_names)
     moved = [replace(each, validation=frozenset()) if each.seed == "0" else each for each in first]
     assert differing_folds(first, moved) == "4 of 8 validation parts are others"
+
+
+def test_an_ensemble_is_compared_without_its_folds(runs: list[Path], tmp_path: Path) -> None:
+    cohort, store = make_cohort(18), make_store(make_cohort(18))
+    options = {"folds": 3, "seeds": 1, "epochs": 2, "device": "cpu"}
+    folders = [train(store, cohort, head=head, **options).save(tmp_path / head).folder for head in ("mean", "max")]
+    both = make_ensemble(folders).save(tmp_path / "both")
+    found = compare_runs([*folders, both], replicates=50)
+    _, single, averaged = found.rows
+    assert single.p_t_test is not None
+    assert averaged.p_t_test is None
+    assert averaged.p is not None
+    assert averaged.value.value == pytest.approx(
+        json.loads((both / "metrics.json").read_text())["out_of_fold"]["macro_f1"]["value"]
+    )
+    assert [text for text in found.warnings if "ensemble" in text] == [
+        "both is an ensemble, whose runs may have other folds: its t test over test folds is left out, and all other "
+        "figures are of its out-of-fold predictions"
+    ]
+    turned = compare_runs([both, *folders], replicates=50)
+    assert [row.p_t_test for row in turned.rows] == [None, None, None]
+    assert all("other folds than" not in text for text in turned.warnings)
 
 
 def test_looks_beyond_the_runs_compared_are_told(tmp_path: Path) -> None:

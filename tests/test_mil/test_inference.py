@@ -15,7 +15,7 @@ from mil.cohort import read_cohort
 from mil.crossval import train
 from mil.ensemble import make_ensemble
 from mil.errors import BagError, CheckpointError, RunError
-from mil.inference import predict
+from mil.inference import NO_TILE, predict
 from mil.run import Run
 from tests.test_extract.small import TILES, tiny_backbone, write_slide
 from tests.test_mil.small import FEATURES, MemoryStore, make_cohort, make_store
@@ -149,6 +149,26 @@ def test_a_submission_that_cannot_be_written_is_refused(
     with pytest.raises(RunError, match=message):
         predict(run.folder, store, device="cpu").write_submission(tmp_path / "s.csv", columns, labels)
     assert not (tmp_path / "s.csv").exists()
+
+
+def test_a_slide_without_tiles_fails_alone(run: Run, store: MemoryStore, tmp_path: Path) -> None:
+    bare = make_store(COHORT)
+    bare.slides["slide 07"] = bare.slides["slide 07"][:0]
+    expected, found = predict(run.folder, store, device="cpu"), predict(run.folder, bare, device="cpu")
+    kept = [slide_id for slide_id in COHORT.slide_ids if slide_id != "slide 07"]
+    assert list(found.slide_ids) == kept
+    assert found.failed == (("slide 07", NO_TILE),)
+    rows = [COHORT.slide_ids.index(slide_id) for slide_id in kept]
+    np.testing.assert_allclose(found.probabilities, expected.probabilities[rows], rtol=1e-5)
+    other = train(store, COHORT, head="mean", **OPTIONS).save(tmp_path / "mean")
+    ensemble = make_ensemble([run.folder, other.folder]).save(tmp_path / "both")
+    together = predict(ensemble, bare, device="cpu")
+    assert (list(together.slide_ids), together.failed) == (kept, found.failed)
+    with pytest.raises(BagError, match="no valid tile"):
+        predict(run.folder, bare, slide_ids=["slide 07", "slide 08"], device="cpu")
+    empty = MemoryStore({"slide 07": bare.slides["slide 07"]})
+    with pytest.raises(RunError, match="none with a valid tile: 'slide 07'"):
+        predict(run.folder, empty, device="cpu")
 
 
 def test_an_ensemble_predicts_the_mean_of_its_members(run: Run, store: MemoryStore, tmp_path: Path) -> None:

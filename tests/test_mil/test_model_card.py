@@ -31,7 +31,7 @@ def test_it_says_what_matters(record: dict[str, Any]) -> None:
     found = record["out_of_fold"]["macro_f1"]
     for part in (
         NOT_A_DEVICE,
-        "24 slides of 12 patients",
+        "24 slides of 12 patients: ",
         "`Luminal A`",
         "224 px at 0.5 µm per pixel",
         record["backbone"]["weights_sha256"],
@@ -71,3 +71,12 @@ def test_names_stay_in_their_cells(record: dict[str, Any]) -> None:
     for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.M):
         widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
         assert len(widths) == 1, table
+
+
+def test_a_chosen_threshold_has_one_of_every_fold_for_its_figures(record: dict[str, Any]) -> None:
+    assert "of its own" not in write_card(record)
+    folder = Path(record["folder"])
+    chosen = dict(pack(folder / "run", folder / "chosen", coverage=0.8).record)
+    thresholds = chosen["abstention"]["out_of_fold"]["below_by_fold"]
+    assert len(thresholds) == 2
+    assert f"it tests: {min(thresholds):.3f} to {max(thresholds):.3f}." in write_card(chosen)

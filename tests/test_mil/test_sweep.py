@@ -25,10 +25,10 @@ from mil.plotting import to_svg
 from mil.sensitivity import sensitivities
 from mil.space import draw_settings, override_text, parse_space
 from mil.split_plan import split_cohort
-from mil.sweeping import PROCEDURE, Sweep, sweep
 from mil.sweep_config import Setting, compose_sweep
 from mil.sweep_figures import sensitivity_plot
 from mil.sweep_page import write_sweep_page
+from mil.sweeping import PROCEDURE, Sweep, sweep
 from mil.trials import SeedScore, SweepProgress, Trial, best_trial, validation_metrics
 from tests.test_mil.small import FEATURES, MemoryStore, make_cohort, make_features
 

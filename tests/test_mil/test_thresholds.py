@@ -87,6 +87,17 @@ def test_operating_points_are_scored_out_of_fold():
     assert point.sensitivity["value"] > default["classes"]["triple-negative"]["recall"]["value"]
 
 
+def test_slides_that_no_fold_tests_are_not_scored():
+    predictions = replicas()
+    parts, untested = predictions.parts.copy(), np.arange(len(predictions.cohort)) % 3 == 0
+    parts[:, untested] = np.where(parts[:, untested] == "test", "unused", parts[:, untested])
+    found = operate(replace(predictions, parts=parts))
+    truth = predictions.cohort.labels[~untested] == 1
+    assert not found.predicted[untested].any()
+    assert found.sensitivity["value"] == pytest.approx(found.predicted[~untested][truth].mean())
+    assert found.specificity["value"] == pytest.approx((~found.predicted[~untested][~truth]).mean())
+
+
 def test_test_and_training_slides_have_no_say():
     predictions = replicas()
     spoiled = np.where((predictions.parts == "validation")[..., None], predictions.probabilities, 0.5)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mil.errors import ConfigError, MissingExtraError
-from mil.tracking import TRACKERS, Tracking
+from mil.tracking import TRACKERS, Tracking, WandbTracker
 from mil.training import EpochRecord
 
 RECORDS = [EpochRecord(epoch, 0.01 / epoch, 1.0 / epoch, 1.1 / epoch, 0.5, 0.1) for epoch in (1, 2, 3)]
@@ -118,10 +118,65 @@ def test_a_tracker_that_fails_ends_no_training(tmp_path: Path, monkeypatch: pyte
             told.append("epoch")
             raise ConnectionError("server away")
 
-        def close(self) -> None:
+        def close(self, failed: bool = False) -> None:
             told.append("close")
 
     monkeypatch.setattr("mil.tracking._KINDS", {"wandb": Fragile})
     with pytest.warns(UserWarning, match="Fragile failed and is told no more: server away"):
         _track(["wandb"], tmp_path)
     assert told == ["start", "epoch", "close"]
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("wandb", "WANDB_MODE=offline"), ("mlflow", "MLFLOW_TRACKING_URI"), ("tensorboard", "folder")]
+)
+def test_a_tracker_that_cannot_start_is_one_line(
+    name: str, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+
+    class Started:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def close(self, failed: bool = False) -> None:
+            told.append(failed)
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("api_key not configured\n\nTraceback of somebody else")
+
+    monkeypatch.setattr("mil.tracking._KINDS", dict.fromkeys(TRACKERS, Started) | {name: refuse})
+    others = [each for each in TRACKERS if each != name]
+    with pytest.raises(ConfigError, match="RuntimeError: api_key not configured") as caught:
+        Tracking([*others, name], "run", {}, tmp_path)
+    assert remedy in str(caught.value)
+    assert "\n" not in str(caught.value)
+    # those that had started know of it
+    assert told == [True, True]
+
+
+def test_a_training_that_ends_badly_is_no_finished_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    tracking = Tracking(["mlflow"], "abmil", CONFIG, tmp_path / "track")
+    tracking.close(failed=True)
+    tracking.close()
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("tessera").experiment_id])
+    assert run.info.status == "FAILED"
+
+
+@pytest.mark.parametrize(("failed", "code"), [(True, 1), (False, 0)])
+def test_wandb_gets_an_exit_code(failed: bool, code: int) -> None:
+    codes: list[int] = []
+
+    class Run:
+        def finish(self, exit_code: int) -> None:
+            codes.append(exit_code)
+
+    tracker = WandbTracker.__new__(WandbTracker)
+    tracker._run = Run()
+    tracker.close(failed)
+    assert codes == [code]
