@@ -17,7 +17,9 @@ METRIC_TITLES = {
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders that mil train wrote; the first is the reference.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of mil train, sweep or ensemble; the first is the reference.")
+    ],
     *,
     metric: Annotated[str, typer.Option(help="macro_f1, balanced_accuracy, auroc or accuracy.")] = "macro_f1",
     out: Annotated[Path | None, typer.Option(help="CSV to write.", show_default=False)] = None,

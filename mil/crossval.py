@@ -115,8 +115,10 @@ def _tracked(config: TrainConfig, name: str, folder: Path) -> Iterator[Tracking]
     tracking = Tracking(config.track, name, config.to_dict(), folder)
     try:
         yield tracking
-    finally:
-        tracking.close()
+    except BaseException:
+        tracking.close(failed=True)
+        raise
+    tracking.close()
 
 
 def _told(tracking: Tracking, progress: OnProgress | None) -> OnProgress:

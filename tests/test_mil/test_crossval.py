@@ -265,9 +265,17 @@ def test_trackers_hear_of_epochs_and_metrics(store: MemoryStore, monkeypatch: py
             told.append("start")
 
         def __getattr__(self, name: str) -> object:
-            return lambda *_, **__: told.append(name)
+            return lambda *given: told.append(f"{name} failed" if given == (True,) else name)
 
     monkeypatch.setattr("mil.tracking._KINDS", {"wandb": Listener})
     run = train(store, COHORT, **_overrides(track=["wandb"], seeds=1))
     epochs = sum(len(each.history) for each in run.trained)
     assert told == ["start", *["log_epoch"] * epochs, "log_metrics", "close"]
+    told.clear()
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(store, COHORT, progress=stop, **_overrides(track=["wandb"], seeds=1))
+    assert told == ["start", "log_epoch", "close failed"]
