@@ -150,8 +150,9 @@ def _read(path: Path) -> bytes:
 
 def _read_record(path: Path) -> tuple[CheckpointRecord, str]:
     """The record and the hash of its weights."""
+    content = _read(path)
     try:
-        plain = json.loads(_read(path))
+        plain = json.loads(content)
     except ValueError as error:
         raise CheckpointError(f"got {path}, which is not JSON ({error}) → expected a record → copy it again") from error
     names = {field.name for field in fields(CheckpointRecord)}
