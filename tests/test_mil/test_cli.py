@@ -274,6 +274,8 @@ def test_interrupting_while_it_starts_prints_one_line(tmp_path: Path, module: st
     write_slide(tmp_path / "a.tif", 260, 200)
     code = (
         "import os, signal, sys\n"
+        # whoever started the tests may have set it to be ignored, which is inherited
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Interrupt:\n"
         "    def find_spec(self, name, *_):\n"
         f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
