@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mil.console import LiveCount, counted, print_table, say
+from mil.console import counted, counted_replicas, print_table, say
 
 
 def benchmark(
@@ -52,25 +52,8 @@ def benchmark(
         given["stores"] = [str(path) for path in store]
     settings = compose_benchmark(overrides or [], config, given)
     console = Console()
-    count = LiveCount(console, "replicas")
-    begun, shown = False, 0
-
-    def report(progress: Any) -> None:
-        nonlocal begun, shown
-        if not begun:
-            count.begin(progress.total)
-            begun = True
-        count.add(done=progress.done - shown, note=progress.what)
-        shown = progress.done
-
-    try:
+    with counted_replicas(console, out) as report:
         board = run_benchmark(settings, out, report, overwrite)
-    except KeyboardInterrupt:
-        count.end()
-        say(console, f"stopped. What is done is kept in {out}; the same command goes on from there.")
-        raise typer.Exit(130) from None
-    finally:
-        count.end()
     _print(console, board, out)
     if any(row.verdict == "failed" for row in board.rows):
         raise typer.Exit(1)

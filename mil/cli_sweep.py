@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mil.console import LiveCount, counted, print_metrics, print_table, say
+from mil.console import counted, counted_replicas, print_metrics, print_table, say
 
 _MOST_ROWS = 10
 
@@ -67,25 +67,8 @@ def sweep(
     given = {name: str(value) for name, value in values.items() if value is not None}
     settings = compose_sweep(overrides or [], config, given, method=method, trials=trials, select=select, seed=seed)
     console = Console()
-    count = LiveCount(console, "replicas")
-    begun, shown = False, 0
-
-    def report(progress: Any) -> None:
-        nonlocal begun, shown
-        if not begun:
-            count.begin(progress.total)
-            begun = True
-        count.add(done=progress.done - shown, note=progress.what)
-        shown = progress.done
-
-    try:
+    with counted_replicas(console, out) as report:
         found = run_sweep(settings, out, report)
-    except KeyboardInterrupt:
-        count.end()
-        say(console, f"stopped. What is done is kept in {out}; the same command goes on from there.")
-        raise typer.Exit(130) from None
-    finally:
-        count.end()
     _print(console, found, out)
 
 

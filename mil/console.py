@@ -3,9 +3,12 @@
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
@@ -67,6 +70,34 @@ class LiveCount:
         seconds = max(time.monotonic() - self._started, 1e-9)
         rate = f"{self._units / seconds:.1f} tiles/s" if self._units else ""
         return "  ".join(part for part in (rate, self._note) if part)
+
+
+@contextmanager
+def counted_replicas(console: Console, out: Path) -> Iterator[Callable[[Any], None]]:
+    """Counts the replicas of a command that may be stopped and gone on with; yields what to tell of its progress.
+
+    Raises:
+        typer.Exit: with code 130 at Ctrl-C, after a line that says where to go on.
+    """
+    count = LiveCount(console, "replicas")
+    begun, shown = False, 0
+
+    def report(progress: Any) -> None:
+        nonlocal begun, shown
+        if not begun:
+            count.begin(progress.total)
+            begun = True
+        count.add(done=progress.done - shown, note=progress.what)
+        shown = progress.done
+
+    try:
+        yield report
+    except KeyboardInterrupt:
+        count.end()
+        say(console, f"stopped. What is done is kept in {out}; the same command goes on from there.")
+        raise typer.Exit(130) from None
+    finally:
+        count.end()
 
 
 class ExtractionProgress:
