@@ -225,7 +225,8 @@ class DTFD(Aggregator):
         if self.distillation == "AFS":
             features = pooled if self.end_to_end else pooled.detach()
             return _Distilled(features, division.bags, None, features.new_zeros(features.shape[0], 1))
-        ranks = self._ranks(activation.detach(), pseudo_logits.detach(), division)
+        owners = division.pseudo_bags.bag_index(activation.device)
+        ranks = self._ranks(activation.detach(), pseudo_logits.detach(), owners)
         kept, doubled, start = [], [], 0
         for part in division.pseudo_bags.split(ranks):
             chosen, twice = self._select(part)
@@ -238,14 +239,14 @@ class DTFD(Aggregator):
         sizes = tuple(sum(islice(lengths, count)) for count in division.bags.sizes)
         return _Distilled(features, Segments(sizes), rows, log_count.unsqueeze(1))
 
-    def _ranks(self, activation: Tensor, pseudo_logits: Tensor, division: _Division) -> Tensor:
-        """Log probability of the class that instances are selected by, [total]."""
+    def _ranks(self, activation: Tensor, pseudo_logits: Tensor, owners: Tensor) -> Tensor:
+        """Log probability of the class that instances are selected by, [total]; owners are their pseudo-bags."""
         if self.n_classes == 1:
             return activation[:, 0]
         log_probability = activation.log_softmax(1)
         if self.official or self.n_classes == 2:
             return log_probability[:, -1]
-        chosen = pseudo_logits.argmax(1)[division.pseudo_bags.bag_index(activation.device)]
+        chosen = pseudo_logits.argmax(1)[owners]
         return log_probability.gather(1, chosen.unsqueeze(1)).squeeze(1)
 
     def _select(self, ranks: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,6 +261,43 @@ class DTFD(Aggregator):
         if self.official and self.distillation == "MaxMinS":
             doubled[count - top : top] = True  # empty where the two ends do not meet
         return kept, doubled
+
+    def one_bag(self, instances: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicts one bag in evaluation as forward does, in operations that are the same for every size of it.
+
+        Nothing here asks Python for the size of the bag, so that torch.export can follow it: pseudo-bags are columns
+        of a mask, at the cost of pseudo_bags numbers per instance.
+
+        Args:
+            instances: [n, in_dim], of the parameters' dtype.
+
+        Returns:
+            Logits [1, classes] and attention [n, 1].
+
+        Example:
+            >>> head, bag = DTFD(in_dim=16, n_classes=3, embed_dim=8).eval(), torch.randn(9, 16)
+            >>> bool(torch.allclose(head.one_bag(bag)[0], head(bag).logits, atol=1e-5))
+            True
+        """
+        embedded = self.projection(self.input_norm(instances))  # [n, dim]
+        owners = torch.arange(instances.shape[0], device=instances.device) % self.pseudo_bags
+        members = owners.unsqueeze(1) == torch.arange(self.pseudo_bags, device=instances.device)  # [n, pseudo-bags]
+        shares = _masked_softmax(self.pseudo_attention(embedded), members)
+        pooled = shares.mT @ embedded  # [pseudo-bags, dim]; zeros for one without instances
+        if self.distillation == "AFS":
+            # the authors' code hands on zeros for a pseudo-bag without instances
+            handed_on = members.any(0).unsqueeze(1) if not self.official else torch.ones_like(pooled[:, :1]).bool()
+            weights = _masked_softmax(self.attention(pooled), handed_on)
+            embedding, attention = weights.mT @ pooled, shares @ weights
+            return self.classifier(embedding), attention / attention.sum(0)
+        activation = shares.sum(1, keepdim=True) * functional.linear(embedded, self.pseudo_classifier.weight)
+        ranks = self._ranks(activation, self.pseudo_classifier(pooled), owners)
+        top, bottom = _ends(ranks, members, self.selected)
+        kept, scores = top if self.distillation == "MaxS" else top | bottom, self.attention(embedded)
+        if self.official and self.distillation == "MaxMinS":
+            scores = scores + math.log(2) * (top & bottom).to(scores.dtype)
+        attention = _masked_softmax(scores, kept)
+        return self.classifier(attention.mT @ embedded), attention
 
     @classmethod
     def from_official(
@@ -316,3 +354,21 @@ def _instance_scores(scores: Tensor, pseudo_scores: Tensor, distilled: _Distille
     dtype = torch.promote_types(pseudo_scores.dtype, torch.float32)  # 16 bits cannot hold the weights of a large bag
     inside = torch.cat([part.log_softmax(0, dtype=dtype) for part in division.pseudo_bags.split(pseudo_scores)])
     return inside + scores[division.pseudo_bags.bag_index(scores.device)]
+
+
+def _masked_softmax(scores: Tensor, members: Tensor) -> Tensor:
+    """Softmax over the rows of scores [n, 1] that are members [n, columns], column by column; 0 elsewhere."""
+    # the lowest finite number instead of -∞: a column without members comes out as zeros, not as NaN
+    masked = torch.where(members, scores, torch.finfo(scores.dtype).min)
+    return masked.softmax(0) * members.to(scores.dtype)
+
+
+def _ends(ranks: Tensor, members: Tensor, selected: int) -> tuple[Tensor, Tensor]:
+    """Whether each instance is among the `selected` highest, and lowest, ranks [n] of its column; both [n, 1]."""
+    # ONNX knows no stable sort by that name, but its sort takes equal ranks in their order
+    order = ranks.sort(descending=True).indices
+    ranked = members[order].to(torch.int64)  # [n, columns]
+    counted = (ranked.cumsum(0) * ranked).sum(1)  # from 1 within each column
+    place = torch.zeros_like(order).scatter(0, order, counted).unsqueeze(1)
+    size = (members * members.sum(0)).sum(1, keepdim=True)
+    return place <= selected, place > size - selected

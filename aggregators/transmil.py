@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,32 @@ class _NystromBlock(nn.Module):
         updated = first + self.dropout(self.out(attended), generator)
         return updated, torch.cat([self._log_attention(normed, key) for normed, key, _ in bags])
 
+    def one_bag(self, tokens: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """Computes the block for one bag [tokens, dim], in operations that are the same for every size of it.
+
+        A bag of no more tokens than landmarks has a mean for each of them, and what is solved for is their values.
+
+        Returns the updated tokens, of which there is the first alone if `last`, and the attention of the first token
+        to all [tokens].
+        """
+        normed = self.norm(tokens, Segments((tokens.shape[0],)))
+        key, value = (self._by_head(part) for part in self.key_value(normed).chunk(2, dim=1))
+        runs = _one_hot_runs(tokens, self.landmarks)  # [landmarks, tokens]
+        filled = runs.sum(1)
+        means = runs / filled.clamp(min=1).unsqueeze(1)
+        mean_query, mean_key = self._by_head(self.query(means @ normed)), means @ key
+        asked = self._by_head(self.query(normed[:1] if last else normed))
+        scale = key.shape[2] ** -0.5
+        between = (mean_query @ mean_key.mT * scale).softmax(2)
+        gathered = (mean_query @ key.mT * scale).softmax(2) @ value  # [heads, landmarks, head_dim]
+        exact = (filled <= 1).all()
+        solved = torch.where(exact, means @ value, torch.bmm(_pseudo_inverse(between), gathered))
+        scores = torch.where(filled > 0, asked @ mean_key.mT * scale, torch.finfo(key.dtype).min)
+        nearby = self.neighbours(value.unsqueeze(0))[0]
+        attended = scores.softmax(2) @ solved + (nearby[:, :1] if last else nearby)
+        updated = (tokens[:1] if last else tokens) + self.out(attended.transpose(0, 1).flatten(1))
+        return updated, (key @ asked[:, :1].mT * scale).softmax(1).mean(0).squeeze(1)
+
     def _bags(self, tokens: Tensor, segments: Segments) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Returns per bag its normed tokens, keys and values, each [tokens, dim]."""
         normed = self.norm(tokens, segments)
@@ -111,7 +138,7 @@ class _NystromBlock(nn.Module):
         return log_weights[:, padding:].T
 
     def _by_head(self, tokens: Tensor) -> Tensor:
-        return tokens.reshape(len(tokens), self.heads, -1).transpose(0, 1)  # [heads, tokens, head_dim]
+        return tokens.reshape(tokens.shape[0], self.heads, -1).transpose(0, 1)  # [heads, tokens, head_dim]
 
     def _padding(self, count: int) -> tuple[int, int]:
         """Returns the published code's rows of zeros in front, and the row whose result the first token gets."""
@@ -132,7 +159,13 @@ class _GridPositions(nn.Module):
         """Maps tokens [total, dim], one class token and side² others per bag, to [total, dim]."""
         weight, bias = self._fused()
         bags = segments.split(tokens)
-        return torch.cat([rows for bag in bags for rows in (bag[:1], _convolved(bag[1:], weight, bias))])
+        return torch.cat(
+            [rows for bag in bags for rows in (bag[:1], _convolved(bag[1:], math.isqrt(len(bag) - 1), weight, bias))]
+        )
+
+    def one_bag(self, tokens: Tensor, side: int) -> Tensor:
+        """The same for one bag [1 + side², dim], whose side may be a symbol."""
+        return torch.cat([tokens[:1], _convolved(tokens[1:], side, *self._fused())])
 
     def _fused(self) -> tuple[Tensor, Tensor]:
         """Sums the three kernels and the identity into one kernel of the largest size."""
@@ -259,6 +292,43 @@ class TransMIL(Aggregator):
         attention = segment_softmax(scores, segments)
         return BagOutput(self.classifier(embedding), embedding, attention, None, {"attention_scores": scores})
 
+    def one_bag(self, instances: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicts one bag in evaluation as forward does, in operations that are the same for every size of it.
+
+        Nothing here asks Python for the size of the bag, so that torch.export can follow it: runs are rows of a mask,
+        and one formula serves bags below and above the number of landmarks.
+
+        Args:
+            instances: [n, in_dim], of the parameters' dtype.
+
+        Returns:
+            Logits [1, classes] and attention [n, 1].
+
+        Raises:
+            HeadConfigError: a head with `official`, whose rows of zeros this does not know.
+
+        Example:
+            >>> head, bag = TransMIL(in_dim=16, n_classes=3, embed_dim=8, heads=2).eval(), torch.randn(9, 16)
+            >>> bool(torch.allclose(head.one_bag(bag)[0], head(bag).logits, atol=1e-5))
+            True
+        """
+        require(
+            self.block.version is None,
+            f"got official {self.block.version!r} for one bag of any size → expected official=False, as rows of zeros "
+            "that depend on the size are not followed → call the head itself",
+        )
+        embedded = self.projection(self.input_norm(instances))
+        count = instances.shape[0]
+        side = _square_side(count)
+        cells = torch.arange(side * side, device=instances.device)
+        cells = torch.where(cells < count, cells, cells - count)  # the instance in each cell of the square
+        tokens = torch.cat([self.class_token, embedded[cells]])
+        tokens = self.positions.one_bag(self.block.one_bag(tokens, last=False)[0], side)
+        last, weights = self.last_block.one_bag(tokens, last=True)
+        attention = torch.zeros_like(embedded[:, 0]).scatter_add(0, cells, weights[1:])
+        logits: Tensor = self.classifier(self.norm(last, Segments((1,))))
+        return logits, (attention / attention.sum()).unsqueeze(1)
+
     @classmethod
     def from_official(cls, state: Mapping[str, Tensor], version: str) -> "TransMIL":
         """Builds the head of a trained TransMIL.
@@ -339,6 +409,20 @@ def _run_means(tokens: Tensor, runs: int) -> Tensor:
     return torch.cat([part.reshape(*shape, number, -1, dim).mean(-2) for part, number in parts], dim=-2)
 
 
+def _one_hot_runs(tokens: Tensor, runs: int) -> Tensor:
+    """1 where a token is in a run, cut as `_run_means` cuts them: tokens [count, dim] → [runs, count].
+
+    Of fewer tokens than runs, each is one, and the last runs are empty.
+    """
+    at = torch.arange(tokens.shape[0], device=tokens.device)
+    count = torch.ones_like(at).sum()
+    size = (count // runs).clamp(min=1)
+    longer = (count - size * runs).clamp(min=0)
+    end = longer * (size + 1)
+    run = torch.where(at < end, at // (size + 1), longer + (at - end) // size)
+    return (run == torch.arange(runs, device=tokens.device).unsqueeze(1)).to(tokens.dtype)
+
+
 def _pseudo_inverse(matrices: Tensor) -> Tensor:
     """Newton's iteration of third order towards the pseudo-inverse of matrices [heads, m, m] of one bag."""
     fifteen = 15 * torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
@@ -350,9 +434,9 @@ def _pseudo_inverse(matrices: Tensor) -> Tensor:
     return inverse
 
 
-def _convolved(tokens: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _convolved(tokens: Tensor, side: int, weight: Tensor, bias: Tensor) -> Tensor:
     """Convolves one bag's tokens [side², dim] as a square, depthwise → [side², dim]."""
-    side, dim = math.isqrt(tokens.shape[0]), tokens.shape[1]
+    dim = tokens.shape[1]
     grid = tokens.reshape(1, side, side, dim).permute(0, 3, 1, 2)
     convolved = functional.conv2d(grid, weight, bias, padding=weight.shape[3] // 2, groups=dim)
     return convolved.permute(0, 2, 3, 1).reshape(side * side, dim)
@@ -365,6 +449,13 @@ def _bias(layer: nn.Conv2d) -> Tensor:
 def _missing(size: int) -> int:
     """How many rows a bag lacks to the next square."""
     return (math.isqrt(size - 1) + 1) ** 2 - size
+
+
+def _square_side(count: int) -> int:
+    """⌈√count⌉; a symbol where count is one, as in torch.export, which math.isqrt would turn into a number."""
+    side = torch.full((), count, dtype=torch.float64).sqrt().ceil().to(torch.int64).item()
+    torch._check(side >= 1)
+    return cast("int", side)
 
 
 def _folded(log_weights: Tensor, size: int) -> Tensor:

@@ -51,8 +51,10 @@ class Recipe:
 def train(recipe: Recipe, task: Task, lr: float, seed: int, epochs: int) -> Curve:
     """Train one replica and write its curve."""
     config = recipe.config(lr, epochs)
+    bags = Bags(task.slide_ids, task.bags, memory="ram")
     writer = CurveWriter(task)
-    bags = Bags(task.slide_ids, _reduced(recipe, task), memory="ram")
+    if recipe.reduce != "none":
+        bags = Bags(task.slide_ids, _reduced(recipe, task), memory="ram")
     follower = _Follower(writer, bags, task, config)
     train_replica(
         bags, task.labels, Replica(0, seed, config), _parts(task), task.n_classes, task.device, None, follower

@@ -8,12 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from mil.bootstrap import Spread
-from mil.errors import EvaluationError
+from mil.errors import EvaluationError, listed
 from mil.statistics import check_scores, few_patients
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+
+COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+"""Shares of slides to answer at which the accuracy is told with an interval."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,32 +95,85 @@ def evaluate_abstention(
     replicates: int = 2000,
     seed: int = 0,
     confidence: float = 0.95,
+    interval: str = "percentile",
+    stratified: bool = False,
+    coverages: Sequence[float] = COVERAGES,
 ) -> dict[str, Any]:
-    """The curve and the area under it with its percentile interval over resampled patients, plain values for JSON.
+    """The curve, the area under it and the accuracy at some coverages, with intervals over resampled patients.
+
+    The curve describes these slides: a confidence that reaches a coverage here is read from them, and a threshold for
+    other slides is to be chosen on validation slides, see `choose_confidence`. Resamples keep the confidences.
+
+    Args:
+        labels: [n] class index.
+        probabilities: [n, C].
+        patient_ids: [n].
+        class_names: [C].
+        replicates: number of bootstrap resamples.
+        seed: of the resamples.
+        confidence: of the intervals.
+        interval: "percentile" or "bca".
+        stratified: draw patients among those with the same set of classes.
+        coverages: shares of slides that are to be answered, at the least.
 
     Returns:
-        `area` as {value, low, high}; `random_area`, what abstaining at random gives (the error of all slides); `curve`,
-        for every step {confidence, coverage, accuracy, balanced_accuracy}; `warnings`.
+        Plain values for JSON: `area` as {value, low, high}; `random_area`, what abstaining at random gives (the error
+        of all slides); `coverages`, for each that was asked for {asked, confidence, coverage, n_slides, accuracy}, of
+        which accuracy is {value, low, high}; `curve`, for every step {confidence, coverage, accuracy,
+        balanced_accuracy}; `warnings`.
 
     Raises:
-        EvaluationError: the arguments do not belong together.
+        EvaluationError: the arguments do not belong together, or a coverage is no share.
     """
     truth, scores = check_scores(labels, probabilities, patient_ids, len(class_names))
+    _check_coverages(coverages)
     curve = risk_coverage(truth, scores)
     sure, right = scores.max(axis=1), scores.argmax(axis=1) == truth
-    spread = Spread.of(lambda weights: {"area": _area(sure, right, weights)}, patient_ids, replicates, seed, confidence)
-    names = ("confidence", "coverage", "accuracy", "balanced_accuracy")
-    columns = [getattr(curve, name).tolist() for name in names]
-    steps = [
-        {name: None if np.isnan(value) else value for name, value in zip(names, row, strict=True)}
-        for row in zip(*columns, strict=True)
-    ]
+    # 0.9 of 10 is 9, whatever floats make of it
+    steps = np.searchsorted(curve.coverage, np.asarray(coverages) - 1e-9)
+    answered = sure[:, None] >= curve.confidence[steps]  # [n, coverages]
+
+    def score(weights: FloatArray) -> dict[str, FloatArray]:
+        held, hits = weights @ answered, weights @ (answered & right[:, None])
+        accuracy = np.divide(hits, held, out=np.full(held.shape, np.nan), where=held > 0)
+        return {"area": _area(sure, right, weights), "accuracy": accuracy}
+
+    strata = truth if stratified else None
+    spread = Spread.of(score, patient_ids, replicates, seed, confidence, interval, strata)
+    patients = np.array(patient_ids)
     return {
         "area": spread.entry("area", len(set(patient_ids)) >= 2),
         "random_area": float(1 - right.mean()),
-        "curve": steps,
+        "coverages": [
+            {
+                "asked": float(asked),
+                "confidence": float(curve.confidence[step]),
+                "coverage": float(curve.coverage[step]),
+                "n_slides": int(answered[:, column].sum()),
+                "accuracy": spread.entry("accuracy", len(set(patients[answered[:, column]])) >= 2, column),
+            }
+            for column, (asked, step) in enumerate(zip(coverages, steps.tolist(), strict=True))
+        ],
+        "curve": _steps(curve),
         "warnings": few_patients(class_names, truth, patient_ids),
     }
+
+
+def _steps(curve: RiskCoverage) -> list[dict[str, float | None]]:
+    """The steps of a curve as plain values."""
+    names = ("confidence", "coverage", "accuracy", "balanced_accuracy")
+    columns = [getattr(curve, name).tolist() for name in names]
+    return [
+        {name: None if np.isnan(value) else value for name, value in zip(names, row, strict=True)}
+        for row in zip(*columns, strict=True)
+    ]
+
+
+def _check_coverages(coverages: Sequence[float]) -> None:
+    if not all(0 < each <= 1 for each in coverages):
+        raise EvaluationError(
+            f"got the coverages {listed(coverages)} → expected shares above 0 and at most 1 → pass 0.9, for example"
+        )
 
 
 def _area(confidence: FloatArray, right: BoolArray, weights: FloatArray) -> FloatArray:

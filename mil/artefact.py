@@ -5,6 +5,13 @@ MODEL/
   README.md                the model card
   training_cohort.json     salted hashes of the slides and patients that were trained on
   checkpoints/             weights and record of every replica
+
+Of an ensemble, every member is such a folder of its own, and predicts alone too:
+
+MODEL/
+  model.json               what is averaged, threshold, metrics, hash of every other file
+  README.md                the model card
+  members/1-abmil/         a model as above
 """
 
 import json
@@ -18,12 +25,14 @@ from uuid import uuid4
 
 from extract.store import fingerprint
 from mil.errors import CheckpointError, RunError
-from mil.files import write_atomically
-from mil.training_cohort import COHORT, TrainingCohort
+from mil.files import put_in_place, write_atomically
 
 FORMAT = 1
 MODEL = "model.json"
 CARD = "README.md"
+MEMBERS = "members"
+ENSEMBLE = "ensemble"
+"""What ``kind`` says in the record of an ensemble; other models are of one run."""
 _REQUIRED = ("format", "target", "class_names", "replicas", "abstention", "files", "sha256")
 
 
@@ -46,7 +55,7 @@ class Artefact:
 
     @property
     def replicas(self) -> tuple[str, ...]:
-        """Names of the replicas, in the order of their fold and seed."""
+        """Names of the replicas, in the order of their fold and seed; in an ensemble after their member's name."""
         return tuple(each["name"] for each in self.record["replicas"])
 
     @property
@@ -60,14 +69,32 @@ class Artefact:
         chosen = self.record["abstention"]
         return None if chosen is None else float(chosen["below"])
 
-    def training_cohort(self) -> TrainingCohort:
-        """Hashes of the slides and patients that were trained on."""
-        return TrainingCohort.from_json(json.loads((self.folder / COHORT).read_text(encoding="utf-8")))
+    @property
+    def members(self) -> tuple[Path, ...]:
+        """The models that an ensemble averages; none where this is a single one."""
+        return tuple(self.folder / MEMBERS / each["name"] for each in self.record.get("members", ()))
 
 
 def is_artefact(folder: Path) -> bool:
     """Whether a folder holds a packed model."""
     return (folder / MODEL).is_file()
+
+
+def refuse_artefact(folder: Path, wanted: str = "the --out folder of a finished mil train") -> None:
+    """Refuse a packed model where a run is needed: it has lost the predictions of its slides.
+
+    Args:
+        folder: what was given.
+        wanted: what is needed instead.
+
+    Raises:
+        RunError: it is a packed model.
+    """
+    if is_artefact(folder):
+        raise RunError(
+            f"got {folder}, a model that mil pack wrote, without the predictions of its run → expected {wanted} → give "
+            f"the run that it was packed from; its own figures are in {folder / CARD}"
+        )
 
 
 def read_artefact(folder: str | Path) -> Artefact:
@@ -103,24 +130,27 @@ def write_artefact(folder: Path, record: Mapping[str, Any], files: Mapping[str, 
     """
     folder = folder.absolute()
     check_new_folder(folder)
-    hashes = {name: sha256(content).hexdigest() for name, content in files.items()}
-    full = dict(record) | {"format": FORMAT, "files": hashes}
-    full["sha256"] = fingerprint(full)
+    content = seal(record, files)
     partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
     try:
-        for name, content in files.items():
+        for name, each in content.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(partial / name, content)
-        text = json.dumps(full, indent=2, ensure_ascii=False, allow_nan=False)
-        write_atomically(partial / MODEL, text.encode())
-        if folder.is_dir():
-            folder.rmdir()
-        partial.rename(folder)
+            write_atomically(partial / name, each)
+        put_in_place(partial, folder)
     except OSError as error:
         raise RunError(f"got {error} while writing {folder} → free some space or choose another --out") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Artefact(folder, full)
+    return Artefact(folder, json.loads(content[MODEL]))
+
+
+def seal(record: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of a model, ``model.json`` with the hashes of all others included; arguments as in `write_artefact`."""
+    hashes = {name: sha256(content).hexdigest() for name, content in files.items()}
+    full = dict(record) | {"format": FORMAT, "files": hashes}
+    full["sha256"] = fingerprint(full)
+    text = json.dumps(full, indent=2, ensure_ascii=False, allow_nan=False)
+    return dict(files) | {MODEL: text.encode("utf-8", "backslashreplace")}
 
 
 def check_new_folder(folder: Path) -> None:

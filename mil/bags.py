@@ -29,7 +29,7 @@ RAM_SHARE = 0.5
 MAPS_KEPT = 64
 VIEW = "@view-"
 """In an entry's name: an augmented view of the entry named before it, made by ``mil extract --views``."""
-_CHUNK_ROWS = 4096
+_CHUNK_ROWS = 512
 _DRAW_ROWS = 1
 
 
@@ -253,7 +253,7 @@ class Bags:
 
     @cached_property
     def moments(self) -> Moments:
-        """Moments of every bag, from one pass over all instances that holds 4,096 rows at a time.
+        """Moments of every bag, from one pass over all instances that holds 512 rows at a time.
 
         Raises:
             BagError: a feature is not finite; the slides are named.
@@ -453,16 +453,19 @@ def _check(slide_ids: Sequence[str], forms: Sequence[tuple[tuple[int, ...], np.d
 def _moments(matrix: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Mean and sum of squared deviations [dim] of one bag, chunk by chunk (Chan's update)."""
     count, mean, deviation = 0, np.zeros(matrix.shape[1]), np.zeros(matrix.shape[1])
-    with np.errstate(invalid="ignore", over="ignore"):
-        for start in range(0, len(matrix), _CHUNK_ROWS):
-            chunk = matrix[start : start + _CHUNK_ROWS].astype(np.float32)
-            chunk_mean = chunk.mean(axis=0, dtype=np.float64)
-            # centred first, so that float32 squares lose nothing to a large mean
-            chunk -= chunk_mean.astype(np.float32)
-            gap, count = chunk_mean - mean, count + len(chunk)
-            weight = len(chunk) / count
-            mean += gap * weight
-            deviation += np.einsum("ij,ij->j", chunk, chunk) + gap**2 * weight * (count - len(chunk))
+    for start in range(0, len(matrix), _CHUNK_ROWS):
+        chunk = torch.from_numpy(np.array(matrix[start : start + _CHUNK_ROWS])).float()
+        # sums over rows as products, which are several times as fast
+        even = torch.full((1, len(chunk)), 1 / len(chunk))
+        # centred first, so that float32 squares lose nothing to a large mean; what rounding leaves of it is added
+        around = even @ chunk  # [1, dim]
+        chunk -= around
+        chunk_mean = (around.double() + (even @ chunk).double())[0].numpy()
+        squares = (even @ chunk.square_()).double()[0].numpy() * len(chunk)
+        gap, count = chunk_mean - mean, count + len(chunk)
+        weight = len(chunk) / count
+        mean += gap * weight
+        deviation += squares + gap**2 * weight * (count - len(chunk))
     return mean, deviation
 
 

@@ -27,7 +27,7 @@ from mil.board import REFERENCE, Board, BoardRow, Entrant, rank, score
 from mil.board_page import write_page
 from mil.cohort import Cohort, join_store, read_cohort
 from mil.config import HeadConfig, TrainConfig, compose_config, read_config_file, take_overrides
-from mil.crossval import cross_validate, is_synthetic, split_plan
+from mil.crossval import cross_validate, is_synthetic, require_classification, split_plan
 from mil.errors import ConfigError, MilError, MissingExtraError, RunError, listed
 from mil.evaluation import resolve_device
 from mil.files import write_atomically
@@ -245,7 +245,7 @@ def run_benchmark(
             f"got no {' and no '.join(missing)} → a benchmark needs store, labels and target → give "
             f"{' '.join(f'--{name}' for name in missing)}, or name them in the config file"
         )
-    cohort = read_cohort(train.labels, train.target, train.slide_column, train.patient_column)
+    cohort = read_cohort(train.labels, train.target, train.slide_column, train.patient_column, task=train.task)
     stores = [open_store(path) for path in config.stores]
     return _benchmark(stores, cohort, config, Path(out).absolute(), progress, overwrite)
 
@@ -261,6 +261,7 @@ def _benchmark(
     progress: Callable[[BenchmarkProgress], None] | None,
     overwrite: bool,
 ) -> Board:
+    require_classification((config.train.task, cohort.task), "mil benchmark")
     _prepare(folder, config, overwrite)
     cohort, sources = _sources(stores, cohort, config)
     cells = [[_Cell.of(source, head, config.train, folder) for head in config.heads] for source in sources]

@@ -100,7 +100,7 @@ class BoardRow:
         macro_f1: of the out-of-fold predictions.
         balanced_accuracy: likewise.
         auroc: likewise.
-        seed_low: lowest macro-F1 of one seed alone.
+        seed_low: lowest macro-F1 of one seed alone; None where there is one seed, which has no spread.
         seed_high: highest.
         difference: macro-F1 minus that of the head ``mean`` on the same features, paired over patients.
         p: of that difference, by exchanging predictions patient by patient; None for baselines.
@@ -216,7 +216,7 @@ def score(entrant: Entrant, reference: Entrant | None, cohort: Cohort) -> BoardR
         auroc=Interval(**found["auroc"]),
         warnings=tuple(found["warnings"]),
     )
-    if entrant.seed_scores:
+    if len(entrant.seed_scores) > 1:
         row = replace(row, seed_low=min(entrant.seed_scores), seed_high=max(entrant.seed_scores))
     if reference is entrant:
         return replace(row, verdict="reference")

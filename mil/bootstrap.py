@@ -49,8 +49,7 @@ def patient_bootstrap(
         Field and Welsh, "Bootstrapping clustered data", JRSS B 2007 (the cluster bootstrap); Davison and Hinkley,
         "Bootstrap Methods and their Application", 1997, section 3.2 (strata).
     """
-    if replicates < 1:
-        raise EvaluationError(f"got replicates={replicates} → expected 1 or more → pass 2000, for example")
+    _check_replicates(replicates)
     patients, patient_of = np.unique(np.array(patient_ids), return_inverse=True)
     strata = patient_strata(patient_ids, stratify)
     rng = np.random.default_rng(seed)
@@ -219,6 +218,46 @@ def check_interval(interval: str) -> None:
             f"got interval {interval!r} → expected one of {listed(INTERVALS)} → "
             f"{did_you_mean(interval, INTERVALS)}choose one of these"
         )
+
+
+def _check_replicates(replicates: int) -> None:
+    if replicates < 1:
+        raise EvaluationError(f"got replicates={replicates} → expected 1 or more → pass 2000, for example")
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How intervals are made, checked when it is made.
+
+    Attributes:
+        replicates: number of bootstrap resamples.
+        seed: of the resamples.
+        confidence: of the intervals, such as 0.95.
+        interval: "percentile" or "bca".
+        stratified: draw patients among those with the same set of classes.
+
+    Raises:
+        EvaluationError: an impossible value.
+    """
+
+    replicates: int = 2000
+    seed: int = 0
+    confidence: float = 0.95
+    interval: str = "percentile"
+    stratified: bool = False
+
+    def __post_init__(self) -> None:
+        _check_replicates(self.replicates)
+        check_confidence(self.confidence)
+        check_interval(self.interval)
+
+    def spread(self, statistic: Statistic, patient_ids: Sequence[str], labels: IntArray) -> Spread:
+        """Score a statistic of slides with these labels [n], see `Spread.of`."""
+        strata = labels if self.stratified else None
+        return Spread.of(statistic, patient_ids, self.replicates, self.seed, self.confidence, self.interval, strata)
+
+
+USUAL_RESAMPLING = Resampling()
 
 
 def _times_drawn(total: int, size: int, generator: np.random.Generator) -> IntArray:

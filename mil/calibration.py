@@ -96,11 +96,13 @@ def evaluate_calibration(
     replicates: int = 2000,
     seed: int = 0,
     confidence: float = 0.95,
+    interval: str = "percentile",
+    stratified: bool = False,
 ) -> dict[str, Any]:
-    """Every measure of calibration, plain values for JSON; intervals are percentiles over resampled patients.
+    """Every measure of calibration, plain values for `metrics.json`; intervals are over resampled patients.
 
     The calibration errors have no interval, as resampling adds to their upward bias; `ece_if_calibrated` is what to
-    compare them with.
+    compare them with. The arguments are those of `expected_calibration_error` and `mil.statistics.evaluate`.
 
     Returns:
         `brier` and `nll` as {value, low, high}; `ece`; `ece_if_calibrated` as {mean, high}; `classwise_ece`, the mean
@@ -122,7 +124,8 @@ def evaluate_calibration(
         held, hits = weights @ inside, weights @ (inside * right[:, None])  # [B, bins]
         return {**means, "accuracy": np.divide(hits, held, out=np.full(held.shape, np.nan), where=held > 0)}
 
-    spread = Spread.of(score, patient_ids, replicates, seed, confidence)
+    strata = truth if stratified else None
+    spread = Spread.of(score, patient_ids, replicates, seed, confidence, interval, strata)
     reliability = _describe_bins(spread, top, bin_of, np.array(patient_ids))
     of_classes = classwise_calibration_errors(truth, scores, bins, by)
     mean, high = error_if_calibrated(scores, bins, by, seed)

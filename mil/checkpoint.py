@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +13,7 @@ from aggregators.errors import AggregatorError
 from extract.store import difference, fingerprint
 from mil.errors import CheckpointError
 from mil.files import write_atomically
+from mil.targets import CLASSIFICATION
 
 FORMAT = 1
 _PACKAGES = ("tessera-mil", "torch", "numpy", "timm")
@@ -26,7 +27,7 @@ class CheckpointRecord:
         head: the head's name.
         keywords: its constructor keywords.
         in_dim: features per instance.
-        class_names: the classes, in the order of the logits.
+        class_names: the classes, in the order of the logits; of other targets none.
         target: the label column.
         entry: the features entry it was trained on.
         feature_recipe: recipe of that entry, as plain values.
@@ -37,6 +38,8 @@ class CheckpointRecord:
         best_epoch: the epoch whose weights these are.
         config: the whole training configuration.
         versions: of the packages it was trained with.
+        outputs: logits per bag where there are no classes, else 0.
+        task: what the logits mean, see `mil.tasks.Task.record`.
         format: layout of this record.
     """
 
@@ -54,7 +57,14 @@ class CheckpointRecord:
     best_epoch: int
     config: Mapping[str, Any]
     versions: Mapping[str, str]
+    outputs: int = 0
+    task: Mapping[str, Any] = field(default_factory=lambda: {"task": CLASSIFICATION})
     format: int = FORMAT
+
+    @property
+    def n_outputs(self) -> int:
+        """Logits per bag."""
+        return self.outputs or len(self.class_names)
 
 
 def package_versions() -> dict[str, str]:
@@ -103,9 +113,7 @@ def load_checkpoint(path: Path) -> tuple[Aggregator, CheckpointRecord]:
             f"both files again, or train again"
         )
     try:
-        head = create_aggregator(
-            record.head, in_dim=record.in_dim, n_classes=len(record.class_names), **record.keywords
-        )
+        head = create_aggregator(record.head, in_dim=record.in_dim, n_classes=record.n_outputs, **record.keywords)
         head.load_state_dict(load(weights))
     except (AggregatorError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
@@ -155,8 +163,10 @@ def _read_record(path: Path) -> tuple[CheckpointRecord, str]:
         plain = json.loads(content)
     except ValueError as error:
         raise CheckpointError(f"got {path}, which is not JSON ({error}) → expected a record → copy it again") from error
-    names = {field.name for field in fields(CheckpointRecord)}
-    known = plain.get("format") if isinstance(plain, dict) else None
+    plain = plain if isinstance(plain, dict) else {}
+    known = plain.get("format")
+    # of what came later, a record of before holds the default
+    names = {item.name for item in fields(CheckpointRecord)} - ({"outputs", "task"} - set(plain))
     if known != FORMAT or not (names | {"weights_sha256"}) <= set(plain):
         raise CheckpointError(
             f"got {path} of format {known} → expected a checkpoint record of format {FORMAT} → use the version of "

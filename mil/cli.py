@@ -1,7 +1,7 @@
 """The command line ``mil``."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,11 +18,12 @@ from mil import (
     cli_models,
     cli_plan,
     cli_predict,
+    cli_score,
     cli_sheet,
     cli_store,
     cli_sweep,
 )
-from mil.console import counted, say
+from mil.console import counted, say, say_start
 
 app = typer.Typer(
     name="mil",
@@ -94,7 +95,16 @@ def train(
         Path | None, typer.Option(help="Label table (CSV); required without --config.", show_default=False)
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Column to predict; required without --config.", show_default=False)
+        str | None,
+        typer.Option(help="Column to predict, or several: er,pr,her2; required without --config.", show_default=False),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="What the target is: classification (default), multilabel, regression, or survival (--target "
+            "time,event).",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results; must be new or empty.")],
     slide_column: Annotated[str | None, typer.Option(help="Column of slide ids.", show_default=False)] = None,
@@ -106,15 +116,26 @@ def train(
 ) -> None:
     """Cross-validate a head on cached bags, grouped by patient, and write a report.
 
+    A training that was stopped goes on from what is done when the same command is given again.
+
     Example: `mil train --store cohort.zarr --labels labels.csv --target subtype --out runs/abmil head=abmil`
     """
     from mil.config import compose_config
-    from mil.crossval import run_training
+    from mil.early import check_inputs
+    from mil.out_folders import check_run_folder
 
-    values = {"store": store, "labels": labels, "target": target}
+    values = {"store": store, "labels": labels, "target": target, "task": task}
     values |= {"slide_column": slide_column, "patient_column": patient_column}
     given = {name: str(value) for name, value in values.items() if value is not None}
+    say_start("reading settings, labels and store, loading torch")
+    check_run_folder(out.absolute(), overwrite)
+    check_inputs("a training", overrides or [], config, given)
     settings = compose_config(overrides or [], config, given)
+    # torch and all that needs it, once nothing is left to be mistyped
+    from mil.crossval import run_training
+    from mil.sweep_config import cautions_of
+    from mil.tracking import tracker_places
+
     console, lines = Console(), list[str]()
     try:
         with _replica_progress(console, f"replicas of {settings.head.name}") as progress:
@@ -124,10 +145,12 @@ def train(
     except KeyboardInterrupt:
         say(console, f"stopped. {_kept(out)}; the same command goes on from there.")
         raise typer.Exit(130) from None
-    _print_run(console, run)
+    _print_run(console, run, [] if config is None or labels is not None else cautions_of(config))
     # it was written before the folder had its name
     report = out / "report.html"
     say(console, f"results {out}, report {report}" if report.is_file() else f"results {out}; {lines[0]}")
+    for line in tracker_places(settings.track, out.absolute()):
+        say(console, line)
 
 
 def _kept(out: Path) -> str:
@@ -162,21 +185,25 @@ def _replica_progress(console: Console, what: str) -> Iterator[Any]:
         count.end()
 
 
-def _print_run(console: Console, run: Any) -> None:
-    from mil.console import print_metrics, print_table
+def _print_run(console: Console, run: Any, cautions: Sequence[str]) -> None:
+    from mil.console import print_metrics, print_table, print_target_metrics, shortened
+    from mil.targets import CLASSIFICATION
 
     metrics = run.metrics
     if metrics["synthetic"]:
         console.print(
             "SYNTHETIC DATA: these slides were drawn by mil demo and say nothing about tumours.", style="bold"
         )
-    rows = [[reason, str(count), _shorten(ids)] for reason, count, ids in metrics["cohort"]["attrition"] if count]
+    rows = [[reason, str(count), shortened(ids)] for reason, count, ids in metrics["cohort"]["attrition"] if count]
     print_table(console, "where the rows and slides went", ["rows and slides", "count", "which"], rows)
     seeds = counted(len(run.config.seeds), "seed")
-    title = f"{metrics['target']} by {metrics['head']}: mean out-of-fold probability over {seeds}"
-    print_metrics(console, title, metrics["out_of_fold"])
-    for warning in metrics["warnings"]:
-        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True, highlight=False)
+    title = f"{metrics['target']} by {metrics['head']}: mean out-of-fold prediction over {seeds}"
+    if metrics["task"] == CLASSIFICATION:
+        print_metrics(console, title, metrics["out_of_fold"])
+    else:
+        print_target_metrics(console, title, metrics["task"], metrics["out_of_fold"])
+    for warning in (*metrics["warnings"], *cautions):
+        say(console, f"warning: {warning}", style="yellow")
     looks = metrics["looks"]
     console.print(
         f"The test folds of this cohort have been looked at {looks} time{'s' if looks != 1 else ''} in "
@@ -184,10 +211,6 @@ def _print_run(console: Console, run: Any) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _shorten(ids: list[str]) -> str:
-    return ", ".join(ids[:4]) + (f", and {len(ids) - 4} more" if len(ids) > 4 else "")
 
 
 def _report(console: Console, folder: Path, store: Path | None) -> None:
@@ -228,6 +251,7 @@ def _write_report(folder: Path, store: Path | None) -> str:
 
 app.command()(cli_benchmark.benchmark)
 app.command()(cli_compare.compare)
+app.command()(cli_score.score)
 app.command()(cli_sweep.sweep)
 app.command()(cli_predict.ensemble)
 app.command()(cli_predict.pack)
@@ -297,18 +321,17 @@ def demo(
 
 
 def _print_demo(console: Console, result: Any) -> None:
-    from mil.console import print_metrics, print_table
+    from mil.console import interval_text, print_metrics, print_table
 
     print_metrics(console, "SYNTHETIC cohort, subtype by abmil, out of fold", result.runs[-1].metrics["out_of_fold"])
     rows = []
     for run in result.runs:
         scores = [run.metrics["out_of_fold"][key] for key in ("macro_f1", "balanced_accuracy", "auroc")]
-        cells = [f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]" for score in scores]
-        rows.append([run.config.head.name, *cells])
+        rows.append([run.config.head.name, *map(interval_text, scores)])
     print_table(console, "SYNTHETIC cohort, by head", ["head", "macro-F1", "balanced accuracy", "AUROC"], rows)
-    gain, low, high = result.gain
+    gain = interval_text(dict(zip(("value", "low", "high"), result.gain, strict=True)), "+.3f")
     console.print(
-        f"ABMIL minus mean pooling: {gain:+.3f} macro-F1 [{low:+.3f}, {high:+.3f}], paired over patients.\n"
+        f"ABMIL minus mean pooling in macro-F1: {gain}, paired over patients.\n"
         f"Out-of-fold attention finds planted lesion tiles with AUROC {result.lesion_auroc:.3f} (mean of "
         f"{result.n_slides} slides).",
         highlight=False,

@@ -1,12 +1,13 @@
 """``mil benchmark``: heads and features compared on one cohort."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from mil.console import counted, counted_replicas, print_table, say
+from mil.console import counted, counted_replicas, print_table, say, say_start, stacked_interval
 
 
 def benchmark(
@@ -43,13 +44,21 @@ def benchmark(
 
     Example: `mil benchmark --store cohort.zarr --labels labels.csv --target subtype --out board heads=[max,abmil]`
     """
-    from mil.benchmarking import compose_benchmark, run_benchmark
+    from mil.early import check_board_names, check_inputs
+    from mil.out_folders import check_board_folder
 
     values: dict[str, Any] = {"labels": labels, "target": target}
     values |= {"slide_column": slide_column, "patient_column": patient_column}
     given: dict[str, Any] = {name: str(value) for name, value in values.items() if value is not None}
     if store:
         given["stores"] = [str(path) for path in store]
+    say_start("reading settings, labels and stores, loading torch")
+    check_board_folder(out.absolute())
+    check_board_names(overrides or [], config)
+    check_inputs("a benchmark", overrides or [], config, given)
+    # torch and all that needs it, once little is left to be mistyped
+    from mil.benchmarking import compose_benchmark, run_benchmark
+
     settings = compose_benchmark(overrides or [], config, given)
     console = Console()
     with counted_replicas(console, out) as report:
@@ -62,13 +71,6 @@ def benchmark(
 _VERDICTS = {"beats mean pooling": "yes", "does not beat mean pooling": "no"}
 
 
-def _stacked(interval: Any) -> str:
-    """The value, and its interval on the line below."""
-    if interval.value is None:
-        return "–"
-    return f"{interval.value:.3f}" + ("" if interval.low is None else f"\n{interval.low:.3f}–{interval.high:.3f}")
-
-
 def _print(console: Console, board: Any, out: Path) -> None:
     if board.synthetic:
         console.print("SYNTHETIC DATA: these slides were drawn by a program.", style="bold", highlight=False)
@@ -77,7 +79,7 @@ def _print(console: Console, board: Any, out: Path) -> None:
     for row in board.rows:
         name = f"{row.name} on {row.entry}" if several else row.name
         p = "–" if row.p_holm is None else f"{row.p_holm:.3f}"
-        scores = (_stacked(row.macro_f1), _stacked(row.auroc), _stacked(row.difference))
+        scores = (stacked_interval(asdict(each)) for each in (row.macro_f1, row.auroc, row.difference))
         rows.append([name, *scores, p, _VERDICTS.get(row.verdict) or row.verdict or row.kind])
     columns = ["head", "macro-F1", "AUROC", "minus mean", "p Holm", "beats mean"]
     slides, patients = counted(board.n_slides, "slide"), counted(board.n_patients, "patient")

@@ -1,12 +1,13 @@
 """``mil compare``: finished runs, paired on the same slides."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from mil.console import counted, print_table, say
+from mil.console import counted, print_table, say, stacked_interval
 
 METRIC_TITLES = {
     "macro_f1": "macro-F1",
@@ -48,7 +49,8 @@ def _print(console: Console, comparison: Any) -> None:
     title, reference = METRIC_TITLES[comparison.metric], comparison.rows[0].name
     slides, patients = counted(comparison.n_slides, "slide"), counted(comparison.n_patients, "patient")
     figures = [
-        [row.name, _stacked(row.value), _stacked(row.difference), _number(row.detectable)] for row in comparison.rows
+        [row.name, *(stacked_interval(asdict(each)) for each in (row.value, row.difference)), _number(row.detectable)]
+        for row in comparison.rows
     ]
     print_table(
         console,
@@ -82,11 +84,6 @@ def _sentence(row: Any, reference: str, title: str) -> str:
         return f"{row.name}: {row.verdict} than {reference}, difference in {title} {row.difference}."
     missed = "" if row.detectable is None else f"; one below {row.detectable:.3f} could easily be missed here"
     return f"{row.name}: no difference shown to {reference}{missed}."
-
-
-def _stacked(interval: Any) -> str:
-    """The value, and its interval on the line below."""
-    return str(interval).replace(" [", "\n[")
 
 
 def _number(value: float | None) -> str:

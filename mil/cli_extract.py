@@ -11,6 +11,9 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from mil.console import say_start
+from mil.files import require_writable
+
 _TILING = "Scale and tiles"
 _TISSUE = "Tissue"
 _BACKBONE = "Backbone"
@@ -248,70 +251,68 @@ def extract(
 
     Example: `mil extract slides/ --store cohort.zarr --mpp 0.5`
     """
-    from extract.fleet import LEFT_TO_OTHERS, check_claims, devices_of, run_fleet
+    _check_flags(mpp, magnification, native, bool(slides) or table is not None)
+    say_start("loading torch and the backbone")
+    _check_store(store)
+    from extract.fleet import check_claims, devices_of, run_fleet
     from extract.geometry import magnification_to_mpp
     from extract.isolation import ReaderLimits
-    from extract.pipeline import run_extraction
     from extract.store import AugmentRecipe, TileRecipe, TissueRecipe
     from extract.store.remote_path import store_path
-    from mil.console import ExtractionProgress
 
-    if sum((mpp is not None, magnification is not None, native)) > 1:
-        raise typer.BadParameter(
-            "got more than one of --mpp, --magnification and --native → they say the same thing → give one"
-        )
-    if not slides and table is None:
-        raise typer.BadParameter("got no slides → name files or folders, or a --slides table", param_hint="SLIDES")
     devices = devices_of(device)
     if len(devices) > 1:
         check_claims(store_path(store))
         raise typer.Exit(run_fleet(devices, sys.argv[1:]))
-    if magnification is not None:
-        mpp = magnification_to_mpp(magnification)
-    recipe = TileRecipe(
-        None if native else 0.5 if mpp is None else mpp,
-        tile_px,
-        overlap_px,
-        edge,
-        min_tissue,
-        allow_upsampling,
-        tissue=TissueRecipe(method=tissue, exclude_pen=not keep_pen),
-        gap_px=gap_px,
-        jitter_px=jitter_px,
-        jitter_seed=jitter_seed,
-    )
+    scale = 0.5 if mpp is None else mpp
+    scale = scale if magnification is None else magnification_to_mpp(magnification)
+    tiling: dict[str, Any] = {"tile_px": tile_px, "overlap_px": overlap_px, "edge": edge, "gap_px": gap_px}
+    tiling |= {"min_tissue_fraction": min_tissue, "allow_upsampling": allow_upsampling}
+    tiling |= {"jitter_px": jitter_px, "jitter_seed": jitter_seed}
+    method = TissueRecipe(method=tissue, exclude_pen=not keep_pen)
+    recipe = TileRecipe(None if native else scale, tissue=method, **tiling)
+    options: dict[str, Any] = {"table": table, "images": images, "masks": masks, "shard_text": shard}
+    options |= {"default_mpp": default_mpp, "format": format, "reader": reader, "isolation": not no_isolation}
+    options |= {"entry": entry, "weights": weights, "pooling": pooling, "dtype": dtype, "device": devices[0]}
+    options |= {"batch_size": batch_size, "runtime": runtime, "precision": precision, "compile_model": compile_model}
+    options |= {"allow_remote_code": allow_remote_code, "views": views, "context_mpp": context_mpp or ()}
+    options |= {"augment": AugmentRecipe(augment, strength, augment_seed)}
+    options |= {"limits": ReaderLimits(int(reader_memory * 1e9), read_s=reader_timeout)}
+    _run(slides or [], store, backbone or ["efficientnet_lite0"], recipe, options)
+
+
+def _check_flags(mpp: float | None, magnification: float | None, native: bool, any_slides: bool) -> None:
+    if sum((mpp is not None, magnification is not None, native)) > 1:
+        raise typer.BadParameter(
+            "got more than one of --mpp, --magnification and --native → they say the same thing → give one"
+        )
+    if not any_slides:
+        raise typer.BadParameter("got no slides → name files or folders, or a --slides table", param_hint="SLIDES")
+
+
+def _check_store(store: Path) -> None:
+    """Refuse a new store where none can be made; one that is there says itself what is wrong with it."""
+    from extract.store.remote_path import RemotePath, store_path
+
+    path = store_path(store)
+    if not isinstance(path, RemotePath) and not path.exists():
+        require_writable(path, f"store {path}", "--store")
+
+
+def _run(slides: list[str], store: Path, backbones: list[str], recipe: Any, options: dict[str, Any]) -> None:
+    """Extract, with progress, and print what became of it.
+
+    Raises:
+        typer.Exit: slides failed, or were left to others.
+    """
+    from extract.fleet import LEFT_TO_OTHERS
+    from extract.pipeline import run_extraction
+    from mil.console import ExtractionProgress
+
     console = Console()
     progress = ExtractionProgress(console)
     try:
-        report = run_extraction(
-            slides or [],
-            store,
-            backbone or ["efficientnet_lite0"],
-            entry,
-            recipe,
-            table,
-            default_mpp,
-            weights,
-            pooling,
-            dtype,
-            devices[0],
-            batch_size,
-            progress,
-            masks=masks,
-            images=images,
-            shard_text=shard,
-            views=views,
-            augment=AugmentRecipe(augment, strength, augment_seed),
-            context_mpp=context_mpp or (),
-            runtime=runtime,
-            precision=precision,
-            compile_model=compile_model,
-            allow_remote_code=allow_remote_code,
-            reader=reader,
-            isolation=not no_isolation,
-            limits=ReaderLimits(int(reader_memory * 1e9), read_s=reader_timeout),
-            format=format,
-        )
+        report = run_extraction(slides, store, backbones, recipe=recipe, progress=progress, **options)
     finally:
         progress.end()
     print_extraction(console, report)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from mil.console import counted, print_metrics, print_table, say
+from mil.console import counted, print_metrics, print_table, say, shortened, stacked_interval
 
 _SLIDES = "Straight from slides"
 _SUBMISSION = "Challenge submission"
@@ -22,7 +22,7 @@ ModelOption = Annotated[
 
 
 def pack(
-    run: Annotated[Path, typer.Argument(help="The folder that mil train wrote.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="What mil train or mil ensemble wrote.", show_default=False)],
     *,
     out: Annotated[Path, typer.Option(help="Folder of the model; must be new or empty.")],
     abstain_below: Annotated[
@@ -40,7 +40,9 @@ def pack(
         bool, typer.Option("--no-calibration", help="Keep the probabilities as the heads give them.")
     ] = False,
 ) -> None:
-    """Pack a run into one folder that predicts elsewhere: weights, recipes, calibration, threshold, model card.
+    """Pack a run or an ensemble into one folder that predicts elsewhere: weights, recipes, threshold, model card.
+
+    An ensemble takes all its members with it. --coverage and --accuracy need members of the same folds.
 
     Example: `mil pack runs/abmil --out models/subtype --coverage 0.9`
     """
@@ -54,6 +56,7 @@ def pack(
     print_metrics(
         console, f"{record['target']} by {record['head']}, out of fold, as this model predicts", record["out_of_fold"]
     )
+    _print_members(console, record.get("members", ()))
     temperatures = artefact.temperatures.values()
     if not no_calibration:
         errors = [record["calibration"][key]["ece"] for key in ("uncalibrated", "out_of_fold")]
@@ -90,7 +93,11 @@ def predict(
     ] = None,
     format: Annotated[
         Literal["table", "submission"],
-        typer.Option(help="submission: one label per slide, in two columns.", rich_help_panel=_SUBMISSION),
+        typer.Option(
+            help="submission: one label per slide, in two columns; also for slides from which the model abstains, "
+            "which are named on the terminal. The table marks them.",
+            rich_help_panel=_SUBMISSION,
+        ),
     ] = "table",
     columns: Annotated[
         str, typer.Option(help="Names of these columns.", rich_help_panel=_SUBMISSION)
@@ -135,8 +142,8 @@ def predict(
     """
     from extract.store import open_store
     from mil.cli_extract import resumable
-    from mil.inference import model_records
     from mil.inference import predict as predict_slides
+    from mil.model import model_records
     from mil.predictions import check_submission
 
     _check_file(out)
@@ -165,6 +172,7 @@ def predict(
     if attention is not None:
         predictions.write_attention(attention, reader)
     _say_predictions(console, predictions, reader, out)
+    _say_abstained(console, predictions, format == "submission")
     if predictions.failed:
         raise typer.Exit(1)
 
@@ -189,17 +197,32 @@ def _say_predictions(console: Console, predictions: Any, reader: Any, out: Path)
 
     _banner(console, is_synthetic(reader, predictions.slide_ids))
     counts = ", ".join(f"{name} {predictions.predicted.count(name)}" for name in predictions.class_names)
+    if predictions.value_names:
+        ends = zip(predictions.probabilities.min(axis=0), predictions.probabilities.max(axis=0), strict=True)
+        ranges = zip(predictions.value_names, ends, strict=True)
+        counts = ", ".join(f"{name} from {low:.4g} to {high:.4g}" for name, (low, high) in ranges)
     say(
         console,
         f"{counted(len(predictions.slide_ids), 'slide')} by the mean of "
         f"{counted(len(predictions.replicas), 'replica')}: {counts}; written to {out}",
     )
-    if predictions.abstain_below is not None:
-        n = int(predictions.abstained.sum())
-        say(console, f"abstained from {counted(n, 'slide')}, of confidence below {predictions.abstain_below:.3f}")
     if predictions.failed:
         rows = [[slide_id, plain_reason(slide_id, reason)] for slide_id, reason in predictions.failed]
         print_table(console, "slides that failed, and have no row", ["slide", "reason"], rows)
+
+
+def _say_abstained(console: Console, predictions: Any, submission: bool) -> None:
+    """Which slides a model abstains from, and what becomes of them in a file that has no place for that."""
+    if predictions.abstain_below is None:
+        return
+    ids = predictions.abstained_ids
+    which = f": {shortened(ids, 8)}" if ids else ""
+    say(
+        console,
+        f"abstained from {counted(len(ids), 'slide')}, of confidence below {predictions.abstain_below:.3f}{which}",
+    )
+    if submission and ids:
+        say(console, "A submission has a label for every slide, theirs too; --format table marks them.")
 
 
 def evaluate(
@@ -246,7 +269,7 @@ def evaluate(
     _banner(console, metrics["synthetic"])
     if metrics["trained_on"]:
         say(console, "NOT AN EXTERNAL COHORT: " + metrics["warnings"][0], style="bold red")
-    rows = [[reason, str(count), _shorten(ids)] for reason, count, ids in metrics["attrition"] if count]
+    rows = [[reason, str(count), shortened(ids)] for reason, count, ids in metrics["attrition"] if count]
     print_table(console, "where the rows and slides went", ["rows and slides", "count", "which"], rows)
     print_metrics(console, f"{metrics['target']} by {metrics['model']}", metrics["external"])
     _say_abstention(console, None if metrics["abstention"] is None else {"here": metrics["abstention"]})
@@ -273,21 +296,33 @@ def ensemble(
     folder = made.save(out)
     console, metrics = Console(), made.metrics
     _banner(console, metrics["synthetic"])
-    rows = []
-    for each in metrics["members"]:
-        scores = [_stacked(each["macro_f1"]), _stacked(each["auroc"])]
-        gain = dict(each["gain_macro_f1"])
-        gain["value"] = gain.pop("difference")
-        # one column that may wrap, and three of figures, fit 80 letters
-        rows.append([f"{Path(each['run']).name} ({each['head']}, {each['entry']})", *scores, _stacked(gain, "+.3f")])
     whole = metrics["out_of_fold"]
-    rows.append(["ensemble", _stacked(whole["macro_f1"]), _stacked(whole["auroc"]), "–"])
-    columns = ["member", "macro-F1", "AUROC", "gain in macro-F1"]
-    print_table(console, "members, and the ensemble minus each; 95 % intervals over patients", columns, rows)
+    members = [each | {"name": Path(each["run"]).name} for each in metrics["members"]]
+    _print_members(console, members, whole)
     print_metrics(console, f"{metrics['target']} by the ensemble, out of fold", whole)
     _warn(console, metrics["warnings"])
     say(console, "If the members were picked by their test folds, these figures are too good.")
-    say(console, f"ensemble {folder}; mil predict --run {folder} applies it, while its members stay where they are")
+    say(
+        console,
+        f"ensemble {folder}; mil predict --run {folder} applies it, while its members stay where they are; mil pack "
+        f"makes one folder of all",
+    )
+
+
+def _print_members(console: Console, members: Sequence[dict[str, Any]], whole: dict[str, Any] | None = None) -> None:
+    """Each member's figures, and what the ensemble, whose own are the last row if given, gains over it."""
+    if not members:
+        return
+    rows = []
+    for each in members:
+        scores = [stacked_interval(each["macro_f1"]), stacked_interval(each["auroc"])]
+        gain = each["gain_macro_f1"] | {"value": each["gain_macro_f1"]["difference"]}
+        # one column that may wrap, and three of figures, fit 80 letters
+        rows.append([f"{each['name']} ({each['head']}, {each['entry']})", *scores, stacked_interval(gain, "+.3f")])
+    if whole is not None:
+        rows.append(["ensemble", stacked_interval(whole["macro_f1"]), stacked_interval(whole["auroc"]), "–"])
+    columns = ["member", "macro-F1", "AUROC", "gain in macro-F1"]
+    print_table(console, "members, and the ensemble minus each; 95 % intervals over patients", columns, rows)
 
 
 def export_onnx(
@@ -367,14 +402,3 @@ def _say_abstention(console: Console, parts: dict[str, Any] | None) -> None:
         )
     if parts is not None and parts.get("out_of_fold_missing"):
         say(console, f"no figures of abstention out of fold: {parts['out_of_fold_missing']}")
-
-
-def _stacked(entry: dict[str, float | None], form: str = ".3f") -> str:
-    """A value and below it its interval."""
-    value, low, high = (entry[key] for key in ("value", "low", "high"))
-    first = "–" if value is None else format(value, form)
-    return first if low is None or high is None else f"{first}\n[{low:{form}}, {high:{form}}]"
-
-
-def _shorten(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:4]) + (f", and {len(ids) - 4} more" if len(ids) > 4 else "")

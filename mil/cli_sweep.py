@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mil.console import counted, counted_replicas, print_metrics, print_table, say
+from mil.console import counted, counted_replicas, print_metrics, print_table, say, say_start
 
 _MOST_ROWS = 10
 
@@ -59,13 +59,20 @@ def sweep(
     Example: `mil sweep --store cohort.zarr --labels labels.csv --target subtype --out sweeps/lr
     head=abmil,mean optimizer.lr=1e-4,3e-4,1e-3`
     """
+    from mil.early import check_inputs
+    from mil.out_folders import check_sweep_folder
     from mil.sweep_config import compose_sweep
-    from mil.sweeping import run_sweep
 
     values: dict[str, Any] = {"store": store, "labels": labels, "target": target}
     values |= {"slide_column": slide_column, "patient_column": patient_column}
     given = {name: str(value) for name, value in values.items() if value is not None}
+    say_start("reading settings, labels and store, loading torch")
+    check_sweep_folder(out.absolute())
+    check_inputs("a sweep", overrides or [], config, given)
     settings = compose_sweep(overrides or [], config, given, method=method, trials=trials, select=select, seed=seed)
+    # torch and all that needs it, once nothing is left to be mistyped
+    from mil.sweeping import run_sweep
+
     console = Console()
     with counted_replicas(console, out) as report:
         found = run_sweep(settings, out, report)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mil.errors import CohortError, did_you_mean, listed
+from mil.targets import CLASSIFICATION, MULTI_LABEL, FloatArray, check_values, find_strata, parse_values, target_columns
 
 SLIDE_COLUMNS = ("slide_id", "filename", "slide")
 PATIENT_COLUMNS = ("patient_id", "case_id", "patient")
@@ -64,13 +65,19 @@ class Attrition:
 class Cohort:
     """Labelled slides of one target, in the order of the table.
 
+    Where the target is not a class, `values` holds it, and the "classes" are the strata that splits keep even (see
+    `mil.targets.find_strata`).
+
     Attributes:
         slide_ids: [n] unique.
         patient_ids: [n]; a patient may have several slides, with several labels.
         labels: int64 [n], index into `class_names`.
         class_names: sorted, spelled as in the table.
-        target: the column the labels come from.
+        target: the column the labels come from, or several, separated by commas.
         attrition: what was left out on the way here.
+        task: one of `mil.targets.TASKS`.
+        values: float64 [n, columns] of numbers, of labels (0, 1, NaN where unknown) or of time and event; None for
+            classes.
 
     Example:
         >>> cohort = read_cohort("labels.csv", target="subtype")      # doctest: +SKIP
@@ -83,14 +90,27 @@ class Cohort:
     class_names: tuple[str, ...]
     target: str
     attrition: Attrition
+    task: str = CLASSIFICATION
+    values: FloatArray | None = None
 
     def __len__(self) -> int:
         return len(self.slide_ids)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns of `targets`."""
+        return target_columns(self.task, self.target)
+
+    @property
+    def targets(self) -> npt.NDArray[np.int64] | FloatArray:
+        """What is learned: `labels`, or `values` where there are some."""
+        return self.labels if self.values is None else self.values
+
     def digest(self) -> str:
         """SHA-256 of target, slides, patients and labels, whatever their order."""
         names = [self.class_names[label] for label in self.labels.tolist()]
-        rows = sorted(zip(self.slide_ids, self.patient_ids, names, strict=True))
+        said = names if self.values is None else [repr(row) for row in self.values.tolist()]
+        rows = sorted(zip(self.slide_ids, self.patient_ids, said, strict=True))
         return sha256(json.dumps([self.target, rows]).encode()).hexdigest()
 
     def subset(self, indices: Iterable[int]) -> "Cohort":
@@ -101,6 +121,7 @@ class Cohort:
             slide_ids=tuple(self.slide_ids[index] for index in chosen),
             patient_ids=tuple(self.patient_ids[index] for index in chosen),
             labels=self.labels[np.array(chosen, dtype=np.int64)],
+            values=None if self.values is None else self.values[np.array(chosen, dtype=np.int64)],
         )
 
 
@@ -111,7 +132,12 @@ class _Row:
     line: int
     slide_id: str
     patient_id: str
-    label: str
+    labels: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """That of a target of one column."""
+        return self.labels[0]
 
 
 def read_cohort(
@@ -121,6 +147,7 @@ def read_cohort(
     patient_column: str | None = None,
     classes: Sequence[str] | None = None,
     for_training: bool = True,
+    task: str = CLASSIFICATION,
 ) -> Cohort:
     """Read a label table: CSV, UTF-8 with or without byte-order mark, separated by comma, semicolon or tab.
 
@@ -129,44 +156,62 @@ def read_cohort(
 
     Args:
         path: the table.
-        target: column of the labels.
+        target: column of the labels; for other tasks than classification one or several, separated by commas, see
+            `mil.targets.COLUMNS`.
         slide_column: column of the slide ids; by default `slide_id` (also CLAM's), `FILENAME` (STAMP's) or `slide`.
         patient_column: column of the patient ids; by default `patient_id`, `case_id` (CLAM's) or `PATIENT` (STAMP's).
             The slide column again states that every slide is a patient of its own.
         classes: the labels to keep; by default all. Rows of other classes are listed in the attrition.
         for_training: require what folds need, two classes of two patients each.
+        task: what the target is: a class, several labels, numbers, or survival.
 
     Raises:
         CohortError: no such file, not a table, a column that is absent, an empty patient id, a slide that occurs
-            twice, fewer than two classes, or a class with fewer than two patients.
+            twice, fewer than two classes, a class with fewer than two patients, or what `mil.targets` refuses.
+
+    Example:
+        >>> read_cohort("labels.csv", target="months,died", task="survival")      # doctest: +SKIP
     """
     path = Path(path)
+    columns = target_columns(task, target)
+    if task != CLASSIFICATION and classes:
+        raise CohortError(f"got classes for {task} → expected none, as it has no classes → leave classes out")
     header, records = read_table(path)
     slide_at = find_column(path, header, "slide", slide_column, SLIDE_COLUMNS)
     patient_at = find_column(path, header, "patient", patient_column, PATIENT_COLUMNS)
-    target_at = find_column(path, header, "target", target, ())
-    if target_at in (slide_at, patient_at):
+    targets_at = [find_column(path, header, "target", column, ()) for column in columns]
+    if {slide_at, patient_at} & set(targets_at):
         raise CohortError(
             f"{path}: got {target!r} as target and as id column → expected a column of labels → choose the target "
             f"from {listed(name for name in header if name)}"
         )
-    rows = [_Row(line, cells[slide_at], cells[patient_at], cells[target_at]) for line, cells in records]
+    rows = [
+        _Row(line, cells[slide_at], cells[patient_at], tuple(cells[at] for at in targets_at)) for line, cells in records
+    ]
     named = [row for row in rows if row.slide_id]
     _refuse_duplicates(path, named)
     _refuse_empty_patients(path, named, header[patient_at])
-    kept, attrition = _keep_labelled(path, named, target, classes)
+    if task == CLASSIFICATION:
+        kept, attrition = _keep_labelled(path, named, target, classes)
+        values, class_names = None, tuple(sorted({row.label for row in kept}))
+        labels = np.array([class_names.index(row.label) for row in kept], dtype=np.int64)
+    else:
+        kept, attrition = _keep_valued(named, task)
+        values = _values(path, kept, task, columns)
+        labels, class_names = find_strata(task, columns, values, [row.patient_id for row in kept])
     nameless = tuple(f"row {row.line} (patient {row.patient_id!r})" for row in rows if not row.slide_id)
-    class_names = tuple(sorted({row.label for row in kept}))
     cohort = Cohort(
         slide_ids=tuple(row.slide_id for row in kept),
         patient_ids=tuple(row.patient_id for row in kept),
-        labels=np.array([class_names.index(row.label) for row in kept], dtype=np.int64),
+        labels=labels,
         class_names=class_names,
-        target=target,
+        target=",".join(columns),
         attrition=replace(attrition, n_rows=len(rows), no_slide_id=nameless),
+        task=task,
+        values=values,
     )
     if for_training:
-        _refuse_small_classes(cohort, f"{path}, column {target!r}")
+        _refuse_unlearnable(cohort, f"{path}, column {target!r}")
     return cohort
 
 
@@ -207,8 +252,11 @@ def join_store(cohort: Cohort, available_slide_ids: Iterable[str], for_training:
             f"{listed(attrition.no_slide, 3)}; it "
             f"has {listed(available, 3)}; were leading zeros lost?)"
         )
+    if result.values is not None:
+        labels, class_names = find_strata(result.task, result.columns, result.values, result.patient_ids)
+        result = replace(result, labels=labels, class_names=class_names)
     if for_training:
-        _refuse_small_classes(result, where)
+        _refuse_unlearnable(result, where)
     return result
 
 
@@ -400,6 +448,47 @@ def _keep_labelled(
         lost[missing if row.label else "no_label"].append(row.slide_id)
     reasons = {reason: tuple(ids) for reason, ids in lost.items()}
     return kept, Attrition(n_rows=len(rows), n_kept=len(kept), **reasons)
+
+
+def _keep_valued(rows: list[_Row], task: str) -> tuple[list[_Row], Attrition]:
+    """Rows whose target is known, and those without; of several labels one that is known is enough."""
+    lost: dict[str, list[str]] = {"no_label": [], "missing_label": []}
+    kept = []
+    for row in rows:
+        known = [_known(cell) for cell in row.labels]
+        if all(known) or (task == MULTI_LABEL and any(known)):
+            kept.append(row)
+            continue
+        lost["missing_label" if any(cell and not _known(cell) for cell in row.labels) else "no_label"].append(
+            row.slide_id
+        )
+    reasons = {reason: tuple(ids) for reason, ids in lost.items()}
+    return kept, Attrition(n_rows=len(rows), n_kept=len(kept), **reasons)
+
+
+def _values(path: Path, rows: list[_Row], task: str, columns: Sequence[str]) -> FloatArray:
+    """The targets of these rows, [n, columns]."""
+    found = [
+        parse_values(
+            path,
+            task,
+            columns,
+            [cell if _known(cell) else "" for cell in row.labels],
+            f"slide {row.slide_id} (row {row.line})",
+        )
+        for row in rows
+    ]
+    return np.array(found, dtype=np.float64).reshape(len(rows), len(columns))
+
+
+def _known(cell: str) -> bool:
+    return bool(cell) and cell.lower() not in MISSING_LABELS
+
+
+def _refuse_unlearnable(cohort: Cohort, where: str) -> None:
+    if cohort.values is not None:
+        check_values(where, cohort.task, cohort.columns, cohort.values, cohort.patient_ids)
+    _refuse_small_classes(cohort, where)
 
 
 def _refuse_small_classes(cohort: Cohort, where: str) -> None:

@@ -3,10 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from mil import statistics
 from mil.board import NOTHING, SIGNIFICANT, Interval
@@ -16,7 +12,7 @@ from mil.ensemble import is_ensemble
 from mil.errors import EvaluationError, RunError, listed
 from mil.files import Row, write_csv
 from mil.fold_scores import FoldScore, differing_folds, mean_over_seeds, mean_test_to_train, read_fold_scores
-from mil.out_of_fold import OutOfFold, read_out_of_fold, require_same_slides
+from mil.out_of_fold import OutOfFold, aligned_probabilities, read_out_of_fold, require_same_slides
 from mil.power import minimum_detectable_difference
 
 NO_DIFFERENCE = "no difference shown"
@@ -266,7 +262,12 @@ def _read(folders: Sequence[str | Path]) -> list[_RunToCompare]:
         _require_same(names[0], found[0], name, each)
     require_same_slides(zip(names, found, strict=True))
     return [
-        _RunToCompare(name, path, _aligned(each, found[0]), _fold_scores(path, found[0].class_names))
+        _RunToCompare(
+            name,
+            path,
+            replace(found[0], probabilities=aligned_probabilities(each, found[0]), metrics=each.metrics),
+            _fold_scores(path, found[0].class_names),
+        )
         for name, path, each in zip(names, absolute, found, strict=True)
     ]
 
@@ -301,18 +302,3 @@ def _facts(run: OutOfFold) -> dict[str, tuple[str, str]]:
     """Patient and class name of every slide."""
     names = [run.class_names[label] for label in run.labels.tolist()]
     return dict(zip(run.slide_ids, zip(run.patient_ids, names, strict=True), strict=True))
-
-
-def _aligned(run: OutOfFold, first: OutOfFold) -> OutOfFold:
-    """The run with slides and classes in the order of the first."""
-    position = {slide: at for at, slide in enumerate(run.slide_ids)}
-    rows: npt.NDArray[Any] = np.array([position[slide] for slide in first.slide_ids])
-    columns = [run.class_names.index(name) for name in first.class_names]
-    return OutOfFold(
-        first.slide_ids,
-        first.patient_ids,
-        first.labels,
-        first.class_names,
-        run.probabilities[np.ix_(rows, np.array(columns))],
-        run.metrics,
-    )

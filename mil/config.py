@@ -6,7 +6,7 @@ config, and a ``_target_`` in a file is refused, so a config file can never name
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -14,8 +14,9 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from extract.store.remote_path import store_path
-from mil.errors import ConfigError, did_you_mean
-from mil.recipes import AUGMENTATIONS, LOSSES, OPTIMIZERS, RECIPES, SCHEDULERS, keys_of
+from mil.errors import ConfigError, did_you_mean, nearest
+from mil.head_keywords import head_keywords
+from mil.recipes import AUGMENTATIONS, LOSSES, OPTIMIZERS, RECIPES, SCHEDULERS, TASK_LOSSES, keys_of
 
 GROUPS = ("head", "optimizer", "scheduler", "loss", "augment")
 _RECIPE = "recipe"
@@ -50,9 +51,7 @@ class HeadConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _option("head", self.name)
-        for key in self.keywords:
-            _require(key, list(group_options("head")[self.name]), "head.", what="key")
+        check_option("head", self.name, self.keywords)
         kinds = _keyword_types(self.name)
         filled = {key: self.keywords.get(key, default) for key, default in group_options("head")[self.name].items()}
         object.__setattr__(
@@ -73,7 +72,7 @@ class _Option(_Checked):
             if getattr(self, item.name) is None:
                 object.__setattr__(self, item.name, own.get(item.name))
             elif item.name not in own:
-                _require(item.name, list(own), f"{self._group}.", what=f"key of {self.name}")  # type: ignore[attr-defined]
+                _require_key(self._group, str(self.name), item.name)  # type: ignore[attr-defined]
         super().__post_init__()
 
     def keywords(self, *without: str) -> dict[str, Any]:
@@ -138,14 +137,17 @@ class SchedulerConfig(_Option):
 
 @dataclass(frozen=True)
 class LossConfig(_Option):
-    """The loss that trains the head, one of `mil.recipes.LOSSES`; epochs are compared by cross-entropy all the same.
+    """The loss that trains the head, one of `mil.recipes.LOSSES`; ``auto`` is the first that the task has.
 
-    `mil.losses` has more, for targets that a cohort cannot hold yet: several labels, numbers, survival.
+    Epochs are compared by the first loss of the task whatever is trained with (survival by its own).
 
     Attributes:
-        name: ``cross_entropy``, ``focal``, or ``ordinal`` for classes whose sorted names are in their order.
+        name: for classes ``cross_entropy``, ``focal``, or ``ordinal`` where the sorted names are in their order; for
+            labels ``bce``; for numbers ``mse`` or ``huber``; for survival ``discrete_survival`` or ``cox``.
         label_smoothing: part of every target that is spread evenly over all classes.
         gamma: how much the focal loss looks away from bags that are predicted well.
+        delta: difference from which on the Huber loss grows linearly, in deviations of the target.
+        intervals: into how many intervals the time of discrete survival is cut.
     """
 
     _where = "loss."
@@ -154,6 +156,8 @@ class LossConfig(_Option):
     name: str = "cross_entropy"
     label_smoothing: float | None = _number(None, 0.0, 1.0, below=True)
     gamma: float | None = _number(None, 0.0)
+    delta: float | None = _number(None, 0.0, above=True)
+    intervals: int | None = _number(None, 2)
 
     @property
     def is_cross_entropy(self) -> bool:
@@ -199,7 +203,9 @@ class TrainConfig(_Checked):
     Attributes:
         store: the embedding store; kept absolute, so that the saved config runs from anywhere.
         labels: the label table (None when the cohort came from Python).
-        target: its column to predict.
+        target: its column to predict; several, separated by commas, for labels (``er,pr,her2``), numbers, and survival
+            (time and event: ``months,died``).
+        task: what the target is: ``classification``, ``multilabel``, ``regression`` or ``survival``.
         backbone: the store's features entry; None if the store has one only.
         slide_column: column of the slide ids, when it is not called ``slide_id``.
         patient_column: column of the patient ids, when it is not called ``patient_id``.
@@ -226,7 +232,8 @@ class TrainConfig(_Checked):
         views: ``sample`` trains on the entry's augmented views too (``mil extract --views``), one drawn for every bag
             and epoch; validation and test see the slides as they are.
         class_weights: ``balanced`` weighs a class by the inverse of its frequency in the training part. In training it
-            does so only where the sampler has not balanced the classes already.
+            does so only where the sampler has not balanced the classes already. Labels weigh their positive slides by
+            the negative ones; numbers and survival are not weighed.
         standardize: ``train`` fits mean and standard deviation of the features on the training instances.
         grad_clip: largest gradient norm; None does not clip.
         grad_clip_value: largest gradient of a single weight, applied before the norm; None does not clip.
@@ -250,6 +257,7 @@ class TrainConfig(_Checked):
     store: Path | None = None
     labels: Path | None = None
     target: str | None = None
+    task: Literal["classification", "multilabel", "regression", "survival"] = "classification"
     backbone: str | None = None
     slide_column: str | None = None
     patient_column: str | None = None
@@ -285,7 +293,7 @@ class TrainConfig(_Checked):
     head: HeadConfig = field(default_factory=HeadConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: LossConfig = field(default_factory=lambda: LossConfig("auto"))
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     track: tuple[Literal["wandb", "mlflow", "tensorboard"], ...] = ()
 
@@ -294,6 +302,7 @@ class TrainConfig(_Checked):
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(f"got device={self.device} → expected auto, cpu, cuda or cuda:N → use device=auto")
         object.__setattr__(self, "head", _with_input_norm(self.head, self.standardize))
+        object.__setattr__(self, "loss", _loss_of_task(self.loss, self.task))
         _check_together(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -343,6 +352,7 @@ def compose_config(
     given = _over(_recipe(given), given)
     for source in (named, values):
         given = _over(given, _recipe(source))
+    check_given(given, [*others, *chosen])
     defaults = _defaults(given)
     tree = _compose(defaults, [*others, *chosen])
     return _from_tree(_merge(tree, values))
@@ -387,7 +397,7 @@ def _section(value: object) -> dict[str, Any]:
 
 
 def _option(group: str, option: str) -> str:
-    _require(option, list(group_options(group)), f"{group}=")
+    _require(option, list(option_keys(group)), f"{group}=")
     return option
 
 
@@ -406,6 +416,13 @@ def group_options(group: str) -> dict[str, dict[str, object]]:
     return {name: dict(keyword_names(name)) for name in list_aggregators()}
 
 
+def option_keys(group: str) -> dict[str, tuple[str, ...]]:
+    """The options of a group with their keys; it does not load torch, as the defaults of heads in `group_options`."""
+    if group == "head":
+        return head_keywords()
+    return {name: tuple(keys) for name, keys in group_options(group).items()}
+
+
 def _keyword_types(head: str) -> dict[str, Any]:
     """The annotated types of a head's keywords."""
     from aggregators.registry import aggregator_record
@@ -421,27 +438,17 @@ class _Defaults:
     options: dict[str, dict[str, dict[str, Any]]]
     chosen: dict[str, str]
 
-    def keys(self, chosen: Mapping[str, str]) -> list[str]:
-        """Every key that may be set, dotted, given the chosen options."""
-        groups = [f"{group}.{key}" for group in GROUPS for key in self.options[group][chosen[group]]]
-        return [*self.top, _RECIPE, *GROUPS, *groups]
-
 
 def _defaults(given: Mapping[str, Any]) -> _Defaults:
     """The defaults with the values of a config file over them; the file's groups replace the option they name."""
-    plain = TrainConfig().to_dict()
-    top = {key: value for key, value in plain.items() if key not in GROUPS}
-    for key in given:
-        _require(key, [*top, _RECIPE, *GROUPS], "", what="key")
+    top = {key: value for key, value in TrainConfig().to_dict().items() if key not in GROUPS}
     top.update({key: value for key, value in given.items() if key not in GROUPS})
-    options, chosen = {}, {}
+    options, chosen = {}, _default_options()
     for group in GROUPS:
         options[group] = {name: dict(keywords) for name, keywords in group_options(group).items()}
-        section = _section(given.get(group, plain[group]["name"]))
-        chosen[group] = _option(group, str(section.pop("name", plain[group]["name"])))
-        for key, value in section.items():
-            _require(key, list(options[group][chosen[group]]), f"{group}.", what="key")
-            options[group][chosen[group]][key] = value
+        section = _section(given.get(group, {}))
+        chosen[group] = str(section.pop("name", chosen[group]))
+        options[group][chosen[group]].update(section)
     return _Defaults(top, options, chosen)
 
 
@@ -487,7 +494,7 @@ def _merge(tree: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, Mapping):
             raise ConfigError(f"got {key}={value!r} → expected a name or a mapping → {key}={tree[key]['name']!r}")
         for inner, inner_value in value.items():
-            _require(inner, [name for name in tree[key] if name != "name"], f"{key}.", what="key")
+            _require_key(key, tree[key]["name"], inner)
             tree[key][inner] = inner_value
     return tree
 
@@ -510,12 +517,11 @@ def _from_tree(tree: Mapping[str, Any]) -> TrainConfig:
 
 
 def _compose(defaults: _Defaults, overrides: Sequence[str]) -> dict[str, Any]:
-    """Let Hydra apply ``overrides``; what it would refuse with its own words is refused in ours before."""
+    """Let Hydra apply ``overrides``, of which `check_given` has refused what it would refuse with its own words."""
     import hydra.errors
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    _check_overrides(defaults, overrides)
     try:
         with _hydra_app(defaults):
             composed = hydra.compose(_PRIMARY, overrides=list(overrides))
@@ -574,23 +580,6 @@ def parse_overrides(overrides: Sequence[str]) -> Any:
         ) from error
 
 
-def _check_overrides(defaults: _Defaults, overrides: Sequence[str]) -> None:
-    """Refuse unknown keys and options, sweeps, and Hydra's adding and deleting of keys."""
-    parsed = parse_overrides(overrides)
-    chosen = dict(defaults.chosen)
-    for item in parsed:
-        if item.is_sweep_override() or item.is_add() or item.is_delete() or item.package is not None:
-            raise ConfigError(
-                f"got {item.input_line} → expected one value for one key that exists → write key=value, without "
-                f"+, ++, ~, @ or several values; mil sweep tries several, mil benchmark compares heads=[...]"
-            )
-        if item.key_or_group in GROUPS:
-            chosen[item.key_or_group] = _option(item.key_or_group, str(item.value()))
-    keys = defaults.keys(chosen)
-    for item in parsed:
-        _require(item.key_or_group, keys, "", what="key")
-
-
 @contextmanager
 def _hydra_app(defaults: _Defaults) -> Iterator[None]:
     """Register our tree with Hydra for one composition, and leave Hydra's process-wide state as it was."""
@@ -622,16 +611,119 @@ def _hydra_app(defaults: _Defaults) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
+_MOST_NAMES = 8
+_SECTIONS: dict[str, Any] = {
+    "optimizer": OptimizerConfig,
+    "scheduler": SchedulerConfig,
+    "loss": LossConfig,
+    "augment": AugmentConfig,
+}
+
+
+def check_given(given: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse, before torch is loaded, unknown keys and options, and values that are wrong each for itself.
+
+    The values of heads are left to their own types, which torch's classes have.
+
+    Args:
+        given: what a config file says.
+        overrides: Hydra overrides.
+
+    Raises:
+        ConfigError: near matches are named.
+    """
+    parsed = [_plain_override(item) for item in parse_overrides(overrides)]
+    chosen = _default_options()
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        inside = _section(value) if key in GROUPS else {}
+        values |= {f"{key}.{name}": each for name, each in inside.items()} if key in GROUPS else {key: value}
+    for group in GROUPS:
+        chosen[group] = _option(group, str(values.pop(f"{group}.name", chosen[group])))
+    _check_values(values, chosen)
+    chosen |= {key: _option(key, str(value)) for key, value in parsed if key in GROUPS}
+    _check_values({key: value for key, value in parsed if key not in GROUPS}, chosen)
+
+
+def check_option(group: str, option: str, keys: Iterable[str] = ()) -> None:
+    """Refuse an unknown option of a group, or keys that it does not take.
+
+    Raises:
+        ConfigError: near matches are named.
+    """
+    _option(group, option)
+    for key in keys:
+        _require_key(group, option, key)
+
+
+def _default_options() -> dict[str, str]:
+    """The option of every group that is taken where none is named."""
+    return {"head": HeadConfig.name, **{group: section.name for group, section in _SECTIONS.items()}, "loss": "auto"}
+
+
+def _plain_override(item: Any) -> tuple[str, Any]:
+    """Key and value of an override as Hydra has parsed it.
+
+    Raises:
+        ConfigError: it has several values, or adds or deletes a key.
+    """
+    if item.is_sweep_override() or item.is_add() or item.is_delete() or item.package is not None:
+        raise ConfigError(
+            f"got {item.input_line} → expected one value for one key that exists → write key=value, without +, ++, ~, "
+            f"@ or several values, and quote text with commas: target='\"a,b\"'; mil sweep tries several values, mil "
+            f"benchmark compares heads=[...]"
+        )
+    return str(item.key_or_group), _plain_value(item.value())
+
+
+def _check_values(values: Mapping[str, Any], chosen: Mapping[str, str]) -> None:
+    """Refuse unknown dotted keys, and values of a wrong type or out of range, given the options of the groups."""
+    top = {item.name: item for item in fields(TrainConfig)}
+    for key, value in values.items():
+        group, _, name = key.partition(".")
+        if name and group in GROUPS:
+            _require_key(group, chosen[group], name)
+        elif key not in top:
+            nested = [f"{each}.{inner}" for each in GROUPS for inner in option_keys(each)[chosen[each]]]
+            _require(key, [*top, _RECIPE, *nested], "", what="key")
+        item = top.get(key) or _section_field(group, name)
+        # a group's key that is null takes its default
+        if item is not None and (value is not None or not name):
+            _check_range(key, _coerce(key, value, item.type), item)
+
+
+def _section_field(group: str, name: str) -> Field[Any] | None:
+    """The field of a key of a group; None for those of heads."""
+    return next((item for item in fields(_SECTIONS[group]) if item.name == name), None) if group in _SECTIONS else None
+
+
+def _require_key(group: str, option: str, key: str) -> None:
+    """Raise unless ``key`` is one of the option's; where it is another option's, say whose."""
+    keys = option_keys(group)
+    others = [name for name in nearest(option, list(keys)) if key in keys[name]]
+    if key in keys[option] or not others:
+        _require(key, keys[option], f"{group}.", what="key")
+        return
+    own = ", ".join(f"{group}.{name}" for name in keys[option])
+    more = f" and {len(others) - _MOST_NAMES} more" if len(others) > _MOST_NAMES else ""
+    raise ConfigError(
+        f"got the unknown key {group}.{key} for {group}={option} → a key of {', '.join(others[:_MOST_NAMES])}{more} → "
+        f"take {group}={others[0]}, or a key of {option}: {own}"
+    )
+
+
 def _require(name: str, valid: Sequence[str], prefix: str, what: str = "option") -> None:
     """Raise, naming near matches, unless ``name`` is one of ``valid``."""
     if name in valid:
         return
     nested = [key for key in valid if key.rpartition(".")[2] == name]
-    hint = f"did you mean {' or '.join(nested)}?" if nested else did_you_mean(name, valid) or "choose one of these"
-    raise ConfigError(
-        f"got the unknown {what} {prefix}{name} → expected one of {', '.join(prefix + item for item in valid)} → "
-        f"{hint.rstrip()}"
-    )
+    near = did_you_mean(name, valid, prefix if what == "key" else "") or "choose one of these"
+    hint = f"did you mean {' or '.join(nested)}?" if nested else near
+    first = list(dict.fromkeys([*nested, *nearest(name, valid)]))[:_MOST_NAMES]
+    shown = ", ".join(f"{prefix}{item}" for item in first)
+    if len(valid) > _MOST_NAMES:
+        shown += f", … (mil config show{'' if what == 'key' else ' --options'} lists all)"
+    raise ConfigError(f"got the unknown {what} {prefix}{name} → expected one of {shown} → {hint.rstrip()}")
 
 
 def _coerce(where: str, value: Any, kind: Any) -> Any:
@@ -727,8 +819,60 @@ def _with_input_norm(head: HeadConfig, standardize: str) -> HeadConfig:
     return head
 
 
+def _loss_of_task(loss: LossConfig, task: str) -> LossConfig:
+    """``auto`` as the task's first loss; another must be one of the task's."""
+    own = TASK_LOSSES[task]
+    if loss.name == "auto" and (own[0] == "cross_entropy" or not loss.label_smoothing):
+        return LossConfig(own[0], label_smoothing=loss.label_smoothing if own[0] == "cross_entropy" else None)
+    if loss.name == "auto":
+        raise ConfigError(
+            f"got loss.label_smoothing={loss.label_smoothing} with task={task} → smoothing is for classes → remove it"
+        )
+    if loss.name not in own:
+        others = [name for name, losses in TASK_LOSSES.items() if loss.name in losses]
+        raise ConfigError(
+            f"got loss={loss.name} with task={task} → expected one of {', '.join(own)} → set loss=auto, or "
+            f"task={others[0]}"
+        )
+    return loss
+
+
+def _check_task(config: TrainConfig) -> None:
+    """Refuse what only classes can be trained with."""
+    from aggregators import Aggregator
+    from aggregators.registry import aggregator_record
+
+    if config.task == "classification":
+        return
+    if config.sampler == "class_balanced":
+        raise ConfigError(
+            f"got sampler=class_balanced with task={config.task} → there are no classes to balance → set "
+            f"sampler=natural or sampler=patient_balanced"
+        )
+    own_loss = aggregator_record(config.head.name).builder.auxiliary_loss is not Aggregator.auxiliary_loss
+    # CLAM's own loss is for classes alone and can be switched off; those of other heads take several labels too
+    of_classes = config.head.keywords["bag_weight"] < 1 if "bag_weight" in config.head.keywords else own_loss
+    if of_classes and (config.task != "multilabel" or "bag_weight" in config.head.keywords):
+        raise ConfigError(
+            f"got head={config.head.name} with task={config.task} → this head learns from classes by a loss of its "
+            f"own → choose another, such as head=abmil"
+            f"{', or set head.bag_weight=1' if 'bag_weight' in config.head.keywords else ''}"
+        )
+    mixed = [name for name in ("bag_mixup", "embedding_mixup") if getattr(config.augment, name)]
+    if config.task == "survival" and mixed:
+        raise ConfigError(
+            f"got augment.{mixed[0]} with task=survival → two patients' times cannot be mixed → set "
+            f"augment.{mixed[0]}=0"
+        )
+    if config.loss.name == "cox" and config.batch_bags * config.accumulate < 2:
+        raise ConfigError(
+            "got loss=cox with batch_bags=1 → it compares the bags of a step with each other → raise batch_bags"
+        )
+
+
 def _check_together(config: TrainConfig) -> None:
     """Refuse values that are right each for itself and not together."""
+    _check_task(config)
     if config.freeze_epochs and config.init is None:
         raise ConfigError(
             f"got freeze_epochs={config.freeze_epochs} without init → nothing would be held still → add "

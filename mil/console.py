@@ -3,7 +3,7 @@
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+Estimate = Mapping[str, float | None]
 _PLAIN_EVERY_S = 10.0
 _TEXT_COLUMNS = ("which", "reason", "licence")
 _WHOLE_COLUMNS = ("class", "name")
@@ -157,30 +158,97 @@ def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequ
 def print_metrics(console: Console, title: str, evaluation: dict[str, Any]) -> None:
     """Print the metrics of `mil.statistics.evaluate` with their intervals, and the per-class table."""
     names = {"macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "accuracy": "accuracy"}
-    rows = [[label, *_interval(evaluation[key], 3)] for key, label in names.items()]
+    rows = []
+    for key, label in names.items():
+        point, interval = _parts(evaluation[key], ".3f")
+        rows.append([label, point, interval or "–"])
     print_table(console, title, ["metric", "value", "95 % interval"], rows)
     columns = ["class", "slides", "pat.", "TP", "FP", "FN", "TN", "recall", "AUROC"]
     rows = []
     for name, values in evaluation["classes"].items():
-        counts = [_stacked(values[key], 0) for key in ("tp", "fp", "fn", "tn")]
-        rates = [_stacked(values[key], 2) for key in ("recall", "auroc")]
+        counts = [_narrow_interval(values[key], ".0f") for key in ("tp", "fp", "fn", "tn")]
+        rates = [_narrow_interval(values[key], ".2f") for key in ("recall", "auroc")]
         rows.append([name, str(values["support"]), str(values["n_patients"]), *counts, *rates])
     print_table(
         console, "One class against the others; below each figure its 95 % interval over patients", columns, rows
     )
 
 
-def _stacked(value: dict[str, float | None], digits: int) -> str:
-    """The value, and its interval on the line below."""
-    point, interval = _interval(value, digits)
-    return f"{point}\n{interval.strip('[]').replace(' ', '–')}"
+def print_target_metrics(console: Console, title: str, task: str, evaluation: dict[str, Any]) -> None:
+    """Print the metrics of labels, numbers or survival with their intervals, and a table per label or number."""
+    from mil.targets import HEADLINES
+
+    rows = []
+    for key, label in HEADLINES[task].items():
+        point, interval = _parts(evaluation[key], ".3f")
+        rows.append([label, point, interval or "–"])
+    print_table(console, title, ["metric", "value", "95 % interval"], rows)
+    targets = evaluation.get("targets", {})
+    if len(targets) > 1 or task == "multilabel":
+        counts = [key for key in ("known", "positive") if key in next(iter(targets.values()))]
+        metrics = [key for key in next(iter(targets.values())) if key not in (*counts, "n_patients")]
+        rows = [
+            [name, *(str(values[key]) for key in counts), *(stacked_interval(values[key], ".2f") for key in metrics)]
+            for name, values in targets.items()
+        ]
+        columns = ["target", *counts, *(key.replace("_", " ") for key in metrics)]
+        print_table(console, "Each target; below each figure its 95 % interval over patients", columns, rows)
+    elif task == "survival":
+        p = evaluation["log_rank_p"]
+        say(
+            console,
+            f"{counted(evaluation['n_patients'], 'patient')}, {counted(evaluation['n_events'], 'event')}; those above "
+            f"against those below the median risk: log-rank p {'–' if p is None else format(p, '.2g')}",
+        )
 
 
-def _interval(value: dict[str, float | None], digits: int) -> tuple[str, str]:
-    """The value and its interval as text; a dash where there is none."""
-    point, low, high = (value[key] for key in ("value", "low", "high"))
-    text = "–" if point is None else f"{point:.{digits}f}"
-    return text, "–" if low is None or high is None else f"[{low:.{digits}f} {high:.{digits}f}]"
+def interval_text(estimate: Estimate, form: str = ".3f", between: str = " ") -> str:
+    """An estimate as every command writes it; a dash where there is none.
+
+    Args:
+        estimate: ``value``, ``low`` and ``high``.
+        form: how each number is formatted.
+        between: what stands between value and interval.
+
+    >>> interval_text({"value": 0.5, "low": 0.4, "high": 0.6})
+    '0.500 [0.400, 0.600]'
+    """
+    point, interval = _parts(estimate, form)
+    return f"{point}{between}{interval}" if interval else point
+
+
+def stacked_interval(estimate: Estimate, form: str = ".3f") -> str:
+    """`interval_text` for a table's cell: the interval is on the line below the value."""
+    return interval_text(estimate, form, between="\n")
+
+
+def _narrow_interval(estimate: Estimate, form: str) -> str:
+    """As `stacked_interval`, without brackets: six such columns fit beside a class name into 80 letters."""
+    return stacked_interval(estimate, form).replace("[", "").replace("]", "").replace(", ", "–")
+
+
+def _parts(estimate: Estimate, form: str) -> tuple[str, str]:
+    """Value and interval as text; a dash for a value that there is not, nothing for such an interval."""
+    value, low, high = (estimate[key] for key in ("value", "low", "high"))
+    point = "–" if value is None else format(value, form)
+    return point, "" if low is None or high is None else f"[{low:{form}}, {high:{form}}]"
+
+
+def shortened(names: Sequence[str], most: int = 4) -> str:
+    """The first ``most`` names, and how many more there are.
+
+    >>> shortened(["a", "b", "c"], most=2)
+    'a, b, and 1 more'
+    """
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f", and {more} more" if more > 0 else "")
+
+
+def say_start(what: str) -> None:
+    """On a terminal, say what takes seconds before the first progress is shown."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        console.print(f"{what} ...", style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def counted(n: int, what: str) -> str:

@@ -1,7 +1,6 @@
 """Cross-validated training: from a store and a cohort to out-of-fold metrics."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,21 +9,24 @@ from typing import Any
 import numpy as np
 
 from extract.store import Store, open_store, to_dict
-from mil import statistics
 from mil.bags import Bags, choose_entry, needs_coords, open_bags, place_bags
+from mil.calibration import evaluate_calibration
 from mil.checkpoint import load_checkpoint, package_versions, require_recipes
 from mil.cohort import Cohort, join_store, read_cohort
 from mil.config import TrainConfig, compose_config
 from mil.errors import ConfigError
 from mil.evaluation import resolve_device
 from mil.initial import check_initial
-from mil.metrics import auroc, balanced_accuracy, confusion, macro_f1
+from mil.metrics import confusion, macro_f1
 from mil.replicas import OnProgress, Progress, train_replicas
 from mil.run import ReplicaPredictions, Run, check_folder
+from mil.scoring import evaluate_out_of_fold, score_replica
 from mil.split_plan import SplitPlan, split_cohort
 from mil.splits import Splits
+from mil.targets import CLASSIFICATION, target_columns
+from mil.tasks import count_outputs
 from mil.tracking import Tracking
-from mil.training import PartArray, Replica, TrainedReplica
+from mil.training import Replica, TrainedReplica
 from mil.unfinished import UnfinishedTraining, discard_unfinished, training_key, unfinished_folder
 
 
@@ -55,7 +57,7 @@ def train(
             `train_replicas`.
     """
     seeds = seeds if isinstance(seeds, int) else list(seeds)
-    given = {"store": store.path, "target": cohort.target, "folds": folds, "seeds": seeds}
+    given = {"store": store.path, "target": cohort.target, "task": cohort.task, "folds": folds, "seeds": seeds}
     chosen = {} if head is None else {"head": head}
     config = compose_config(values=given | chosen | options)
     with _tracked(config, f"{config.head.name} on {cohort.target}", Path.cwd()) as tracking:
@@ -99,7 +101,8 @@ def run_training(
     folder = Path(out).absolute()
     check_folder(folder, overwrite)
     unfinished = unfinished_folder(folder)
-    cohort = read_cohort(config.labels, config.target, config.slide_column, config.patient_column)
+    columns = config.slide_column, config.patient_column
+    cohort = read_cohort(config.labels, config.target, *columns, task=config.task)
     with _tracked(config, folder.name, folder.parent) as tracking:
         run = cross_validate(open_store(config.store), cohort, config, _told(tracking, progress), unfinished)
         run = run.save(folder, overwrite, complete)
@@ -146,7 +149,7 @@ def cross_validate(
     Args:
         store: holds the embeddings.
         cohort: slides, patients and labels; slides that the store lacks are left out and listed.
-        config: what to train; its `store`, `labels` and `target` are not read.
+        config: what to train; its `store` and `labels` are not read, its `task` and `target` are those of the cohort.
         progress: called after each epoch and each replica.
         unfinished: folder that keeps what is done until the run is saved; a training that was stopped goes on from it.
         bags: those of the cohort's slides, where they are open already.
@@ -154,13 +157,14 @@ def cross_validate(
     Raises:
         MilError, ExtractError: as in `train`.
     """
+    _check_target(config, cohort)
     entry = choose_entry(store, config.backbone)
     device = resolve_device(config.device)
     if config.init is not None:
         where = f"entry {entry!r} of {store.path}"
         require_recipes(load_checkpoint(config.init)[1], store.feature_recipe(entry), store.tile_recipe, where)
     cohort = join_store(cohort, store.slide_ids(entry))
-    check_initial(config, cohort.slide_ids, cohort.patient_ids)
+    cautions = check_initial(config, cohort.slide_ids, cohort.patient_ids)
     splits = split_cohort(cohort, split_plan(config))
     if bags is None:
         positions, views = needs_coords(config.head.keywords), config.views == "sample"
@@ -170,23 +174,48 @@ def cross_validate(
     parts = np.stack([splits.parts(replica.fold, replica.seed) for replica in replicas])
     key = training_key(config, cohort, splits, bags, device)
     kept = UnfinishedTraining(unfinished, key) if unfinished is not None else None
-    n_classes = len(cohort.class_names)
+    n_outputs = count_outputs(config, cohort)
     trained = train_replicas(
-        bags, cohort.labels, replicas, list(parts), n_classes, device, progress, kept, cohort.patient_ids
+        bags, cohort.targets, replicas, list(parts), n_outputs, device, progress, kept, cohort.patient_ids
     )
     probabilities = np.stack([each.probabilities for each in trained])
-    predictions = ReplicaPredictions(cohort, tuple(replicas), parts, probabilities)
+    tasks = tuple(each.task for each in trained)
+    predictions = ReplicaPredictions(cohort, tuple(replicas), parts, probabilities, tasks)
     return Run(
         config=config,
         cohort=cohort,
         splits=splits,
         trained=tuple(trained),
         predictions=predictions,
-        metrics=_metrics(config, splits, trained, predictions, entry)
+        metrics=_metrics(config, splits, trained, predictions, entry, cautions)
         | {"synthetic": is_synthetic(store, cohort.slide_ids), "key": key},
         entry=entry,
         recipes=(to_dict(store.feature_recipe(entry)), to_dict(store.tile_recipe)),
     )
+
+
+def _check_target(config: TrainConfig, cohort: Cohort) -> None:
+    """Refuse a configuration of another target than the cohort's."""
+    named = target_columns(config.task, config.target or "")
+    if config.task != cohort.task or (config.task != CLASSIFICATION and named != cohort.columns):
+        raise ConfigError(
+            f"got task={config.task} target={config.target} for a cohort of task {cohort.task}, target {cohort.target} "
+            f"→ expected the same → read the cohort with task={config.task!r}, or set task={cohort.task}"
+        )
+
+
+def require_classification(tasks: Iterable[str], what: str) -> None:
+    """Refuse targets that are no class, where only classes are understood.
+
+    Raises:
+        ConfigError: as said.
+    """
+    other = [task for task in tasks if task != CLASSIFICATION]
+    if other:
+        raise ConfigError(
+            f"got task={other[0]} for {what} → expected task=classification, which it is made for → train with mil "
+            f"train, once for each setting"
+        )
 
 
 def split_plan(config: TrainConfig) -> SplitPlan:
@@ -217,13 +246,16 @@ def _metrics(
     trained: Sequence[TrainedReplica],
     predictions: ReplicaPredictions,
     entry: str,
+    cautions: Sequence[str],
 ) -> dict[str, Any]:
     """The content of ``metrics.json``; the test parts are scored here, once."""
-    cohort, probabilities = predictions.tested()
-    out_of_fold = statistics.evaluate(cohort.labels, probabilities, cohort.patient_ids, cohort.class_names)
+    cohort = predictions.cohort
+    out_of_fold = evaluate_out_of_fold(predictions)
+    classes = cohort.values is None
     return {
         "target": cohort.target,
-        "class_names": list(cohort.class_names),
+        "task": config.task,
+        "class_names": list(cohort.class_names) if classes else [],
         "head": config.head.name,
         "entry": entry,
         "n_replicas": len(trained),
@@ -231,15 +263,19 @@ def _metrics(
         "versions": package_versions(),
         "split": splits.record.to_dict(),
         "cohort": {"attrition": [[reason, count, list(ids)] for reason, count, ids in cohort.attrition.rows()]},
-        "warnings": [*splits.warnings, *out_of_fold["warnings"]],
+        "warnings": [*cautions, *splits.warnings, *out_of_fold["warnings"]],
         "looks": 1,
         "out_of_fold": out_of_fold,
-        "seed_macro_f1": list(_seed_scores(predictions, config.seeds)),
-        "per_replica": [
-            _replica_metrics(each, parts, predictions.cohort)
-            for each, parts in zip(trained, predictions.parts, strict=True)
-        ],
+        **(_of_classes(predictions, config.seeds) if classes else {}),
+        "per_replica": [_replica_metrics(each, predictions, at) for at, each in enumerate(trained)],
     }
+
+
+def _of_classes(predictions: ReplicaPredictions, seeds: Sequence[int]) -> dict[str, Any]:
+    """What only classes have: calibration, and the macro-F1 of each seed alone."""
+    cohort, said = predictions.tested()
+    calibration = evaluate_calibration(cohort.labels, said, cohort.patient_ids, cohort.class_names)
+    return {"calibration": calibration, "seed_macro_f1": list(_seed_scores(predictions, seeds))}
 
 
 def _seed_scores(predictions: ReplicaPredictions, seeds: Sequence[int]) -> Iterator[float]:
@@ -250,23 +286,16 @@ def _seed_scores(predictions: ReplicaPredictions, seeds: Sequence[int]) -> Itera
         yield float(macro_f1(confusion(cohort.labels, values.argmax(axis=1), len(cohort.class_names)))[0])
 
 
-def _replica_metrics(trained: TrainedReplica, parts: PartArray, cohort: Cohort) -> dict[str, Any]:
-    """Scores of one replica on its test part; None where a score is undefined."""
-    test = parts == "test"
-    labels, probabilities = cohort.labels[test], trained.probabilities[test]
-    matrix = confusion(labels, probabilities.argmax(axis=1), len(cohort.class_names))
-    scores = {
-        "macro_f1": macro_f1(matrix)[0],
-        "balanced_accuracy": balanced_accuracy(matrix)[0],
-        "auroc": auroc(labels, probabilities)[0],
-    }
+def _replica_metrics(trained: TrainedReplica, predictions: ReplicaPredictions, at: int) -> dict[str, Any]:
+    """Scores of one replica on its test part, and what it cost."""
+    parts = predictions.parts[at]
     return {
         "replica": trained.replica.name,
         "fold": trained.replica.fold,
         "seed": trained.replica.seed,
         "best_epoch": trained.best_epoch,
         "epochs": len(trained.history),
-        **{name: None if math.isnan(value) else float(value) for name, value in scores.items()},
+        **score_replica(predictions, at),
         "seconds": round(trained.seconds, 3),
         "parameters": trained.parameters,
         "training_bags": int((parts == "train").sum()),

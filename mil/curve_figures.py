@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mil.curves import GRID, Curve
-from mil.plotting import BLUE, INK, MUTED, RULE, new_axes, new_figure, styled
+from mil.plotting import BLUE, INK, MUTED, OKABE_ITO, RULE, new_axes, new_figure, styled, wrap_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SIDE_PX = 230
+LEGEND_LINE_PX = 17
+_DASHES = ("-", "--", ":")
 
 
 def _square(x_label: str, y_label: str) -> "tuple[Figure, Axes]":
@@ -77,3 +79,38 @@ def reliability_plot(bins: Sequence[Mapping[str, Any]]) -> "Figure":
     axes.set_xlabel("mean probability of the predicted class")
     axes.set_ylabel("share that is right")
     return figure
+
+
+@styled
+def abstention_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> "Figure":
+    """Share that is right of the slides that are answered, against their share of all; the surest are answered first.
+
+    Args:
+        curves: ``curve`` of `mil.abstention.evaluate_abstention` by the name of its head; several are told apart in a
+            legend below. The dotted line, drawn for one alone, is what abstaining at random keeps.
+    """
+    legend_px = LEGEND_LINE_PX * len(curves) if len(curves) > 1 else 0
+    figure = new_figure(460, 250 + legend_px)
+    axes = new_axes(figure, 54, 12, 8, 40 + legend_px, xlim=(0, 1), ylim=(0, 1.02))
+    axes.grid(color=RULE, linewidth=0.6)
+    axes.set_axisbelow(True)
+    for at, steps in enumerate(curves.values()):
+        coverage, accuracy = ([each[key] for each in steps] for key in ("coverage", "accuracy"))
+        turn, colour = divmod(at, len(OKABE_ITO))
+        style = {"color": OKABE_ITO[colour], "linestyle": _DASHES[turn % len(_DASHES)], "linewidth": 1.8}
+        # a share between two steps is reached by the later one
+        axes.step([0.0, *coverage], [accuracy[0], *accuracy], where="pre", **style)
+        if len(curves) == 1:
+            axes.axhline(accuracy[-1], color=INK, linewidth=1, linestyle=":")
+    axes.set_xlabel("share of slides that are answered")
+    axes.set_ylabel("share of these that is right")
+    if legend_px:
+        _legend(figure, axes, list(curves))
+    return figure
+
+
+def _legend(figure: "Figure", axes: "Axes", names: Sequence[str]) -> None:
+    """Names of the curves, one a line, at the bottom of the figure."""
+    # matplotlib leaves out a name that begins with an underscore
+    labels = [f" {wrap_label(name, 60, 1)}" for name in names]
+    figure.legend(axes.lines, labels, loc="lower left", frameon=False, fontsize=8, labelspacing=0.35, borderaxespad=0.2)

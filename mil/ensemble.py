@@ -18,11 +18,18 @@ import numpy as np
 import numpy.typing as npt
 
 from mil import statistics
+from mil.artefact import refuse_artefact
 from mil.cohort import Attrition, Cohort
 from mil.errors import RunError, listed
 from mil.files import put_in_place, write_csv, write_json
 from mil.looks import Look
-from mil.out_of_fold import OutOfFold, out_of_fold_rows, read_out_of_fold, require_same_slides
+from mil.out_of_fold import (
+    OutOfFold,
+    aligned_probabilities,
+    out_of_fold_rows,
+    read_out_of_fold,
+    require_same_slides,
+)
 
 Average = Literal["probabilities", "logits"]
 FloatArray = npt.NDArray[np.float64]
@@ -85,12 +92,14 @@ def make_ensemble(folders: Sequence[str | Path], average: Average = "probabiliti
     Every prediction comes from a replica that saw neither the slide nor its patient, whatever the folds of its run.
 
     Raises:
-        RunError: fewer than two runs, one run twice, a run that cannot be read, or runs of other slides, patients,
-            labels or classes.
+        RunError: fewer than two runs, one run twice, a run that cannot be read, a packed model, or runs of other
+            slides, patients, labels or classes.
     """
     paths = tuple(Path(folder).absolute() for folder in folders)
     if len(set(paths)) < len(paths) or len(paths) < 2:
         raise RunError(f"got {listed(map(str, paths))} → expected two or more different runs → name each once")
+    for path in paths:
+        refuse_artefact(path, "runs, which are averaged before they are packed")
     runs = [read_out_of_fold(path) for path in paths]
     require_same_slides(zip(map(str, paths), runs, strict=True))
     first = runs[0]
@@ -98,7 +107,7 @@ def make_ensemble(folders: Sequence[str | Path], average: Average = "probabiliti
     cohort = Cohort(
         first.slide_ids, first.patient_ids, first.labels, first.class_names, first.metrics["target"], Attrition(n, n)
     )
-    probabilities = combine([_aligned(run, first) for run in runs], average)
+    probabilities = combine([aligned_probabilities(run, first) for run in runs], average)
     return Ensemble(paths, average, cohort, probabilities, _metrics(paths, runs, cohort, probabilities, average))
 
 
@@ -145,25 +154,15 @@ def is_ensemble(folder: Path) -> bool:
 
 
 def over_members(
-    folder: Path, predict: Callable[[Path], tuple[tuple[str, ...], FloatArray]]
+    members: Sequence[Path], average: Average, predict: Callable[[Path], tuple[tuple[str, ...], FloatArray]]
 ) -> tuple[tuple[str, ...], FloatArray]:
     """Slide ids and probabilities [n, C] of an ensemble for new slides, from those of each member."""
-    members, average = read_ensemble(folder)
     found = [predict(member) for member in members]
     ids = found[0][0]
     for member, (other, _) in zip(members, found, strict=True):
         if other != ids:
             raise RunError(f"got other slides for {member} than for {members[0]} → name the slides, or extract all")
     return ids, combine([values for _, values in found], average)
-
-
-def _aligned(run: OutOfFold, first: OutOfFold) -> FloatArray:
-    """A run's probabilities with slides and classes in the order of the first's."""
-    at = {slide_id: row for row, slide_id in enumerate(run.slide_ids)}
-    rows = [at[slide_id] for slide_id in first.slide_ids]
-    columns = [run.class_names.index(name) for name in first.class_names]
-    aligned: FloatArray = run.probabilities[np.ix_(rows, columns)]
-    return aligned
 
 
 def _metrics(
@@ -173,7 +172,7 @@ def _metrics(
     members = []
     for path, run in zip(paths, runs, strict=True):
         difference = statistics.paired_difference(
-            cohort.labels, probabilities, _aligned(run, runs[0]), cohort.patient_ids
+            cohort.labels, probabilities, aligned_probabilities(run, runs[0]), cohort.patient_ids
         )
         scores = {name: run.metrics["out_of_fold"][name] for name in ("macro_f1", "auroc")}
         members.append({"run": str(path), "head": run.metrics["head"], "entry": run.metrics["entry"]} | scores)

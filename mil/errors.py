@@ -69,12 +69,27 @@ def listed(names: Iterable[object], limit: int = 8) -> str:
     return shown if len(texts) <= limit else f"{shown} and {len(texts) - limit} more"
 
 
-def did_you_mean(got: str, valid: Sequence[str]) -> str:
-    """Near matches of a mistyped name as `did you mean 'x'? `, or an empty string.
+def did_you_mean(got: str, valid: Sequence[str], prefix: str = "") -> str:
+    """Near matches of a mistyped name as `did you mean 'x'? `, or an empty string; ``prefix`` stands before each.
 
     >>> did_you_mean("subtyp", ["subtype", "grade"])
     "did you mean 'subtype'? "
     """
     by_lower = {name.lower(): name for name in valid}
     near = difflib.get_close_matches(got.lower(), list(by_lower), n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(repr(by_lower[name]) for name in near)}? " if near else ""
+    return f"did you mean {' or '.join(repr(prefix + by_lower[name]) for name in near)}? " if near else ""
+
+
+def nearest(got: str, valid: Sequence[str]) -> list[str]:
+    """All valid names, those that are most like a mistyped one first.
+
+    >>> nearest("fold", ["seeds", "folds"])
+    ['folds', 'seeds']
+    """
+    matcher = difflib.SequenceMatcher(b=got.lower())
+
+    def likeness(name: str) -> float:
+        matcher.set_seq1(name.lower())
+        return matcher.ratio()
+
+    return sorted(valid, key=likeness, reverse=True)

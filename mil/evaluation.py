@@ -1,5 +1,6 @@
 """Heads in evaluation: all instances of every bag, whole bags packed up to a bound on memory."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,7 +15,7 @@ from mil.errors import BagError, ConfigError, listed
 
 # 16,384 instances of 1,280 float32 features are 84 MB.
 MAX_INSTANCES = 16_384
-ELEMENTS_PER_THREAD = 1 << 20
+ELEMENTS_PER_THREAD = 1 << 18
 
 
 def resolve_device(name: str) -> torch.device:
@@ -45,7 +46,7 @@ def cpu_threads(elements: float) -> Iterator[None]:
         elements: numbers in the instances of a step.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(before, int(elements / ELEMENTS_PER_THREAD))))
+    torch.set_num_threads(max(1, min(before, round(elements / ELEMENTS_PER_THREAD))))
     try:
         yield
     finally:
@@ -75,11 +76,52 @@ def evaluate_packs(
         yield pack, outputs
 
 
+def fitting_packs(
+    heads: Sequence[Aggregator],
+    bags: Bags,
+    indices: npt.NDArray[np.int64],
+    device: torch.device,
+    bound: int = MAX_INSTANCES,
+) -> Iterator[tuple[Pack, list[BagOutput]]]:
+    """As `evaluate_packs`, with half as many instances at once whenever memory does not hold a pack.
+
+    Raises:
+        BagError: a slide that memory does not hold even alone, or as in `evaluate_packs`.
+    """
+    left = indices
+    while len(left):
+        try:
+            for pack, outputs in evaluate_packs(heads, bags, left, device, bound):
+                left = left[len(pack.bags) :]
+                yield pack, outputs
+        except torch.OutOfMemoryError as error:
+            bound = _halved(bags, left, bound, error)
+
+
+def _halved(bags: Bags, left: npt.NDArray[np.int64], bound: int, error: torch.OutOfMemoryError) -> int:
+    """Half of what the pack held that did not fit."""
+    sizes = bags.n_instances[left]
+    # as `Bags.packs` fills a pack: bags in order up to the bound, and one at least
+    count = max(1, int(np.searchsorted(sizes.cumsum(), bound, side="right")))
+    if count == 1:
+        raise BagError(
+            f"got too little memory for slide {bags.slide_ids[left[0]]!r} alone, of {sizes[0]} tiles → expected room "
+            f"for all tiles of a slide → use device=cpu, or a GPU with more memory free"
+        ) from error
+    held = int(sizes[:count].sum())
+    warnings.warn(
+        f"got too little memory for {held} tiles of {count} slides at once → half as many are taken from here on, "
+        f"which gives the same predictions",
+        stacklevel=2,
+    )
+    return held // 2
+
+
 def bag_logits(heads: Sequence[Aggregator], bags: Bags, indices: npt.NDArray[np.int64], device: torch.device) -> Tensor:
-    """Logits [heads, bags, C] in float32 on the CPU, from all instances of every bag."""
+    """Logits [heads, bags, C] in float32 on the CPU, from all instances of every bag; memory bounds the packs."""
     packs = [
         torch.stack([output.logits.float() for output in outputs]).cpu()
-        for _, outputs in evaluate_packs(heads, bags, indices, device)
+        for _, outputs in fitting_packs(heads, bags, indices, device)
     ]
     return torch.cat(packs, dim=1)
 

@@ -1,6 +1,5 @@
 """Evaluation on an external labelled cohort: a model meets slides that had no part in making it."""
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,19 +13,19 @@ import numpy.typing as npt
 
 from extract.store import Store, open_store
 from mil import statistics
-from mil.artefact import check_new_folder, is_artefact, read_artefact
+from mil.answering import abstention_of
+from mil.artefact import check_new_folder
 from mil.calibration import evaluate_calibration
 from mil.checkpoint import CheckpointRecord, package_versions
 from mil.cohort import Cohort, join_store, read_cohort
 from mil.crossval import is_synthetic
-from mil.ensemble import is_ensemble, read_ensemble
 from mil.errors import CohortError, RunError, did_you_mean, listed
-from mil.files import Row, probability_text, write_atomically, write_csv
-from mil.inference import available_slides, model_records, predict
+from mil.files import Row, probability_text, put_in_place, write_csv, write_json
+from mil.inference import available_slides, predict
 from mil.looks import Look
-from mil.packing import abstention_of
+from mil.model import model_folders, model_records
 from mil.predictions import Predictions
-from mil.training_cohort import TrainingCohort, read_training_cohort
+from mil.training_cohort import Lineage, TrainingCohort, read_lineage
 from mil.training_cohort import overlap as overlap_with
 
 Overlap = Literal["refuse", "drop", "mark"]
@@ -72,12 +71,9 @@ class ExternalEvaluation:
             partial.mkdir(parents=True)
             write_csv(partial / "predictions.csv", self._rows())
             write_csv(partial / "attrition.csv", _attrition_rows(metrics["attrition"]))
-            text = json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False)
-            write_atomically(partial / "metrics.json", text.encode())
+            write_json(partial / "metrics.json", metrics)
             look.append()
-            if folder.is_dir():
-                folder.rmdir()
-            partial.rename(folder)
+            put_in_place(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return replace(self, metrics=metrics)
@@ -120,7 +116,7 @@ def evaluate_external(
         classes: the labels to keep; by default all.
         overlap: what becomes of slides that were trained on, or whose patient was: ``refuse``, ``drop`` leaves them
             out, ``mark`` keeps them and says so with the result. Slides are known by their file's name, patients by
-            their id.
+            their id. Trainings that the weights started from count too.
 
     Raises:
         CohortError: a label table that cannot be used, or labels that the model does not know.
@@ -136,9 +132,12 @@ def evaluate_external(
     joined = _in_order_of(
         records[0].class_names, join_store(table, available_slides(reader, records, entry), for_training=False)
     )
-    cohort, trained_on, dropped = _settle(joined, _trainings(folder), overlap)
+    lineages = [read_lineage(each) for each in model_folders(folder)]
+    trainings = [each for lineage in lineages for each in lineage.cohorts]
+    cohort, trained_on, dropped = _settle(joined, trainings, overlap)
     predictions = predict(folder, reader, entry, cohort.slide_ids, device)
     metrics = _metrics(records, cohort, predictions, trained_on, dropped)
+    metrics["warnings"] = [*_unknown_starts(lineages), *metrics["warnings"]]
     metrics |= {"model": str(folder), "synthetic": is_synthetic(reader, cohort.slide_ids)}
     return ExternalEvaluation(cohort, predictions, trained_on, metrics)
 
@@ -167,11 +166,12 @@ def _in_order_of(class_names: Sequence[str], cohort: Cohort) -> Cohort:
     return replace(cohort, class_names=tuple(class_names), labels=at[cohort.labels])
 
 
-def _trainings(folder: Path) -> list[TrainingCohort]:
-    if is_artefact(folder):
-        return [read_artefact(folder).training_cohort()]
-    members = read_ensemble(folder)[0] if is_ensemble(folder) else (folder,)
-    return [read_training_cohort(member) for member in members]
+def _unknown_starts(lineages: Sequence[Lineage]) -> list[str]:
+    unknown = sorted({each for lineage in lineages for each in lineage.unknown})
+    return [
+        f"the weights grew from {listed(unknown)}, and nothing says any more which slides that was trained on: if any "
+        f"of them is in this cohort, these figures are too good"
+    ] * bool(unknown)
 
 
 def _settle(
@@ -214,7 +214,7 @@ def _metrics(
     """The content of ``metrics.json``."""
     scores = statistics.evaluate(cohort.labels, found.probabilities, cohort.patient_ids, cohort.class_names)
     calibration = evaluate_calibration(cohort.labels, found.probabilities, cohort.patient_ids, cohort.class_names)
-    warnings = list(dict.fromkeys([*scores["warnings"], *calibration["warnings"]]))
+    warnings = list(dict.fromkeys([*_warn_of_one_class(cohort), *scores["warnings"], *calibration["warnings"]]))
     n_trained = int(trained_on.sum())
     if n_trained:
         warnings.insert(
@@ -241,6 +241,16 @@ def _metrics(
         "calibration": calibration,
         "abstention": abstention_of(cohort.labels, found.probabilities, found.abstain_below),
     }
+
+
+def _warn_of_one_class(cohort: Cohort) -> list[str]:
+    present = np.unique(cohort.labels)
+    if len(present) > 1:
+        return []
+    return [
+        f"all {len(cohort)} slides are of class {cohort.class_names[present[0]]!r}: how well it is told from others "
+        f"cannot be said; AUROC is undefined, and all other figures rest on the recall of this class"
+    ]
 
 
 def _attrition_rows(rows: Sequence[tuple[str, int, Sequence[str]]]) -> Iterator[Row]:

@@ -5,9 +5,12 @@ import io
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from uuid import uuid4
+
+from mil.errors import RunError
 
 Row = Sequence[object]
 
@@ -23,6 +26,30 @@ def write_atomically(path: Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def require_writable(folder: Path, what: str, option: str = "--out") -> None:
+    """Refuse a folder that takes no files, or cannot be made; nothing is left behind.
+
+    Args:
+        folder: need not exist yet.
+        what: what it is or is for, as the message names it.
+        option: the flag that gives another one.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise RunError(
+            f"got {what} → {there} cannot be written ({error.strerror}) → make it writable, or give another folder "
+            f"with {option}"
+        ) from error
 
 
 def write_json(path: Path, content: object) -> None:

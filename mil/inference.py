@@ -14,15 +14,16 @@ from aggregators import BagOutput
 from extract.store import Store, open_store
 from mil.bags import Bags, choose_entry, needs_coords, open_bags
 from mil.checkpoint import CheckpointRecord, require_recipes
-from mil.ensemble import is_ensemble, over_members, read_ensemble
+from mil.ensemble import over_members
 from mil.errors import RunError, listed
-from mil.evaluation import MAX_INSTANCES, cpu_threads, evaluate_packs, resolve_device
+from mil.evaluation import MAX_INSTANCES, cpu_threads, fitting_packs, resolve_device
 from mil.extraction import Slides, extract_for, fitting_entries
-from mil.losses import probabilities
-from mil.model import Model, load_model
+from mil.model import Members, Model, load_model, model_records, read_members
 from mil.predictions import Predictions
+from mil.tasks import decode, value_names
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 NO_TILE = "it has no valid tile in the store"
 """Why a slide with features is not predicted."""
 
@@ -41,7 +42,8 @@ def predict(
 ) -> Predictions:
     """Apply a run, a packed model or an ensemble to slides, which need no labels.
 
-    A packed model gives calibrated probabilities and may abstain; a run gives what its heads say.
+    A packed model gives calibrated probabilities and may abstain; a run gives what its heads say. Where slides do not
+    fit into memory together, fewer are applied at once, and a warning says so.
 
     Args:
         run_folder: written by ``mil train``, ``mil pack`` or ``mil ensemble``.
@@ -61,7 +63,7 @@ def predict(
         RunError: no run there, an unknown replica, or a head without attention was asked for it.
         CheckpointError: a damaged file, features of another recipe (the fields that differ are named), or a backbone
             that is not the one of the recipe.
-        BagError: a slide without features, or one of ``slide_ids`` without a valid tile.
+        BagError: a slide without features, one of ``slide_ids`` without a valid tile, or one that memory does not hold.
         ExtractError: slides that are not found, or a store that cannot be opened.
 
     Example:
@@ -78,16 +80,17 @@ def predict(
         slide_ids, failed = extracted.slide_ids, extracted.failed
         store = open_store(path)
     reader = open_store(store) if isinstance(store, str | Path) else store
-    together = is_ensemble(folder)
-    if together:
+    members = read_members(folder)
+    if members is not None:
         _refuse_choice_of_ensemble(replicas, attention)
-    model = None if together else load_model(folder, replicas)
+    found = load_model(folder, replicas, any_task=True) if members is None else members
     if slide_ids is None:
-        slide_ids, failed = _with_tiles(reader, model_records(folder) if model is None else [model.record], entry)
-    if model is None:
-        predictions = _predict_ensemble(folder, reader, entry, slide_ids, device)
+        records = [found.record] if isinstance(found, Model) else model_records(folder)
+        slide_ids, failed = _with_tiles(reader, records, entry)
+    if isinstance(found, Model):
+        predictions = _predict_model(found, reader, entry, slide_ids, device, attention)
     else:
-        predictions = _predict_model(model, reader, entry, slide_ids, device, attention)
+        predictions = _predict_ensemble(found, reader, entry, slide_ids, device)
     return replace(predictions, failed=failed)
 
 
@@ -123,6 +126,7 @@ def _predict_model(
     return Predictions(
         slide_ids=bags.slide_ids,
         class_names=model.record.class_names,
+        value_names=() if model.record.class_names else value_names(model.record.task),
         probabilities=mean,
         replicas=model.names,
         entry=entry,
@@ -132,7 +136,7 @@ def _predict_model(
 
 
 def _predict_ensemble(
-    folder: Path, store: Store, entry: str | None, slide_ids: Sequence[str], device: str
+    members: Members, store: Store, entry: str | None, slide_ids: Sequence[str], device: str
 ) -> Predictions:
     """The ensemble's mean over its members, each on the features that it was trained on."""
     found: list[Predictions] = []
@@ -143,26 +147,16 @@ def _predict_ensemble(
         order = [found[-1].class_names.index(name) for name in found[0].class_names]
         return found[-1].slide_ids, found[-1].probabilities[:, order]
 
-    ids, mean = over_members(folder, member)
-    members, _ = read_ensemble(folder)
-    pairs = zip(members, found, strict=True)
+    ids, mean = over_members(members.folders, members.average, member)
+    pairs = zip(members.folders, found, strict=True)
     return Predictions(
         slide_ids=ids,
         class_names=found[0].class_names,
         probabilities=mean,
         replicas=tuple(f"{path.name}/{name}" for path, each in pairs for name in each.replicas),
         entry=", ".join(dict.fromkeys(each.entry for each in found)),
+        abstain_below=members.abstain_below,
     )
-
-
-def model_records(folder: Path) -> list[CheckpointRecord]:
-    """A record of every run that a folder stands for: one, or those of an ensemble's members.
-
-    Raises:
-        RunError, CheckpointError: as in `mil.model.load_model`.
-    """
-    members = read_ensemble(folder)[0] if is_ensemble(folder) else (folder,)
-    return [load_model(member).record for member in members]
 
 
 def available_slides(store: Store, records: Sequence[CheckpointRecord], entry: str | None) -> list[str]:
@@ -212,14 +206,17 @@ def fitting_entry(store: Store, records: Sequence[CheckpointRecord], entry: str 
 def _average(
     model: Model, bags: Bags, device: torch.device, attention: bool
 ) -> tuple[FloatArray, dict[str, npt.NDArray[np.float32]] | None]:
-    """Mean probability [n, C] over replicas, each at its temperature, and their mean attention by slide."""
+    """Mean probability [n, C] over replicas, each at its temperature, and their mean attention by slide.
+
+    For other targets than classes the mean [n, values] of what `mil.tasks.decode` gives.
+    """
     means: list[Tensor] = []
     maps: dict[str, npt.NDArray[np.float32]] = {}
     heads = [head.to(device) for head in model.heads]
-    for pack, outputs in evaluate_packs(heads, bags, np.arange(len(bags)), device):
+    for pack, outputs in fitting_packs(heads, bags, np.arange(len(bags)), device):
         scaled = [
-            probabilities(output.logits.float().double() / temperature)
-            for output, temperature in zip(outputs, model.temperatures, strict=True)
+            decode(record.task, output.logits.float().double() / temperature)
+            for output, temperature, record in zip(outputs, model.temperatures, model.records, strict=True)
         ]
         means.append(torch.stack(scaled).mean(dim=0).cpu())
         if attention:

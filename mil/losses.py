@@ -1,8 +1,4 @@
-"""Losses on bag logits: those that train a classifier, and pure functions for targets that are no single class.
-
-The latter (several labels, numbers, survival) are not options of the configuration: a cohort holds one class per slide
-today. They take what such a cohort would give them.
-"""
+"""Losses on bag logits: of classes, several labels, numbers and survival, see `mil.tasks`."""
 
 import numpy as np
 import numpy.typing as npt

@@ -39,7 +39,7 @@ def confusion(
     """
     cells = np.zeros((len(labels), n_classes * n_classes))
     cells[np.arange(len(labels)), labels * n_classes + predicted] = 1.0
-    return (_weightings(weights, len(labels)) @ cells).reshape(-1, n_classes, n_classes)
+    return (weightings(weights, len(labels)) @ cells).reshape(-1, n_classes, n_classes)
 
 
 def one_vs_all(matrix: FloatArray) -> OneVsAll:
@@ -70,12 +70,12 @@ def macro_f1(matrix: FloatArray) -> FloatArray:
 
     With two classes it is the mean over both, not the F1 of the positive class.
     """
-    return _mean_of_defined(f1(one_vs_all(matrix)))
+    return mean_defined(f1(one_vs_all(matrix)))
 
 
 def balanced_accuracy(matrix: FloatArray) -> FloatArray:
     """Mean recall of the classes that occur, [B], from a confusion matrix [B, C, C]."""
-    return _mean_of_defined(recall(one_vs_all(matrix)))
+    return mean_defined(recall(one_vs_all(matrix)))
 
 
 def accuracy(matrix: FloatArray) -> FloatArray:
@@ -94,10 +94,8 @@ def class_auroc(labels: IntArray, probabilities: FloatArray, weights: npt.ArrayL
     Returns:
         [B, C]; NaN where a class or its complement has no weight.
     """
-    weightings = _weightings(weights, len(labels))
-    columns = [
-        _binary_auroc(labels == index, probabilities[:, index], weightings) for index in range(probabilities.shape[1])
-    ]
+    every = weightings(weights, len(labels))
+    columns = [binary_auroc(labels == index, probabilities[:, index], every) for index in range(probabilities.shape[1])]
     return np.stack(columns, axis=1)
 
 
@@ -111,10 +109,10 @@ def auroc(labels: IntArray, probabilities: FloatArray, weights: npt.ArrayLike | 
 
 def mean_auroc(areas: FloatArray) -> FloatArray:
     """The summary [B] of per-class areas [B, C]: that of class 1 when there are two, else the mean of the defined."""
-    return areas[:, 1] if areas.shape[1] == 2 else _mean_of_defined(areas)
+    return areas[:, 1] if areas.shape[1] == 2 else mean_defined(areas)
 
 
-def _binary_auroc(positive: npt.NDArray[np.bool_], scores: FloatArray, weightings: FloatArray) -> FloatArray:
+def binary_auroc(positive: npt.NDArray[np.bool_], scores: FloatArray, weightings: FloatArray) -> FloatArray:
     """P(score of a positive > score of a negative) + P(equal) / 2 under every weighting, [B]."""
     order = np.argsort(scores, kind="stable")
     ranked = scores[order]
@@ -128,7 +126,8 @@ def _binary_auroc(positive: npt.NDArray[np.bool_], scores: FloatArray, weighting
     return _ratio(area, up.sum(axis=1) * across.sum(axis=1))
 
 
-def _weightings(weights: npt.ArrayLike | None, n: int) -> FloatArray:
+def weightings(weights: npt.ArrayLike | None, n: int) -> FloatArray:
+    """Weights [B, n] as float64; None weighs each of n slides once."""
     return np.ones((1, n)) if weights is None else np.atleast_2d(np.asarray(weights, dtype=np.float64))
 
 
@@ -138,7 +137,7 @@ def _ratio(part: FloatArray, whole: FloatArray) -> FloatArray:
     return result
 
 
-def _mean_of_defined(values: FloatArray) -> FloatArray:
+def mean_defined(values: FloatArray) -> FloatArray:
     """Mean over classes [B, C] -> [B] without the NaN ones; NaN when all are."""
     defined = np.isfinite(values)
     return _ratio(np.where(defined, values, 0.0).sum(axis=1), defined.sum(axis=1).astype(np.float64))

@@ -1,15 +1,18 @@
-"""A trained model as prediction needs it, whether it lies in a run folder or in an artefact."""
+"""A trained model as prediction needs it, in a run folder or in an artefact, alone or in an ensemble."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from aggregators import Aggregator
 from extract.store import difference
 from mil.artefact import is_artefact, read_artefact
 from mil.checkpoint import CheckpointRecord, load_checkpoint
+from mil.ensemble import Average, is_ensemble, read_ensemble
 from mil.errors import CheckpointError, RunError, did_you_mean, listed
+from mil.targets import CLASSIFICATION
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,18 +42,72 @@ class Model:
         return tuple(record.replica for record in self.records)
 
 
-def load_model(folder: Path, replicas: Sequence[str] | None = None) -> Model:
+class Members(NamedTuple):
+    """What an ensemble averages.
+
+    Attributes:
+        folders: of the members, each a run or an artefact.
+        average: what is averaged.
+        abstain_below: the confidence of the average below which the ensemble abstains, or None.
+    """
+
+    folders: tuple[Path, ...]
+    average: Average
+    abstain_below: float | None = None
+
+
+def read_members(folder: Path) -> Members | None:
+    """The members of an ensemble, saved or packed; None where a folder is a single model.
+
+    Raises:
+        RunError, CheckpointError: as in `mil.ensemble.read_ensemble` and `mil.artefact.read_artefact`.
+    """
+    if is_ensemble(folder):
+        return Members(*read_ensemble(folder))
+    if not is_artefact(folder):
+        return None
+    artefact = read_artefact(folder)
+    if not artefact.members:
+        return None
+    return Members(artefact.members, artefact.record["average"], artefact.abstain_below)
+
+
+def model_folders(folder: Path) -> tuple[Path, ...]:
+    """The folders of all single models that a folder stands for: those of its members, or itself."""
+    members = read_members(folder)
+    return (folder,) if members is None else members.folders
+
+
+def model_records(folder: Path) -> list[CheckpointRecord]:
+    """A record of every model that a folder stands for: one, or those of an ensemble's members, named after them.
+
+    Raises:
+        RunError, CheckpointError: as in `load_model`.
+    """
+    members = read_members(folder)
+    if members is None:
+        return [load_model(folder, any_task=True).record]
+    records = [load_model(member).record for member in members.folders]
+    names = [f"{member.name}/{record.replica}" for member, record in zip(members.folders, records, strict=True)]
+    return [replace(record, replica=name) for record, name in zip(records, names, strict=True)]
+
+
+def load_model(folder: Path, replicas: Sequence[str] | None = None, any_task: bool = False) -> Model:
     """Heads and records of a run or an artefact, in the order of their fold and seed; every file is verified.
 
     Args:
         folder: written by `mil train` or `mil pack`.
         replicas: names of those to load, by default all.
+        any_task: also models of labels, numbers and survival.
 
     Raises:
-        RunError: no run or model there, a checkpoint is missing or foreign, or an unknown replica.
+        RunError: no run or model there, an ensemble, a checkpoint is missing or foreign, or an unknown replica.
         CheckpointError: a damaged file, or checkpoints that do not belong together.
     """
     artefact = read_artefact(folder) if is_artefact(folder) else None
+    if is_ensemble(folder) or (artefact is not None and artefact.members):
+        members = listed(map(str, model_folders(folder)))
+        raise RunError(f"got the ensemble {folder} → expected one run or model → give one of its members: {members}")
     found = artefact.replicas if artefact is not None else _replicas_of_run(folder)
     for name in replicas or ():
         if name not in found:
@@ -64,6 +121,8 @@ def load_model(folder: Path, replicas: Sequence[str] | None = None) -> Model:
     loaded.sort(key=lambda pair: (pair[1].fold, pair[1].seed))
     heads, records = (tuple(each) for each in zip(*loaded, strict=True))
     _check_alike(records, folder)
+    if not any_task:
+        _require_classes(records[0], folder)
     if artefact is None:
         return Model(heads, records, (1.0,) * len(heads))
     temperatures = tuple(artefact.temperatures[record.replica] for record in records)
@@ -103,3 +162,12 @@ def _check_alike(records: Sequence[CheckpointRecord], folder: Path) -> None:
                 f"got replicas {first.replica} and {record.replica} of different classes or features in {folder} → "
                 f"expected those of one run → do not copy checkpoints between runs"
             )
+
+
+def _require_classes(record: CheckpointRecord, folder: Path) -> None:
+    task = record.task["task"]
+    if task != CLASSIFICATION:
+        raise RunError(
+            f"got {folder}, trained for {task} → expected classification, which this is made for → apply it with mil "
+            f"predict, or read what it said out of fold in {folder / 'oof.csv'}"
+        )

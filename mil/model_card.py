@@ -11,6 +11,10 @@ SYNTHETIC = (
     "> **SYNTHETIC DATA.** The slides were drawn by a program. This model shows that the software works and says "
     "nothing about tumours."
 )
+_AVERAGES = {
+    "probabilities": "the mean probability",
+    "logits": "the geometric mean of the probabilities, scaled to sum to one,",
+}
 _METRICS = {"macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "accuracy": "accuracy"}
 _CALIBRATION = {"brier": "Brier score (0 to 2)", "nll": "negative log-likelihood", "ece": "calibration error (ECE)"}
 
@@ -21,10 +25,11 @@ def write_card(record: Mapping[str, Any]) -> str:
     Args:
         record: the content of ``model.json``, with or without hashes.
     """
+    together = "members" in record
     parts = [
         _opening(record),
         _data(record),
-        _recipe(record),
+        _members(record) if together else _recipe(record),
         _metrics(record),
         _calibration(record),
         _abstention(record),
@@ -41,9 +46,12 @@ def _opening(record: Mapping[str, Any]) -> Iterator[str]:
         yield SYNTHETIC
         yield ""
     names = ", ".join(f"`{name}`" for name in record["class_names"])
+    said = f"the mean probability of {len(record['replicas'])} replicas"
+    if "members" in record:
+        said = f"{_AVERAGES[record['average']]} of {len(record['members'])} members, each the mean of its replicas"
     yield (
         f"Predicts **{_plain(record['target'])}** of a whole-slide image as one of {names}, from embeddings of its "
-        f"tissue tiles. The prediction is the mean probability of {len(record['replicas'])} replicas."
+        f"tissue tiles. The prediction is {said}."
     )
     yield ""
     yield NOT_A_DEVICE
@@ -62,16 +70,18 @@ def _data(record: Mapping[str, Any]) -> Iterator[str]:
     rows = [(name, each["slides"], each["patients"]) for name, each in data["classes"].items()]
     yield from _table(("class", "slides", "patients"), rows)
     yield ""
+    if "attrition" not in data:
+        yield "Where the rows of the label table and the slides of the store went is in the card of each member."
+        return
     yield "Where the rows of the label table and the slides of the store went:"
     yield ""
     yield from _table(("rows and slides", "count"), [(reason, count) for reason, count in data["attrition"]])
 
 
 def _recipe(record: Mapping[str, Any]) -> Iterator[str]:
-    features, scale, training = record["feature_recipe"], record["intended_scale"], record["training"]
-    mpp = "the slide's own scale" if scale["mpp"] is None else f"{scale['mpp']:g} µm per pixel"
+    features, training = record["feature_recipe"], record["training"]
     rows = [
-        ("tiles", f"{scale['tile_px']} px at {mpp}"),
+        ("tiles", _scale(record)),
         ("backbone", f"{features['backbone']} (revision {features['revision']}), pooling {features['pooling']}"),
         ("weights SHA-256", f"`{features['weights_sha256']}`"),
         ("features", f"{features['dim']} per tile, {features['dtype']}, entry `{record['entry']}`"),
@@ -89,6 +99,45 @@ def _recipe(record: Mapping[str, Any]) -> Iterator[str]:
     yield from _table(("what", "value"), rows)
     yield ""
     yield "Features of another backbone, other weights or another scale are refused."
+
+
+def _scale(record: Mapping[str, Any]) -> str:
+    scale = record["intended_scale"]
+    mpp = "the slide's own scale" if scale["mpp"] is None else f"{scale['mpp']:g} µm per pixel"
+    return f"{scale['tile_px']} px at {mpp}"
+
+
+def _members(record: Mapping[str, Any]) -> Iterator[str]:
+    """The members of an ensemble, in the place of a recipe."""
+    yield "## Members"
+    yield ""
+    columns = ("member", "weight", "replicas", "head", "backbone", "features", "macro-F1", "AUROC", "gain in macro-F1")
+    yield from _table(columns, map(_member_row, record["members"]))
+    yield ""
+    yield (
+        f"Figures are out of fold, of each member alone; the gain is that of the ensemble over it, on the same slides. "
+        f"Weights are equal: none was fitted. If the members were picked by their test folds, the figures of the "
+        f"ensemble are too good. All read tiles of {_scale(record)} (recipe `{record['tile_fingerprint']}`). The whole "
+        f"recipe of each is in the card of its folder, `members/NAME/README.md`."
+    )
+    yield ""
+    yield "Features of another backbone, other weights or another scale are refused, for each member."
+
+
+def _member_row(member: Mapping[str, Any]) -> tuple[object, ...]:
+    gain = member["gain_macro_f1"] | {"value": member["gain_macro_f1"]["difference"]}
+    backbone = f"{member['backbone']['name']} {member['backbone']['weights_sha256'][:12]}"
+    return (
+        member["name"],
+        f"{member['weight']:.3f}",
+        member["n_replicas"],
+        f"{member['head']} {_settings(member['head_keywords'])}",
+        backbone,
+        f"entry {member['entry']}, recipe {member['feature_fingerprint'][:12]}",
+        _both(member["macro_f1"]),
+        _both(member["auroc"]),
+        _both(gain),
+    )
 
 
 def _metrics(record: Mapping[str, Any]) -> Iterator[str]:
@@ -117,7 +166,8 @@ def _metrics(record: Mapping[str, Any]) -> Iterator[str]:
     looks = record["looks"]
     times = "once" if looks == 1 else f"{looks} times"
     yield (
-        f"The test folds of this cohort had been looked at {times} in the folder of this run when it was trained. "
+        f"The test folds of this cohort had been looked at {times} in the folder of this "
+        f"{'ensemble when it was made' if 'members' in record else 'run when it was trained'}. "
         f"Whoever chose this model among several by these figures must expect less from it."
     )
 
@@ -182,7 +232,8 @@ def _limits(record: Mapping[str, Any]) -> Iterator[str]:
         "- It knows the classes above and nothing else; a slide of any other kind is given one of them, perhaps with "
         "great confidence."
     )
-    yield "- Attention shows what the head looked at. It is no proof of why."
+    if "members" not in record:
+        yield "- Attention shows what the head looked at. It is no proof of why."
     yield (
         "- The mean of all replicas predicts new slides, and the mean of fewer gave the figures above: expect new "
         "probabilities to be a little less extreme."
@@ -197,10 +248,11 @@ def _use(record: Mapping[str, Any]) -> Iterator[str]:
     yield "    mil predict --run THIS_FOLDER SLIDES... --out predictions.csv"
     yield "    mil evaluate --run THIS_FOLDER --store STORE --labels LABELS --target COLUMN --out FOLDER"
     yield ""
+    where = "of each member holds" if "members" in record else "holds"
     yield (
-        "Every file is compared with its hash when the model is loaded. `training_cohort.json` holds salted hashes of "
-        "slide names and patient ids, so that an evaluation notices slides that were trained on; ids of a known form "
-        "can be guessed from them."
+        f"Every file is compared with its hash when the model is loaded. `training_cohort.json` {where} salted hashes "
+        "of slide names and patient ids, so that an evaluation notices slides that were trained on; ids of a known "
+        "form can be guessed from them."
     )
 
 

@@ -3,32 +3,32 @@
 import contextlib
 import copy
 import io
-import json
 import logging
+import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from aggregators import Aggregator
+from aggregators import Aggregator, BagOutput
 from aggregators.base import Standardize
 from extract.store import Store
 from mil.artefact import check_new_folder
 from mil.bags import needs_coords, open_bags
 from mil.checkpoint import CheckpointRecord, package_versions
-from mil.ensemble import is_ensemble
-from mil.errors import MissingExtraError, RunError
-from mil.files import write_atomically
+from mil.errors import MissingExtraError, RunError, listed
+from mil.files import put_in_place, write_atomically, write_json
 from mil.inference import available_slides, fitting_entry
-from mil.model import load_model
+from mil.model import load_model, read_members
 
 TOLERANCE = 1e-4
 BAG_SIZES = (1, 2, 7, 64, 500)
@@ -89,8 +89,12 @@ def export_onnx(
     _require_packages()
     folder, out = Path(run_folder), Path(out).absolute()
     check_new_folder(out)
-    if is_ensemble(folder):
-        raise RunError(f"got the ensemble {folder} to export → expected a run → export its members one by one")
+    members = read_members(folder)
+    if members is not None:
+        raise RunError(
+            f"got the ensemble {folder} to export → expected a run or a model of one → export its members one by one: "
+            f"{listed(map(str, members.folders))}"
+        )
     model = load_model(folder, replicas)
     if needs_coords(model.record.keywords):
         raise RunError(
@@ -108,11 +112,23 @@ def export_onnx(
         digest = sha256(content).hexdigest()
         sizes = tuple(len(bag) for bag in bags)
         found.append(OnnxParity(record.replica, name, digest, outputs, temperature, largest, sizes, len(real)))
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_atomically(out / name, content)
-    write_atomically(out / "onnx.json", json.dumps(_description(model.record, found), indent=2).encode())
+    _write_folder(out, files, _description(model.record, found))
     return found
+
+
+def _write_folder(out: Path, files: Mapping[str, bytes], description: dict[str, Any]) -> None:
+    """Write beside the folder's place first, then rename: a folder that exists is whole."""
+    partial = out.with_name(f".{out.name}.{uuid4().hex}.partial")
+    try:
+        partial.mkdir(parents=True)
+        for name, content in files.items():
+            write_atomically(partial / name, content)
+        write_json(partial / "onnx.json", description)
+        put_in_place(partial, out)
+    except OSError as error:
+        raise RunError(f"got {error} while writing {out} → free some space or choose another --out") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def to_onnx(head: Aggregator, name: str) -> tuple[bytes, tuple[str, ...]]:
@@ -129,8 +145,8 @@ def to_onnx(head: Aggregator, name: str) -> tuple[bytes, tuple[str, ...]]:
     _require_packages()
     wrapped = _OneBag(copy.deepcopy(head).requires_grad_(False)).eval()
     example = torch.from_numpy(_random_bags(head, (_EXAMPLE_ROWS,))[0])
-    outputs = ("logits", "attention")[: len(wrapped(example))]
     try:
+        outputs = ("logits", "attention")[: len(wrapped(example))]
         with _quiet():
             program = torch.onnx.export(
                 wrapped,
@@ -180,7 +196,8 @@ def compare(content: bytes, head: Aggregator, name: str, bags: Sequence[FloatArr
     largest = 0.0
     for bag in bags:
         with torch.inference_mode():
-            expected = _OneBag(head)(torch.from_numpy(bag))
+            # of the head itself, not of what it says for the export
+            expected = _plain(head(torch.from_numpy(bag)))
         for ours, theirs in zip(expected, session.run(None, {"instances": bag}), strict=True):
             difference = float(np.abs(ours.numpy() - theirs).max()) if ours.shape == theirs.shape else np.inf
             # a difference that is not a number is no agreement
@@ -193,6 +210,14 @@ def compare(content: bytes, head: Aggregator, name: str, bags: Sequence[FloatArr
     return largest
 
 
+@runtime_checkable
+class _Followable(Protocol):
+    """A head whose own code asks for the size of a bag, and that says the same as torch.export can follow it."""
+
+    def one_bag(self, instances: Tensor) -> tuple[Tensor, Tensor]:
+        """Instances [n, dim] to logits [1, C] and attention [n, 1]."""
+
+
 class _OneBag(nn.Module):
     """A head that is given one bag, and returns plain tensors."""
 
@@ -202,8 +227,13 @@ class _OneBag(nn.Module):
 
     def forward(self, instances: Tensor) -> tuple[Tensor, ...]:
         """Instances [n, dim] to logits [1, C] and, where there is one, attention [n, branches]."""
-        output = self.head(instances)
-        return (output.logits,) if output.attention is None else (output.logits, output.attention)
+        if isinstance(self.head, _Followable):
+            return self.head.one_bag(instances)
+        return _plain(self.head(instances))
+
+
+def _plain(output: BagOutput) -> tuple[Tensor, ...]:
+    return (output.logits,) if output.attention is None else (output.logits, output.attention)
 
 
 def _random_bags(head: Aggregator, sizes: Sequence[int] = BAG_SIZES) -> list[FloatArray]:

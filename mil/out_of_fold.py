@@ -13,6 +13,8 @@ import numpy.typing as npt
 from mil.cohort import Cohort
 from mil.errors import RunError, listed
 from mil.files import Row, probability_text
+from mil.targets import CLASSIFICATION
+from mil.tasks import Record, value_names
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -38,13 +40,48 @@ class OutOfFold:
     metrics: dict[str, Any]
 
 
-def out_of_fold_rows(cohort: Cohort, probabilities: FloatArray) -> Iterator[Row]:
-    """Rows of ``oof.csv``."""
-    names = cohort.class_names
-    yield ("slide_id", "patient_id", "target", "predicted", *(f"p_{name}" for name in names))
+def truth_names(cohort: Cohort) -> tuple[str, ...]:
+    """Columns of tables that hold the truth: ``target``, or one per column of other targets than classes."""
+    return ("target",) if cohort.values is None else tuple(f"target_{column}" for column in cohort.columns)
+
+
+def truth_cells(cohort: Cohort, at: int) -> tuple[str, ...]:
+    """What stands there for a slide; nothing where a label is unknown."""
+    if cohort.values is None:
+        return (cohort.class_names[cohort.labels[at]],)
+    return tuple("" if np.isnan(value) else f"{value:.9g}" for value in cohort.values[at].tolist())
+
+
+def said_names(cohort: Cohort, task: Record | None) -> tuple[str, ...]:
+    """Columns of tables that hold what a replica says: ``p_<class>``, or see `mil.tasks.value_names`."""
+    if task is None or cohort.values is None:
+        return tuple(f"p_{name}" for name in cohort.class_names)
+    return value_names(task)
+
+
+def out_of_fold_rows(cohort: Cohort, probabilities: FloatArray, task: Record | None = None) -> Iterator[Row]:
+    """Rows of ``oof.csv``; of classes with the predicted one. Other targets need the record of their task."""
+    classes = cohort.values is None
+    predicted = ("predicted",) if classes else ()
+    yield ("slide_id", "patient_id", *truth_names(cohort), *predicted, *said_names(cohort, task))
     for at, slide_id in enumerate(cohort.slide_ids):
-        truth, predicted = names[cohort.labels[at]], names[probabilities[at].argmax()]
-        yield (slide_id, cohort.patient_ids[at], truth, predicted, *map(probability_text, probabilities[at]))
+        best = (cohort.class_names[probabilities[at].argmax()],) if classes else ()
+        values = map(probability_text, probabilities[at])
+        yield (slide_id, cohort.patient_ids[at], *truth_cells(cohort, at), *best, *values)
+
+
+def require_classes(metrics: dict[str, Any], folder: Path) -> None:
+    """Refuse a run whose target is not a class, where only classes are understood.
+
+    Raises:
+        RunError: it is not.
+    """
+    task = metrics.get("task", CLASSIFICATION)
+    if task != CLASSIFICATION:
+        raise RunError(
+            f"got {folder}, a run of task {task} → expected a run of classes, which this is made for → read its "
+            f"metrics.json, oof.csv and report.html, or apply it with mil predict"
+        )
 
 
 def read_out_of_fold(folder: Path) -> OutOfFold:
@@ -55,12 +92,15 @@ def read_out_of_fold(folder: Path) -> OutOfFold:
     """
     try:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        require_classes(metrics, folder)
         with open(folder / "oof.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
             table = list(csv.DictReader(file))
         names = tuple(metrics["class_names"])
         labels = np.array([names.index(row["target"]) for row in table], dtype=np.int64)
         values = np.array([[float(row[f"p_{name}"]) for name in names] for row in table])
         columns = [tuple(row[name] for row in table) for name in ("slide_id", "patient_id")]
+    except RunError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = error.strerror if isinstance(error, OSError) else f"{type(error).__name__} {error}"
         raise RunError(
@@ -91,3 +131,12 @@ def require_same_slides(runs: Iterable[tuple[str, OutOfFold]]) -> None:
 def _identity(run: OutOfFold) -> list[tuple[str, str, str]]:
     names = [run.class_names[label] for label in run.labels.tolist()]
     return sorted(zip(run.slide_ids, run.patient_ids, names, strict=True))
+
+
+def aligned_probabilities(run: OutOfFold, first: OutOfFold) -> FloatArray:
+    """What a run said [n, C], with slides and classes in the order of another run of the same ones."""
+    at = {slide_id: row for row, slide_id in enumerate(run.slide_ids)}
+    rows = [at[slide_id] for slide_id in first.slide_ids]
+    columns = [run.class_names.index(name) for name in first.class_names]
+    aligned: FloatArray = run.probabilities[np.ix_(rows, columns)]
+    return aligned

@@ -1,35 +1,45 @@
-"""From a run to an artefact: calibrated on validation parts, with a threshold chosen there, scored out of fold once."""
+"""From a run to an artefact: calibrated on validation parts, with a threshold chosen there, scored out of fold once.
+
+An ensemble is packed member by member, each calibrated by itself; what is chosen and scored is their average.
+"""
 
 import json
-import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from extract.store import fingerprint
+from extract.store import difference, fingerprint
 from mil import statistics
-from mil.abstention import choose_confidence
-from mil.artefact import CARD, Artefact, check_new_folder, write_artefact
+from mil.answering import Wish, choose_abstention
+from mil.artefact import (
+    CARD,
+    ENSEMBLE,
+    MEMBERS,
+    Artefact,
+    check_new_folder,
+    refuse_artefact,
+    seal,
+    write_artefact,
+)
 from mil.calibration import evaluate_calibration
 from mil.checkpoint import CheckpointRecord, package_versions
-from mil.ensemble import is_ensemble
+from mil.cohort import Cohort
+from mil.ensemble import is_ensemble, read_ensemble
 from mil.errors import RunError
+from mil.member_predictions import MemberPredictions
 from mil.model import load_model
 from mil.model_card import write_card
+from mil.out_of_fold import read_out_of_fold
 from mil.run import ReplicaPredictions
 from mil.saved_run import read_predictions
 from mil.splits import PARTS
 from mil.temperature import scale_temperatures
-from mil.training_cohort import COHORT, read_training_cohort
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from mil.training_cohort import COHORT, read_lineage
 
 
 def pack(
@@ -41,15 +51,18 @@ def pack(
     accuracy: float | None = None,
     calibrate: bool = True,
 ) -> Artefact:
-    """Pack a run into one folder that predicts elsewhere; see `mil.artefact` for what is in it.
+    """Pack a run or an ensemble into one folder that predicts elsewhere; see `mil.artefact` for what is in it.
 
     Temperatures are fitted on each replica's validation part, and a threshold is chosen on the mean of the replicas
     that validated a slide. Out-of-fold predictions are scored with temperatures, and with thresholds that each fold
     chooses in this way by its own validation parts; nothing is chosen by them. At most one of
     ``abstain_below``, ``coverage`` and ``accuracy`` is given; without any, the model never abstains.
 
+    Of an ensemble, every member is packed so, and figures and threshold are those of the members' average. The last
+    two wishes need members of the same folds: what validates in one is else tested in another.
+
     Args:
-        run_folder: written by ``mil train``.
+        run_folder: written by ``mil train`` or ``mil ensemble``.
         out: folder to write; must be new or empty.
         abstain_below: the confidence below which the model abstains.
         coverage: or the share of validation slides that it must answer.
@@ -57,7 +70,9 @@ def pack(
         calibrate: scale by temperatures.
 
     Raises:
-        RunError: no run there, ``out`` is taken, an impossible threshold, or more than one of them.
+        RunError: no run there, ``out`` is taken, an impossible threshold, or more than one of them; an ensemble whose
+            members have changed since it was made, can read no common store, or had other folds where a threshold is
+            to be chosen.
         CheckpointError: a damaged checkpoint.
         EvaluationError: a replica without validation slides, which leaves nothing to calibrate by.
 
@@ -67,13 +82,36 @@ def pack(
         0.61
     """
     folder, out = Path(run_folder), Path(out)
+    wish = Wish(abstain_below, coverage, accuracy)
     check_new_folder(out)
-    _check_choice(abstain_below, coverage, accuracy)
-    if is_ensemble(folder):
-        raise RunError(
-            f"got the ensemble {folder} to pack → expected a run → pack its members one by one, or predict with "
-            f"mil predict --run {folder}"
-        )
+    wish.check()
+    refuse_artefact(folder)
+    record, files = (_pack_ensemble if is_ensemble(folder) else _pack_single)(folder, wish, calibrate)
+    return write_artefact(out, record, files | {CARD: write_card(record).encode()})
+
+
+class _PackedRun(NamedTuple):
+    """A run on its way into a model.
+
+    Attributes:
+        record: what ``model.json`` says of it, but for abstention.
+        files: weights, their records and the training cohort, by path.
+        said: what its replicas predicted.
+        used: the same at their temperatures.
+    """
+
+    record: dict[str, Any]
+    files: dict[str, bytes]
+    said: ReplicaPredictions
+    used: ReplicaPredictions
+
+
+def _pack_single(folder: Path, wish: Wish, calibrate: bool) -> tuple[dict[str, Any], dict[str, bytes]]:
+    packed = _pack_run(folder, calibrate)
+    return packed.record | {"abstention": choose_abstention(MemberPredictions((packed.used,)), wish)}, packed.files
+
+
+def _pack_run(folder: Path, calibrate: bool) -> _PackedRun:
     model = load_model(folder)
     metrics = _read_metrics(folder)
     said = read_predictions(folder)
@@ -82,176 +120,134 @@ def pack(
     by_name = dict.fromkeys(model.names, 1.0)
     if scaled is not None:
         by_name |= {each.name: value for each, value in zip(said.replicas, scaled.temperatures, strict=True)}
+    lineage = read_lineage(folder)
     record = _record(model.record, metrics, said) | {
         "replicas": [
             {"name": each.replica, "fold": each.fold, "seed": each.seed, "temperature": by_name[each.replica]}
             for each in model.records
         ],
+        **_scores(MemberPredictions((said,)), MemberPredictions((used,)), metrics, calibrate),
+        "warnings": _anonymous([*metrics["warnings"], *(scaled.warnings if scaled else ())])
+        + _unknown_starts(lineage.unknown),
+    }
+    files = _checkpoint_files(folder, model.names) | {COHORT: lineage.to_json()}
+    return _PackedRun(record, files, said, used)
+
+
+def _pack_ensemble(folder: Path, wish: Wish, calibrate: bool) -> tuple[dict[str, Any], dict[str, bytes]]:
+    paths, average = read_ensemble(folder)
+    metrics = _read_metrics(folder)
+    packed = [_pack_run(path, calibrate) for path in paths]
+    _require_one_tiling([each.record for each in packed])
+    said = MemberPredictions.aligned([each.said for each in packed], average)
+    used = MemberPredictions.aligned([each.used for each in packed], average)
+    _require_unchanged(folder, said)
+    names = [f"{at}-{each.record['head']}" for at, each in enumerate(packed, start=1)]
+    files = dict[str, bytes]()
+    for name, each in zip(names, packed, strict=True):
+        alone = each.record | {"abstention": None}
+        content = seal(alone, each.files | {CARD: write_card(alone).encode()})
+        files |= {f"{MEMBERS}/{name}/{path}": value for path, value in content.items()}
+    record = _ensemble_record(names, packed, used, metrics) | {
+        **_scores(said, used, metrics, calibrate),
+        "abstention": choose_abstention(used, wish),
+    }
+    return record, files
+
+
+def _ensemble_record(
+    names: Sequence[str], packed: Sequence[_PackedRun], used: MemberPredictions, metrics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the ensemble itself says, scores aside."""
+    first = packed[0].record
+    replicas = [
+        each | {"name": f"{name}/{each['name']}"}
+        for name, part in zip(names, packed, strict=True)
+        for each in part.record["replicas"]
+    ]
+    warnings = [*metrics["warnings"], *(text for part in packed for text in part.record["warnings"])]
+    return {
+        "kind": ENSEMBLE,
+        "average": used.average,
+        "target": first["target"],
+        "class_names": list(used.cohort.class_names),
+        "head": "an ensemble of " + ", ".join(part.record["head"] for part in packed),
+        "members": _members(names, packed, used),
+        "replicas": replicas,
+        "tile_recipe": first["tile_recipe"],
+        "tile_fingerprint": first["tile_fingerprint"],
+        "intended_scale": first["intended_scale"],
+        "data": _data(used),
+        "synthetic": any(part.record["synthetic"] for part in packed),
+        "looks": int(metrics["looks"]),
+        "trained": metrics["created"],
+        "packed": _now(),
+        "packed_with": package_versions(),
+        "warnings": _anonymous(warnings),
+    }
+
+
+def _members(names: Sequence[str], packed: Sequence[_PackedRun], used: MemberPredictions) -> list[dict[str, Any]]:
+    """What the ensemble says of each member: recipe, weight, figures, and what the average gains over it."""
+    labels, together, patients, _ = used.tested()
+    found = []
+    for name, part, said in zip(names, packed, used.members, strict=True):
+        _, alone, *_ = MemberPredictions((said,)).tested()
+        gain = statistics.paired_difference(labels, together, alone, patients)
+        copied = ("head", "head_keywords", "entry", "backbone", "feature_fingerprint", "tile_fingerprint", "trained")
+        found.append(
+            {"name": name, "weight": 1 / len(packed), "n_replicas": len(part.record["replicas"])}
+            | {key: part.record[key] for key in copied}
+            | {key: part.record["out_of_fold"][key] for key in ("macro_f1", "auroc")}
+            | {"gain_macro_f1": gain._asdict()}
+        )
+    return found
+
+
+def _require_one_tiling(records: Sequence[Mapping[str, Any]]) -> None:
+    first = records[0]
+    for record in records[1:]:
+        differing = difference(first["tile_recipe"], record["tile_recipe"])
+        if differing:
+            raise RunError(
+                f"got members of different tiles, which differ in {'; '.join(differing)} → expected one tile recipe, "
+                f"as a store has one and every member must read it → pack the members one by one, or train them on "
+                f"one store"
+            )
+
+
+def _require_unchanged(folder: Path, said: MemberPredictions) -> None:
+    """Refuse members that were trained again after the ensemble was made."""
+    then, now = read_out_of_fold(folder), said.tested()
+    rows, _ = said.mean_over("test")
+    tested = {said.cohort.slide_ids[row]: values for row, values in zip(rows, now[1], strict=True)}
+    order = [then.class_names.index(name) for name in now[3] if name in then.class_names]
+    same = set(tested) == set(then.slide_ids) and len(order) == len(then.class_names)
+    if not same or not np.allclose(
+        [tested[slide_id] for slide_id in then.slide_ids], then.probabilities[:, order], rtol=0, atol=1e-6
+    ):
+        raise RunError(
+            f"got the ensemble {folder}, whose members predict otherwise than when it was made → expected the same "
+            f"runs → make it again with mil ensemble"
+        )
+
+
+def _scores(
+    said: MemberPredictions, used: MemberPredictions, metrics: Mapping[str, Any], calibrate: bool
+) -> dict[str, Any]:
+    """Calibration and out-of-fold metrics."""
+    return {
         "calibration": _calibration(said, used, calibrate),
-        "abstention": _abstention(used, abstain_below, coverage, accuracy),
-        "out_of_fold": statistics.evaluate(*_tested(used)),
+        "out_of_fold": statistics.evaluate(*used.tested()),
         "out_of_fold_uncalibrated": metrics["out_of_fold"] if calibrate else None,
     }
-    record["warnings"] = list(
-        dict.fromkeys(map(_without_ids, [*metrics["warnings"], *(scaled.warnings if scaled else ())]))
-    )
-    files = _checkpoint_files(folder, model.names)
-    files |= {COHORT: read_training_cohort(folder).to_json(), CARD: write_card(record).encode()}
-    return write_artefact(out, record, files)
 
 
-def abstention_of(
-    labels: IntArray, probabilities: FloatArray, below: float | FloatArray | None
-) -> dict[str, Any] | None:
-    """What abstaining below a confidence does to slides: shares answered and right; None without a threshold.
-
-    Args:
-        labels: [n].
-        probabilities: [n, C].
-        below: the threshold, or one for each slide [n].
-
-    Returns:
-        `below` (None where slides differ in it), `n_slides`, `n_answered`, `coverage`, `accuracy` of the answered (None
-        if there are none) and `accuracy_of_all`.
-    """
-    if below is None:
-        return None
-    right = probabilities.argmax(axis=1) == labels
-    answered = probabilities.max(axis=1) >= below
-    return {
-        "below": None if isinstance(below, np.ndarray) else below,
-        "n_slides": len(labels),
-        "n_answered": int(answered.sum()),
-        "coverage": float(answered.mean()),
-        "accuracy": float(right[answered].mean()) if answered.any() else None,
-        "accuracy_of_all": float(right.mean()),
-    }
-
-
-def choose_coverage(probabilities: FloatArray, coverage: float) -> float:
-    """The highest confidence that at least this share of slides [n, C] reaches.
-
-    >>> choose_coverage(np.array([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.5, 0.5]]), 0.75)
-    0.6
-    """
-    ranked = np.sort(probabilities.max(axis=1))[::-1]
-    # 0.9 of 10 is 9, whatever floats make of it
-    needed = math.ceil(round(coverage * len(ranked), 9))
-    return float(ranked[max(needed, 1) - 1])
-
-
-def _check_choice(abstain_below: float | None, coverage: float | None, accuracy: float | None) -> None:
-    given = {"abstain_below": abstain_below, "coverage": coverage, "accuracy": accuracy}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if len(chosen) > 1:
-        raise RunError(f"got {' and '.join(chosen)} → they say the same thing → give one")
-    for name, value in chosen.items():
-        if not 0 < value <= 1:
-            raise RunError(f"got {name}={value} → expected a share above 0 and at most 1 → give 0.9, for example")
-
-
-def _abstention(
-    used: ReplicaPredictions, abstain_below: float | None, coverage: float | None, accuracy: float | None
-) -> dict[str, Any] | None:
-    """The threshold, how it was chosen, and what it does on validation and out of fold."""
-    if abstain_below is None and coverage is None and accuracy is None:
-        return None
-    rows, values = _mean_over(used, "validation")
-    labels = used.cohort.labels[rows]
-    below, by, missing = abstain_below, "given", None
-    if abstain_below is not None:
-        tested, scores, *_ = _tested(used)
-        out_of_fold = abstention_of(tested, scores, below)
-    else:
-        below = _choose(labels, values, coverage, accuracy)
-        by = (
-            f"coverage {coverage:g} of validation slides" if coverage else f"accuracy {accuracy:g} on validation slides"
-        )
-        out_of_fold, missing = _abstention_by_fold(used, coverage, accuracy)
-    if below is None:
-        raise RunError(
-            f"got accuracy={accuracy:g} → no confidence reaches it on the {len(labels)} validation slides → ask for "
-            f"less"
-        )
-    return {
-        "below": below,
-        "chosen_by": by,
-        "validation": abstention_of(labels, values, below),
-        "out_of_fold": out_of_fold,
-        "out_of_fold_missing": missing,
-    }
-
-
-def _choose(
-    labels: IntArray, probabilities: FloatArray, coverage: float | None, accuracy: float | None
-) -> float | None:
-    """The threshold that slides ask for; None where no confidence reaches the accuracy."""
-    if coverage is not None:
-        return choose_coverage(probabilities, coverage)
-    return None if accuracy is None else choose_confidence(labels, probabilities, accuracy)
-
-
-def _abstention_by_fold(
-    used: ReplicaPredictions, coverage: float | None, accuracy: float | None
-) -> tuple[dict[str, Any] | None, str | None]:
-    """What thresholds chosen in the same way do out of fold, each by the validation parts of one fold alone.
-
-    All folds together validate on the slides that they test, so that the one threshold of the model cannot be judged
-    on them. A fold's own validation parts hold no patient that it tests. A slide that several folds test meets the
-    mean of their thresholds, as it meets the mean of their probabilities.
-
-    Returns:
-        The figures, or None where a fold can choose no threshold, and why.
-    """
-    folds = np.array([replica.fold for replica in used.replicas])
-    tests, chosen = [], []
-    for fold in np.unique(folds):
-        own = _replicas_of(used, folds == fold)
-        rows, values = _mean_over(own, "validation")
-        below = _choose(used.cohort.labels[rows], values, coverage, accuracy)
-        if below is None:
-            return (
-                None,
-                f"no confidence reaches accuracy {accuracy:g} on the {len(rows)} validation slides of fold {fold}",
-            )
-        tests.append((own.parts == "test").any(axis=0))
-        chosen.append(below)
-    held = np.array(tests, dtype=np.float64)  # [folds, n]
-    tested = held.any(axis=0)
-    labels, scores, *_ = _tested(used)
-    cuts = np.array(chosen) @ held[:, tested] / held[:, tested].sum(axis=0)
-    return (abstention_of(labels, scores, cuts) or {}) | {"below_by_fold": chosen}, None
-
-
-def _replicas_of(said: ReplicaPredictions, chosen: npt.NDArray[np.bool_]) -> ReplicaPredictions:
-    """Some of the replicas, chosen by bool [R]."""
-    replicas = tuple(said.replicas[at] for at in np.flatnonzero(chosen))
-    return ReplicaPredictions(said.cohort, replicas, said.parts[chosen], said.probabilities[chosen])
-
-
-def _mean_over(said: ReplicaPredictions, part: str) -> tuple[IntArray, FloatArray]:
-    """The slides that some replica had in a part, as rows of the cohort, and their mean probabilities."""
-    held = (said.parts == part).astype(np.float64)  # [R, n]
-    rows = np.flatnonzero(held.sum(axis=0))
-    if not len(rows):
-        raise RunError(
-            f"got a run without {part} slides → expected some to choose a threshold by → give --abstain-below instead"
-        )
-    weights = held[:, rows] / held[:, rows].sum(axis=0)
-    return rows, np.einsum("rn,rnc->nc", weights, said.probabilities[:, rows])
-
-
-def _tested(said: ReplicaPredictions) -> tuple[IntArray, FloatArray, list[str], tuple[str, ...]]:
-    """Labels, out-of-fold probabilities, patients and class names, as scoring wants them."""
-    rows, values = _mean_over(said, "test")
-    return said.cohort.labels[rows], values, [said.cohort.patient_ids[row] for row in rows], said.cohort.class_names
-
-
-def _calibration(said: ReplicaPredictions, used: ReplicaPredictions, calibrate: bool) -> dict[str, Any]:
+def _calibration(said: MemberPredictions, used: MemberPredictions, calibrate: bool) -> dict[str, Any]:
     """How honest the out-of-fold probabilities are, before and after."""
 
-    def measure(each: ReplicaPredictions) -> dict[str, Any]:
-        found = evaluate_calibration(*_tested(each))
+    def measure(each: MemberPredictions) -> dict[str, Any]:
+        found = evaluate_calibration(*each.tested())
         return {name: found[name] for name in ("brier", "nll", "ece", "ece_if_calibrated")}
 
     method = "temperature scaling, one per replica, fitted on its validation part" if calibrate else "none"
@@ -260,8 +256,10 @@ def _calibration(said: ReplicaPredictions, used: ReplicaPredictions, calibrate: 
 
 def _record(record: CheckpointRecord, metrics: Mapping[str, Any], said: ReplicaPredictions) -> dict[str, Any]:
     """What the run itself says."""
-    cohort, features, tiles = said.cohort, dict(record.feature_recipe), dict(record.tile_recipe)
+    features, tiles = dict(record.feature_recipe), dict(record.tile_recipe)
+    attrition = [[reason, count] for reason, count, _ in metrics["cohort"]["attrition"]]
     return {
+        "kind": "run",
         "target": record.target,
         "class_names": list(record.class_names),
         "head": record.head,
@@ -274,39 +272,46 @@ def _record(record: CheckpointRecord, metrics: Mapping[str, Any], said: ReplicaP
         "tile_fingerprint": fingerprint(tiles),
         "intended_scale": {"mpp": tiles["mpp"], "tile_px": tiles["tile_px"]},
         "backbone": {"name": features["backbone"], "weights_sha256": features["weights_sha256"]},
-        "data": {
-            "n_slides": len(cohort),
-            "n_patients": len(set(cohort.patient_ids)),
-            "classes": _class_counts(said),
-            "parts": {part: int((said.parts == part).any(axis=0).sum()) for part in PARTS},
-            "attrition": [[reason, count] for reason, count, _ in metrics["cohort"]["attrition"]],
-        },
+        "data": _data(MemberPredictions((said,))) | {"attrition": attrition},
         "training": _without_paths(record.config),
         "synthetic": bool(metrics["synthetic"]),
         "looks": int(metrics["looks"]),
         "trained": metrics["created"],
-        "packed": datetime.now(UTC).isoformat(timespec="seconds"),
+        "packed": _now(),
         "trained_with": dict(record.versions),
         "packed_with": package_versions(),
     }
 
 
-def _class_counts(said: ReplicaPredictions) -> dict[str, dict[str, int]]:
-    """Slides and patients of every class."""
+def _data(said: MemberPredictions) -> dict[str, Any]:
+    """Counts of slides and patients."""
     cohort = said.cohort
+    return {
+        "n_slides": len(cohort),
+        "n_patients": len(set(cohort.patient_ids)),
+        "classes": _class_counts(cohort),
+        "parts": {part: said.held(part) for part in PARTS},
+    }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _class_counts(cohort: Cohort) -> dict[str, dict[str, int]]:
+    """Slides and patients of every class."""
     slides = Counter(cohort.labels.tolist())
     patients = Counter(label for _, label in set(zip(cohort.patient_ids, cohort.labels.tolist(), strict=True)))
     return {name: {"slides": slides[at], "patients": patients[at]} for at, name in enumerate(cohort.class_names)}
 
 
 def _read_metrics(folder: Path) -> dict[str, Any]:
+    needed = {"out_of_fold", "warnings", "synthetic", "looks", "created"}
+    # an ensemble leaves the counts of its cohort to its members
+    needed |= set() if is_ensemble(folder) else {"cohort"}
     try:
         metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        missing = [
-            name
-            for name in ("out_of_fold", "warnings", "cohort", "synthetic", "looks", "created")
-            if name not in metrics
-        ]
+        missing = sorted(needed - set(metrics))
     except (OSError, ValueError) as error:
         raise RunError(f"got {folder / 'metrics.json'}, which cannot be read ({error}) → bring it back") from error
     if missing:
@@ -328,9 +333,18 @@ def _checkpoint_files(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
     return files
 
 
-def _without_ids(warning: str) -> str:
-    """A warning of a split without the slides that it names in brackets."""
-    return re.sub(r" \(['\"].*\)", "", warning)
+def _anonymous(warnings: Sequence[str]) -> list[str]:
+    """Warnings, each once, without the slides that one of a split names in brackets, and those that name paths."""
+    kept = (text for text in warnings if not text.startswith("got init="))
+    return list(dict.fromkeys(re.sub(r" \(['\"].*\)", "", text) for text in kept))
+
+
+def _unknown_starts(unknown: Sequence[str]) -> list[str]:
+    names = ", ".join(Path(each).name for each in unknown)
+    return [
+        f"The weights grew from {names}, of which nobody can tell any more whom it was trained on: figures on slides "
+        f"that it has seen are too good"
+    ] * bool(unknown)
 
 
 def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:

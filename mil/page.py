@@ -16,7 +16,7 @@ def load_template(name: str, purpose: str, **filters: Callable[..., Any]) -> Any
     """A page's template.
 
     Args:
-        name: file below ``templates/``.
+        name: file below ``templates/``; what pages share is in ``_page.html`` and ``_parts.html``.
         purpose: what the page is, for the message when jinja2 is absent.
         **filters: of the page's own; ``printable`` and ``csp_hash`` are always there.
 

@@ -2,8 +2,9 @@
 
 Every function returns a `matplotlib.figure.Figure` that belongs to the caller; no pyplot state is touched, and the
 user's matplotlib settings are set aside while a figure is made. `to_svg` turns a figure into text, and is what keeps
-class names from being read as markup or as formulas. matplotlib is an optional dependency: it is imported when the
-first figure is made. Lengths are CSS pixels (96 to the inch), so that a figure shows at the size it was made for.
+class names from being read as markup or as formulas; `to_png` gives it as a picture, and `write_figure` writes both.
+matplotlib is an optional dependency: it is imported when the first figure is made. Lengths are CSS pixels (96 to the
+inch), so that a figure shows at the size it was made for.
 """
 
 import io
@@ -15,15 +16,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
 from mil.errors import MissingExtraError
+from mil.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,9 +36,12 @@ MISSING = "–"
 INK, MUTED, RULE = "#1b1f24", "#59636e", "#d5dae0"
 # Two of Okabe and Ito's colours: they stay apart in every common form of colour blindness and in grey print.
 BLUE, VERMILLION = "#0072b2", "#d55e00"
+# For several curves: the same two first, without the yellow, which white paper swallows.
+OKABE_ITO = (BLUE, VERMILLION, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 FONT_STACK = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 PX = 1 / 96
 NOTE_PX = 16
+PNG_DPI = 200
 POINTS_PER_PX = 0.75
 
 
@@ -106,17 +113,48 @@ def styled(function: Callable[P, R]) -> Callable[P, R]:
 @styled
 def to_svg(figure: "Figure", note: str = "") -> str:
     """A figure as SVG text, the same bytes for the same figure; `note` is printed below it."""
+    buffer = io.StringIO()
+    with _noted(figure, note) as frame:
+        figure.savefig(buffer, format="svg", bbox_inches=frame, metadata={"Date": None, "Creator": None})
+    return re.sub(r"'DejaVu Sans'", lambda _: FONT_STACK, buffer.getvalue())
+
+
+@styled
+def to_png(figure: "Figure", note: str = "") -> bytes:
+    """A figure as PNG of 200 dots per inch, the same bytes for the same figure; `note` is printed below it.
+
+    Letters that DejaVu Sans lacks, such as Chinese ones, are boxes here; the SVG leaves them to the reader's fonts.
+    """
+    buffer = io.BytesIO()
+    with _noted(figure, note) as frame:
+        figure.savefig(buffer, format="png", dpi=PNG_DPI, bbox_inches=frame, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def write_figure(folder: Path, name: str, figure: "Figure", note: str = "") -> bytes:
+    """Write `name`.svg and `name`.png into a folder, and return the bytes of the SVG."""
+    svg = to_svg(figure, note).encode("utf-8", "backslashreplace")
+    write_atomically(folder / f"{name}.svg", svg)
+    write_atomically(folder / f"{name}.png", to_png(figure, note))
+    return svg
+
+
+@contextmanager
+def _noted(figure: "Figure", note: str) -> "Iterator[Bbox]":
+    """The frame to save, in inches, with the note in a strip of its own below the figure, where it covers nothing."""
     from matplotlib.transforms import Bbox
 
     width, height = figure.get_size_inches()
-    strip = NOTE_PX * PX if note else 0.0
-    if note:
-        # In a strip of its own below the figure, where it covers nothing.
-        figure.text(1, -strip / height / 2, printable(note), ha="right", va="center", color=VERMILLION, size=8)
-    buffer = io.StringIO()
-    frame = Bbox([[0, -strip], [width, height]])
-    figure.savefig(buffer, format="svg", bbox_inches=frame, metadata={"Date": None, "Creator": None})
-    return re.sub(r"'DejaVu Sans'", lambda _: FONT_STACK, buffer.getvalue())
+    if not note:
+        yield Bbox([[0, 0], [width, height]])
+        return
+    strip = NOTE_PX * PX
+    text = figure.text(1, -strip / height / 2, printable(note), ha="right", va="center", color=VERMILLION, size=8)
+    try:
+        yield Bbox([[0, -strip], [width, height]])
+    finally:
+        # another format of the same figure prints it anew
+        text.remove()
 
 
 def printable(text: str) -> str:

@@ -32,6 +32,7 @@ class Predictions:
         entry: the features entry that was read.
         abstain_below: the confidence below which the model abstains, or None.
         failed: slides that nothing can be said about, with the reason.
+        value_names: for other targets than classes, what `probabilities` holds, [values]; see `mil.tasks.value_names`.
     """
 
     slide_ids: tuple[str, ...]
@@ -42,6 +43,7 @@ class Predictions:
     attention: dict[str, npt.NDArray[np.float32]] | None = None
     abstain_below: float | None = None
     failed: tuple[tuple[str, str], ...] = ()
+    value_names: tuple[str, ...] = ()
 
     @property
     def predicted(self) -> list[str]:
@@ -59,8 +61,16 @@ class Predictions:
         """Whether the confidence is below the model's threshold [n]; never where it has none."""
         return self.confidence < (-np.inf if self.abstain_below is None else self.abstain_below)
 
+    @property
+    def abstained_ids(self) -> list[str]:
+        """The slides from which the model abstains."""
+        return [self.slide_ids[at] for at in np.flatnonzero(self.abstained)]
+
     def write_csv(self, path: str | Path) -> None:
-        """Write slide_id, predicted, p_<class>..., confidence, and abstained where there is a threshold; atomically."""
+        """Write slide_id, predicted, p_<class>..., confidence, and abstained where there is a threshold; atomically.
+
+        For other targets than classes slide_id and `value_names`.
+        """
         write_csv(Path(path), self._rows())
 
     def write_submission(
@@ -69,7 +79,10 @@ class Predictions:
         columns: Sequence[str] = SUBMISSION_COLUMNS,
         label_map: Mapping[str, str] | None = None,
     ) -> None:
-        """Write one label per slide, as challenges want it; abstention is not known there.
+        """Write one label per slide, as challenges want it.
+
+        A challenge knows no abstention: slides from which the model abstains get their label all the same, and are to
+        be read from `abstained_ids`, or from the column of `write_csv`.
 
         Args:
             path: CSV to write.
@@ -116,6 +129,11 @@ class Predictions:
         return written
 
     def _rows(self) -> Iterator[Row]:
+        if self.value_names:
+            yield ("slide_id", *self.value_names)
+            for slide_id, said in zip(self.slide_ids, self.probabilities.tolist(), strict=True):
+                yield (slide_id, *map(probability_text, said))
+            return
         with_abstention = self.abstain_below is not None
         last = ("confidence", "abstained") if with_abstention else ("confidence",)
         yield ("slide_id", "predicted", *(f"p_{name}" for name in self.class_names), *last)
@@ -131,6 +149,11 @@ def check_submission(class_names: Sequence[str], columns: Sequence[str], label_m
     Raises:
         RunError: see `Predictions.write_submission`.
     """
+    if not class_names:
+        raise RunError(
+            "got a model that gives no classes → expected one of classes, as a submission holds a label per slide → "
+            "leave --format submission out"
+        )
     if len(columns) != 2 or len(set(columns)) < 2 or not all(columns):
         raise RunError(
             f"got the columns {listed(columns)} → expected two different names, of the slide id and the label → give "

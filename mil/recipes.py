@@ -105,6 +105,7 @@ SCHEDULERS = {
 }
 
 LOSSES = {
+    "auto": OptionRecord({"label_smoothing": 0.0}, "The first loss of the task."),
     "cross_entropy": OptionRecord(
         {"label_smoothing": 0.0},
         "Szegedy, Vanhoucke, Ioffe et al., Rethinking the Inception Architecture, CVPR 2016 (label smoothing).",
@@ -118,7 +119,26 @@ LOSSES = {
         "Cao, Mirjalili and Raschka, Rank Consistent Ordinal Regression for Neural Networks, Pattern Recognition "
         "Letters 2020; the chances of being above each class come from the softmax.",
     ),
+    "bce": OptionRecord({}, "Binary cross-entropy per label; labels that are not known do not count."),
+    "mse": OptionRecord({}, "Squared error of numbers standardised over the training part."),
+    "huber": OptionRecord(
+        {"delta": 1.0},
+        "Huber, Robust Estimation of a Location Parameter, Annals of Mathematical Statistics 1964; of numbers "
+        "standardised over the training part.",
+    ),
+    "discrete_survival": OptionRecord(
+        {"intervals": 4},
+        "Zadeh and Schmid, Bias in Cross-Entropy-Based Training of Deep Survival Networks, IEEE TPAMI 2021.",
+    ),
+    "cox": OptionRecord({}, "Cox, Regression Models and Life-Tables, JRSS B 1972, over the bags of a step (Breslow)."),
 }
+TASK_LOSSES = {
+    "classification": ("cross_entropy", "focal", "ordinal"),
+    "multilabel": ("bce",),
+    "regression": ("mse", "huber"),
+    "survival": ("discrete_survival", "cox"),
+}
+"""The losses of every task, the default first."""
 
 _AUGMENT_KEYS = {
     "noise": 0.0,

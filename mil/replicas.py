@@ -10,7 +10,8 @@ import torch
 from mil.bags import Bags
 from mil.evaluation import MAX_INSTANCES
 from mil.stacked import stacks, train_stacked
-from mil.training import EpochRecord, IntArray, PartArray, Replica, TrainedReplica, train_replica
+from mil.tasks import TargetArray
+from mil.training import EpochRecord, PartArray, Replica, TrainedReplica, train_replica
 from mil.unfinished import UnfinishedTraining
 
 
@@ -37,10 +38,10 @@ OnProgress = Callable[[Progress], None]
 
 def train_replicas(
     bags: Bags,
-    labels: IntArray,
+    targets: TargetArray,
     replicas: Sequence[Replica],
     parts: Sequence[PartArray],
-    n_classes: int,
+    n_outputs: int,
     device: torch.device,
     progress: OnProgress | None = None,
     unfinished: UnfinishedTraining | None = None,
@@ -55,10 +56,10 @@ def train_replicas(
 
     Args:
         bags: n bags.
-        labels: int64 [n].
+        targets: classes int64 [n], or float64 [n, columns] of other tasks, see `mil.cohort.Cohort.targets`.
         replicas: what to train.
         parts: for each replica the part of every bag, [n] of "train", "validation" or "test".
-        n_classes: classes.
+        n_outputs: logits per bag, see `mil.tasks.count_outputs`.
         device: where to train.
         progress: called after each epoch and each replica.
         unfinished: keeps what is done; replicas that it holds are not trained again.
@@ -70,17 +71,19 @@ def train_replicas(
         TrainingDivergedError: a loss that is not finite.
     """
     ledger = _Ledger(list(replicas), progress or (lambda _: None), unfinished)
-    ledger.load(bags, n_classes)
+    ledger.load(bags, n_outputs)
     groups, alone = [], ledger.missing()
     if device.type == "cuda" if stacked is None else stacked:
         most = _at_once(bags, replicas, device)
-        found, rest = stacks([replicas[index] for index in alone], bags, n_classes, most)
+        found, rest = stacks([replicas[index] for index in alone], bags, n_outputs, most)
         groups, alone = [[alone[at] for at in group] for group in found], [alone[at] for at in rest]
     for group in groups:
         chosen, own_parts = [replicas[index] for index in group], [parts[index] for index in group]
         saved = unfinished.stack(chosen) if unfinished is not None else None
         try:
-            trained = train_stacked(bags, labels, chosen, own_parts, n_classes, device, ledger.epoch_done(group), saved)
+            trained = train_stacked(
+                bags, targets, chosen, own_parts, n_outputs, device, ledger.epoch_done(group), saved
+            )
         except torch.OutOfMemoryError:
             warnings.warn(
                 f"got too little memory for {len(group)} replicas at once → they are trained one by one", stacklevel=2
@@ -96,7 +99,7 @@ def train_replicas(
         told = partial(ledger.epoch_done([index]), 0)
         ledger.finish(
             index,
-            train_replica(bags, labels, replicas[index], parts[index], n_classes, device, told, saved, patients),
+            train_replica(bags, targets, replicas[index], parts[index], n_outputs, device, told, saved, patients),
         )
     return ledger.trained()
 
@@ -110,12 +113,12 @@ class _Ledger:
     unfinished: UnfinishedTraining | None
     done: dict[int, TrainedReplica] = field(default_factory=dict)
 
-    def load(self, bags: Bags, n_classes: int) -> None:
+    def load(self, bags: Bags, n_outputs: int) -> None:
         """Take over what an earlier training has finished."""
         if self.unfinished is None:
             return
         for index, replica in enumerate(self.replicas):
-            trained = self.unfinished.load(replica, bags, n_classes)
+            trained = self.unfinished.load(replica, bags, n_outputs)
             if trained is not None:
                 self._note(index, trained)
 

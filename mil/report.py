@@ -22,9 +22,10 @@ import numpy as np
 from PIL import Image
 
 from mil import curve_figures, plotting
+from mil.abstention import evaluate_abstention
 from mil.calibration import evaluate_calibration
 from mil.curves import precision_recall_curve, roc_curve
-from mil.errors import RunError
+from mil.errors import ConfigError, RunError
 from mil.files import write_atomically
 from mil.page import load_template
 from mil.plotting import MISSING, ForestRow
@@ -70,6 +71,7 @@ class RunFiles:
     history: Table
     splits: Table
     config: str
+    operating: list[dict[str, Any]]
 
     @property
     def class_names(self) -> list[str]:
@@ -85,8 +87,14 @@ class RunFiles:
 
     @cached_property
     def calibration(self) -> dict[str, Any]:
-        """See `mil.calibration.evaluate_calibration`."""
-        return evaluate_calibration(*self.predictions, self.class_names)
+        """See `mil.calibration.evaluate_calibration`; runs of earlier versions do not hold it."""
+        stored: dict[str, Any] | None = self.metrics.get("calibration")
+        return stored or evaluate_calibration(*self.predictions, self.class_names)
+
+    @cached_property
+    def abstention(self) -> dict[str, Any]:
+        """See `mil.abstention.evaluate_abstention`."""
+        return evaluate_abstention(*self.predictions, self.class_names)
 
 
 def write_report(
@@ -94,7 +102,7 @@ def write_report(
     thumbnails: Thumbnails | None = None,
     title: str | None = None,
 ) -> Path:
-    """Write `report.html` and `figures/*.svg` into a run folder and return the path of the page.
+    """Write `report.html` and its figures, `figures/*.svg` and `*.png`, into a run folder; returns the page's path.
 
     Args:
         run_folder: A finished run (see `mil train`). Where its metrics say `synthetic`, page and figures say so too.
@@ -116,8 +124,7 @@ def write_report(
     folder.mkdir(exist_ok=True)
     figures = {}
     for name, figure in drawn:
-        svg = plotting.to_svg(figure, note="synthetic data" if synthetic else "").encode()
-        write_atomically(folder / f"{name}.svg", svg)
+        svg = plotting.write_figure(folder, name, figure, note="synthetic data" if synthetic else "")
         figures[name] = _data_uri(svg, "image/svg+xml")
     page = template.render(
         title=title or f"{run.metrics['target']} by {run.metrics['head']}",
@@ -143,9 +150,34 @@ def _read_run(folder: Path) -> RunFiles:
         history=tables["history.csv"],
         splits=tables["splits.csv"],
         config=_read_text(folder, "config.yaml"),
+        operating=_operating_points(folder),
     )
     _check_classes(run, folder)
     return run
+
+
+def _operating_points(folder: Path) -> list[dict[str, Any]]:
+    """Every class at the highest Youden index, see `mil.thresholds`; none of a run that holds no such predictions."""
+    # they load torch, which no other part of a page needs
+    from mil.saved_run import read_predictions
+    from mil.thresholds import operate_one_vs_rest
+
+    if not (folder / "predictions.csv").is_file():
+        return []
+    try:
+        points = operate_one_vs_rest(read_predictions(folder))
+    except ConfigError:
+        # a setting that this version does not know costs the table, not the page
+        return []
+    return [
+        {
+            "class_name": point.class_name,
+            "thresholds": [min(point.thresholds), max(point.thresholds)],
+            "sensitivity": point.sensitivity,
+            "specificity": point.specificity,
+        }
+        for point in points
+    ]
 
 
 def _read_text(folder: Path, name: str) -> str:
@@ -229,6 +261,7 @@ def _figures(run: RunFiles) -> Iterator[tuple[str, Any]]:
     yield "confusion", plotting.confusion_plot(np.asarray(evaluation["confusion"]), run.class_names)
     yield from _class_curves(run)
     yield "reliability", curve_figures.reliability_plot(run.calibration["reliability"])
+    yield "abstention", curve_figures.abstention_plot({"": run.abstention["curve"]})
     yield from _learning_curves(run)
     folds = _folds(run)
     for metric in SPREAD_METRICS:
@@ -314,6 +347,8 @@ def _view(run: RunFiles, thumbnails: Thumbnails | None) -> dict[str, Any]:
         "counts": COUNTS,
         "curves": [(at, run.class_names[at]) for at in _curved_classes(run)],
         "calibration": run.calibration,
+        "abstention": run.abstention,
+        "operating": run.operating,
         "replicas": [(replica, _curve_name(replica)) for replica in metrics["per_replica"]],
         "loss_limit": limit,
         "losses_above": int((losses > limit).sum()),

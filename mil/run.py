@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mil.config import TrainConfig
 from mil.errors import RunError, listed
 from mil.files import Row, probability_text, put_in_place, write_csv, write_json
 from mil.looks import Look
-from mil.out_of_fold import out_of_fold_rows
+from mil.out_of_fold import out_of_fold_rows, said_names, truth_cells, truth_names
 from mil.splits import Splits, write_splits
 from mil.training import EpochRecord, PartArray, Replica, TrainedReplica
 
@@ -37,7 +37,8 @@ class ReplicaPredictions:
         cohort: the n slides with patients and labels.
         replicas: the R replicas.
         parts: [R, n], the part that each slide was in.
-        probabilities: float64 [R, n, C].
+        probabilities: float64 [R, n, C]; for other targets than classes [R, n, values], see `mil.tasks.decode`.
+        tasks: record of every replica's task, see `mil.tasks.Task`; may be left out for classes.
 
     Example:
         >>> run.predictions.out_of_fold().shape      # doctest: +SKIP
@@ -48,6 +49,12 @@ class ReplicaPredictions:
     replicas: tuple[Replica, ...]
     parts: PartArray
     probabilities: FloatArray
+    tasks: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def task(self) -> Mapping[str, Any] | None:
+        """Record of the first replica's task, whose names are those of all; None where none was given."""
+        return self.tasks[0] if self.tasks else None
 
     def out_of_fold(self) -> FloatArray:
         """Mean probability [n, C] over the replicas that had the slide in their test part; NaN for one that none had.
@@ -75,13 +82,13 @@ class ReplicaPredictions:
 
     def rows(self) -> Iterator[Row]:
         """Rows of ``predictions.csv``."""
-        names, cohort = self.cohort.class_names, self.cohort
-        yield ("slide_id", "patient_id", "replica", "fold", "seed", "split", "target", *(f"p_{name}" for name in names))
+        cohort = self.cohort
+        said = said_names(cohort, self.task)
+        yield ("slide_id", "patient_id", "replica", "fold", "seed", "split", *truth_names(cohort), *said)
         for replica, parts, values in zip(self.replicas, self.parts, self.probabilities, strict=True):
             for at, slide_id in enumerate(cohort.slide_ids):
-                target = names[cohort.labels[at]]
                 who = (slide_id, cohort.patient_ids[at], replica.name, replica.fold, replica.seed)
-                yield (*who, parts[at], target, *map(probability_text, values[at]))
+                yield (*who, parts[at], *truth_cells(cohort, at), *map(probability_text, values[at]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +191,7 @@ def _write_run(folder: Path, run: Run) -> None:
     write_splits(folder / "splits.csv", run.splits, run.cohort)
     write_csv(folder / "predictions.csv", run.predictions.rows())
     write_csv(folder / "history.csv", _history_rows(run.trained))
-    write_csv(folder / "oof.csv", out_of_fold_rows(*run.predictions.tested()))
+    write_csv(folder / "oof.csv", out_of_fold_rows(*run.predictions.tested(), run.predictions.task))
     (folder / "checkpoints").mkdir()
     for each in run.trained:
         save_checkpoint(folder / "checkpoints" / f"{each.replica.name}.safetensors", each.head, _record(run, each))
@@ -192,11 +199,12 @@ def _write_run(folder: Path, run: Run) -> None:
 
 
 def _record(run: Run, trained: TrainedReplica) -> CheckpointRecord:
+    classes = run.cohort.values is None
     return CheckpointRecord(
         head=run.config.head.name,
         keywords=dict(run.config.head.keywords),
         in_dim=trained.head.in_dim,
-        class_names=run.cohort.class_names,
+        class_names=run.cohort.class_names if classes else (),
         target=run.cohort.target,
         entry=run.entry,
         feature_recipe=run.recipes[0],
@@ -207,6 +215,8 @@ def _record(run: Run, trained: TrainedReplica) -> CheckpointRecord:
         best_epoch=trained.best_epoch,
         config=run.config.to_dict(),
         versions=run.metrics["versions"],
+        outputs=0 if classes else trained.head.n_classes,
+        task=trained.task,
     )
 
 

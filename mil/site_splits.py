@@ -101,12 +101,17 @@ def leave_one_site_out(
         validation_fraction: of the slides outside the test part, between 0 and 1.
 
     Raises:
-        SplitError: an argument is impossible, a patient has slides of two sites, or a class is not left in training
-            and validation once some site is out.
+        SplitError: an argument is impossible, there is one site, a patient has slides of two sites, or a class is not
+            left in training and validation once some site is out.
     """
     seeds = tuple(seeds)
     check_draws(split_seed, seeds, validation_fraction)
     found = Sites.at(cohort, sites)
+    if len(found.ids) < 2:
+        raise SplitError(
+            f"got the one site {listed(found.ids)} for all slides → expected two or more, as each is left out in turn "
+            f"→ check what names the sites, or use folds that need none (split=kfold)"
+        )
     tests = np.eye(len(found.ids), dtype=bool)
     for site, test in zip(found.ids, tests, strict=True):
         blocking = found.blocking(test)
@@ -163,8 +168,8 @@ def site_preserved_splits(
     found = Sites.at(cohort, sites)
     if not 2 <= folds <= len(found.ids):
         raise SplitError(
-            f"got folds={folds} for the {len(found.ids)} sites {listed(found.ids)} → expected 2 or more folds, with a "
-            f"site or more in each → change folds"
+            f"got folds={folds} for {len(found.ids)} site{'s' * (len(found.ids) != 1)}, {listed(found.ids)} → expected "
+            f"2 or more folds, with a site or more in each → change folds"
         )
     codes, site_folds, earlier = [], [], set[bytes]()
     for repeat_seed in range(split_seed, split_seed + repeats):

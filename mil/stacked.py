@@ -27,10 +27,12 @@ from mil.bags import Bags
 from mil.config import TrainConfig
 from mil.errors import TrainingDivergedError
 from mil.evaluation import MAX_INSTANCES, bag_logits
-from mil.losses import balanced_class_weights, log_loss, probabilities
+from mil.losses import log_loss, probabilities
 from mil.metrics import balanced_accuracy, confusion
 from mil.optim import learning_rate
 from mil.samplers import natural_order
+from mil.targets import CLASSIFICATION
+from mil.tasks import config_class_weights
 from mil.training import EpochRecord, IntArray, PartArray, Replica, SavedEpoch, TrainedReplica
 from mil.usage import PeakMemory
 
@@ -68,6 +70,7 @@ def is_stackable(config: TrainConfig, head: Aggregator) -> bool:
     own_loss = type(head).auxiliary_loss is not Aggregator.auxiliary_loss
     return (
         recipe
+        and config.task == CLASSIFICATION
         and config.optimizer.name == "adamw"
         and config.scheduler.name in _SCHEDULERS
         and not draws
@@ -152,6 +155,7 @@ def train_stacked(
             seconds=seconds / len(replicas),
             inference_seconds=inference,
             peak_bytes=peak.read(),
+            task={"task": CLASSIFICATION},
         )
         for at, replica in enumerate(replicas)
     ]
@@ -214,7 +218,7 @@ class _Stack:
         parameters = {name: value.detach() for name, value in parameters.items()}
         count, training = len(replicas), parts == "train"
         weights = [
-            _class_weights(replica.config, labels[own], n_classes)
+            config_class_weights(replica.config, labels[own], n_classes)
             for replica, own in zip(replicas, training, strict=True)
         ]
         return cls(
@@ -420,10 +424,6 @@ def _create_head(replica: Replica, bags: Bags, n_classes: int) -> Aggregator:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(replica.seed)
         return create_aggregator(head.name, in_dim=bags.dim, n_classes=n_classes, **head.keywords)
-
-
-def _class_weights(config: TrainConfig, labels: IntArray, n_classes: int) -> Tensor:
-    return balanced_class_weights(labels, n_classes) if config.class_weights == "balanced" else torch.ones(n_classes)
 
 
 def _check_finite(stack: _Stack, losses: np.ndarray, epoch: int) -> None:

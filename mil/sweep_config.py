@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ SELECT = {"auroc": True, "macro_f1": True, "balanced_accuracy": True, "log_loss"
 
 DEFAULT_TRIALS = 20
 _SECTION = ("space", "method", "trials", "select", "seed", "overrides", "values")
+
+
+CHOSEN = "Its choice has seen every slide of the cohort, in one fold or another: train it for new slides."
+"""Stands as a comment on top of a configuration that a sweep chose."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +178,17 @@ def compose_sweep(
     select = _one_of("select", picked["select"] or "auroc", list(SELECT))
     seed = _whole("seed", picked["seed"] or 0, 0)
     return SweepConfig(complete, method, trials, select, seed, sources, checked)
+
+
+def cautions_of(file: Path) -> list[str]:
+    """What to say of figures that the configuration in a file gives: something, where a sweep has chosen it."""
+    comments = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    if CHOSEN not in (line.lstrip("# ") for line in comments):
+        return []
+    return [
+        "a sweep chose these settings with the slides of its cohort: on the same cohort they score too well here, and "
+        "the honest figure is the sweep's own"
+    ]
 
 
 def _section(given: Any) -> dict[str, Any]:

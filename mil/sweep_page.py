@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mil.files import write_atomically
 from mil.page import load_template
-from mil.plotting import to_svg
+from mil.plotting import write_figure
 from mil.space import value_name
 from mil.sweep_figures import sensitivity_plot
 from mil.sweeping import PROCEDURE, Sweep
@@ -22,7 +22,7 @@ MOST_SETTINGS = 50
 
 
 def write_sweep_page(folder: Path, found: Sweep) -> Path:
-    """Write ``sweep.html`` and ``figures/sensitivity.svg`` into a sweep's folder, and return the page's path.
+    """Write ``sweep.html`` and ``figures/sensitivity`` (SVG and PNG) into a sweep's folder, and return the page's path.
 
     Raises:
         MissingExtraError: matplotlib or jinja2 is not installed.
@@ -30,9 +30,8 @@ def write_sweep_page(folder: Path, found: Sweep) -> Path:
     template = load_template("sweep.html", "the page of a sweep", value_name=value_name, number=_number)
     note = "synthetic data" if found.metrics["synthetic"] else ""
     figure = sensitivity_plot(found.sensitivities, METRIC_NAMES[found.config.select])
-    svg = to_svg(figure, note).encode("utf-8", "backslashreplace")
     (folder / "figures").mkdir(exist_ok=True)
-    write_atomically(folder / "figures" / "sensitivity.svg", svg)
+    svg = write_figure(folder / "figures", "sensitivity", figure, note)
     page = template.render(
         found=found,
         metrics=found.metrics,

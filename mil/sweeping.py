@@ -21,19 +21,21 @@ from mil import statistics
 from mil.bags import choose_entry, needs_coords, open_bags, place_bags
 from mil.checkpoint import package_versions
 from mil.cohort import Cohort, join_store, read_cohort
-from mil.config import TrainConfig, read_config_file
-from mil.crossval import is_synthetic, split_plan
-from mil.errors import ConfigError, RunError, SplitError
+from mil.config import TrainConfig
+from mil.crossval import is_synthetic, require_classification, split_plan
+from mil.early import missing_inputs
+from mil.errors import RunError, SplitError
 from mil.evaluation import resolve_device
 from mil.files import Row, write_atomically, write_csv
 from mil.looks import Look
+from mil.out_folders import check_sweep_folder
 from mil.out_of_fold import out_of_fold_rows
 from mil.run import ReplicaPredictions
 from mil.sensitivity import Sensitivity, sensitivities
 from mil.space import Dimension, override_text, value_name
 from mil.split_plan import split_cohort
 from mil.splits import Splits, write_splits
-from mil.sweep_config import SELECT, Setting, SweepConfig, compose_sweep
+from mil.sweep_config import CHOSEN, SELECT, Setting, SweepConfig, compose_sweep
 from mil.tpe import TpeStudy, forget_studies, require_optuna
 from mil.trials import (
     COMPLETE,
@@ -165,22 +167,20 @@ def run_sweep(config: SweepConfig, out: str | Path, progress: OnSweepProgress | 
         MilError, ExtractError: as in `sweep`.
     """
     train = config.train
-    missing = [name for name in ("store", "labels", "target") if getattr(train, name) is None]
     if train.store is None or train.labels is None or train.target is None:
-        raise ConfigError(
-            f"got no {' and no '.join(missing)} → a sweep needs store, labels and target → give "
-            f"{' '.join(f'--{name}' for name in missing)}, or name them in the config file"
-        )
-    cohort = read_cohort(train.labels, train.target, train.slide_column, train.patient_column)
+        raise missing_inputs(train.to_dict(), "a sweep")
+    cohort = read_cohort(train.labels, train.target, train.slide_column, train.patient_column, task=train.task)
     return _sweep(open_store(train.store), cohort, config, Path(out).absolute(), progress)
 
 
 def _sweep(store: Store, cohort: Cohort, config: SweepConfig, folder: Path, progress: OnSweepProgress | None) -> Sweep:
     # what can be refused is refused before the hours of training
+    require_classification((config.train.task, cohort.task), "mil sweep")
     settings = config.settings() if config.method != "tpe" else None
     if settings is None:
         require_optuna()
-    _prepare(folder)
+    check_sweep_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     entry = choose_entry(store, config.train.backbone)
     data = _open(store, cohort, config, entry)
     warnings = _check_select(data, config.select)
@@ -213,30 +213,6 @@ def _sweep(store: Store, cohort: Cohort, config: SweepConfig, folder: Path, prog
 
 
 # --------------------------------------------------------------------------------------------------------- preparing
-
-
-def _prepare(folder: Path) -> None:
-    """Refuse a folder that holds anything but an unfinished sweep."""
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"got {folder} as folder of a sweep → it is a file → give another folder with --out")
-    if (folder / "metrics.json").is_file():
-        raise RunError(
-            f"got {folder} as folder of a sweep → it holds finished results → give a new folder with --out: another "
-            f"search on these slides is another look at their test folds"
-        )
-    if folder.is_dir() and any(folder.iterdir()) and not _is_sweep(folder / "config.yaml"):
-        raise RunError(
-            f"got {folder} as folder of a sweep → it holds something else → give a new folder with --out, or that of "
-            f"a sweep that was stopped, which is gone on with"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def _is_sweep(path: Path) -> bool:
-    try:
-        return "sweep" in read_config_file(path)
-    except ConfigError:
-        return False
 
 
 def _open(store: Store, cohort: Cohort, config: SweepConfig, entry: str) -> SweepData:
@@ -481,7 +457,7 @@ def best_yaml(found: Sweep) -> str:
     config: TrainConfig = best.setting.config
     head = [
         f"The setting of the best mean validation {select}, {best.score:.4g}, over all folds: {best.setting.title}",
-        "Its choice has seen every slide of the cohort, in one fold or another: train it for new slides.",
+        CHOSEN,
         "What it scores out of fold on this cohort is too good; the honest figure is that of the sweep.",
     ]
     return "".join(f"# {line}\n" for line in head) + config.to_yaml()

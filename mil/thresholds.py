@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mil.bootstrap import USUAL_RESAMPLING, Resampling
 from mil.errors import EvaluationError, did_you_mean, listed
 from mil.run import ReplicaPredictions
-from mil.statistics import evaluate
+from mil.statistics import few_patients
 from mil.temperature import warn_of_validation
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 DEFAULT = 0.5
@@ -51,7 +53,7 @@ def choose_threshold(
         Youden, "Index for rating diagnostic tests", Cancer 1950: sensitivity + specificity - 1.
     """
     truth, values = _checked(positive, scores)
-    _check_targets(sensitivity, specificity)
+    check_targets(sensitivity, specificity)
     distinct = np.unique(values)
     low, high = distinct[:-1], distinct[1:]
     midway = low + (high - low) / 2
@@ -105,6 +107,7 @@ def operate(
     class_name: str | None = None,
     sensitivity: float | None = None,
     specificity: float | None = None,
+    resampling: Resampling = USUAL_RESAMPLING,
 ) -> OperatingPoint:
     """Choose a threshold on the validation part of every replica and score its test part with it.
 
@@ -113,6 +116,7 @@ def operate(
         class_name: the positive class; by default the second of two.
         sensitivity: target, see `choose_threshold`.
         specificity: target.
+        resampling: how the intervals are made.
 
     Raises:
         EvaluationError: no such class, none given for three or more, or an impossible target.
@@ -120,15 +124,8 @@ def operate(
     cohort = predictions.cohort
     index = _positive_class(cohort.class_names, class_name)
     truth = cohort.labels == index
-    _check_targets(sensitivity, specificity)
-    thresholds, unchosen = [], 0
-    for parts, values in zip(predictions.parts, predictions.probabilities[..., index], strict=True):
-        validates = parts == "validation"
-        if truth[validates].any() and not truth[validates].all():
-            thresholds.append(choose_threshold(truth[validates], values[validates], sensitivity, specificity).value)
-        else:
-            thresholds.append(DEFAULT)
-            unchosen += 1
+    check_targets(sensitivity, specificity)
+    thresholds, unchosen = _choose_thresholds(predictions, index, sensitivity, specificity)
     votes = predictions.probabilities[..., index] >= np.array(thresholds)[:, None]  # [R, n]
     tested = predictions.parts == "test"
     was_tested = tested.any(axis=0)
@@ -137,18 +134,79 @@ def operate(
     names = (f"not {cohort.class_names[index]}", cohort.class_names[index])
     scored = np.flatnonzero(was_tested)
     patients = [cohort.patient_ids[row] for row in scored]
-    found = evaluate(truth[scored].astype(np.int64), np.eye(2)[predicted[scored].astype(np.int64)], patients, names)
-    warnings = [*_warn_of_default(unchosen, len(thresholds)), *warn_of_validation(predictions), *found["warnings"]]
-    recalls = [found["classes"][name]["recall"] for name in names]
-    return OperatingPoint(names[1], predicted, tuple(thresholds), recalls[1], recalls[0], tuple(warnings))
+    rates = _rates(truth[scored], predicted[scored], patients, cohort.labels[scored], resampling)
+    warnings = [
+        *_warn_of_default(names[1], unchosen, len(thresholds)),
+        *warn_of_validation(predictions),
+        *few_patients(names, truth[scored].astype(np.int64), patients),
+    ]
+    return OperatingPoint(names[1], predicted, tuple(thresholds), *rates, tuple(warnings))
 
 
-def _warn_of_default(unchosen: int, total: int) -> list[str]:
+def operate_one_vs_rest(
+    predictions: ReplicaPredictions,
+    sensitivity: float | None = None,
+    specificity: float | None = None,
+    resampling: Resampling = USUAL_RESAMPLING,
+) -> list[OperatingPoint]:
+    """The operating point of every class against the others; arguments and errors as in `operate`."""
+    names = predictions.cohort.class_names
+    return [operate(predictions, name, sensitivity, specificity, resampling) for name in names]
+
+
+def check_targets(sensitivity: float | None, specificity: float | None) -> None:
+    """Refuse two targets, or one that is no share.
+
+    Raises:
+        EvaluationError: see above.
+    """
+    given = [target for target in (sensitivity, specificity) if target is not None]
+    if len(given) > 1 or not all(0 < target <= 1 for target in given):
+        raise EvaluationError(
+            f"got sensitivity={sensitivity}, specificity={specificity} → expected one of them, above 0 and at most 1, "
+            f"or none for the highest Youden index → pass sensitivity=0.95, for example"
+        )
+
+
+def _choose_thresholds(
+    predictions: ReplicaPredictions, index: int, sensitivity: float | None, specificity: float | None
+) -> tuple[list[float], int]:
+    """The threshold of every replica from its validation part, and how many had nothing to choose by."""
+    truth = predictions.cohort.labels == index
+    thresholds, unchosen = [], 0
+    for parts, values in zip(predictions.parts, predictions.probabilities[..., index], strict=True):
+        validates = parts == "validation"
+        if truth[validates].any() and not truth[validates].all():
+            thresholds.append(choose_threshold(truth[validates], values[validates], sensitivity, specificity).value)
+        else:
+            thresholds.append(DEFAULT)
+            unchosen += 1
+    return thresholds, unchosen
+
+
+def _rates(
+    truth: BoolArray, predicted: BoolArray, patient_ids: Sequence[str], labels: IntArray, resampling: Resampling
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sensitivity and specificity as {value, low, high}; no interval for a side of fewer than two patients."""
+    sides = np.stack([truth, ~truth], axis=1).astype(np.float64)  # [n, 2]
+    right = sides * (predicted == truth)[:, None]
+
+    def score(weights: FloatArray) -> dict[str, FloatArray]:
+        held, hits = weights @ sides, weights @ right
+        return {"rate": np.divide(hits, held, out=np.full(held.shape, np.nan), where=held > 0)}
+
+    spread = resampling.spread(score, patient_ids, labels)
+    patients = np.array(patient_ids)
+    found = [spread.entry("rate", len(set(patients[sides[:, at] > 0])) >= 2, at) for at in range(2)]
+    return found[0], found[1]
+
+
+def _warn_of_default(class_name: str, unchosen: int, total: int) -> list[str]:
     if not unchosen:
         return []
     return [
-        f"{unchosen} of {total} replicas have no positive or no negative slide to validate on: their threshold is "
-        f"{DEFAULT:g}"
+        f"{unchosen} of {total} replicas validate on no slide of class {class_name!r}, or on no other: their threshold "
+        f"is {DEFAULT:g}"
     ]
 
 
@@ -176,12 +234,3 @@ def _checked(positive: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[BoolArray,
             f"choose the threshold on slides of both"
         )
     return truth.astype(bool), values
-
-
-def _check_targets(sensitivity: float | None, specificity: float | None) -> None:
-    given = [target for target in (sensitivity, specificity) if target is not None]
-    if len(given) > 1 or not all(0 < target <= 1 for target in given):
-        raise EvaluationError(
-            f"got sensitivity={sensitivity}, specificity={specificity} → expected one of them, above 0 and at most 1, "
-            f"or none for the highest Youden index → pass sensitivity=0.95, for example"
-        )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mil.errors import ConfigError, MissingExtraError, did_you_mean, listed
+from mil.targets import HEADLINES
 from mil.training import EpochRecord
 
 TRACKERS = ("wandb", "mlflow", "tensorboard")
@@ -40,6 +41,15 @@ class Tracker(Protocol):
 
 class WandbTracker:
     """A run of Weights & Biases; curves are named ``<replica>/<quantity>`` over ``epoch``."""
+
+    @staticmethod
+    def place(name: str, folder: Path) -> str | None:
+        """Where its latest run lies, and how one that was not sent is."""
+        latest = (folder / "wandb" / "latest-run").resolve()
+        if not latest.is_dir():
+            return None
+        offline = latest.name.startswith("offline-")
+        return f"offline run in {latest}; wandb sync {latest} sends it" if offline else f"sent; its files in {latest}"
 
     def __init__(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
         wandb = _import("wandb")
@@ -69,6 +79,11 @@ class WandbTracker:
 
 class MlflowTracker:
     """A run of MLflow in the experiment ``tessera``."""
+
+    @staticmethod
+    def place(name: str, folder: Path) -> str | None:
+        """The server, or the files, that `MLFLOW_TRACKING_URI` names."""
+        return f"run {name} of experiment tessera in {_import('mlflow').get_tracking_uri()}"
 
     def __init__(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
         mlflow = _import("mlflow")
@@ -103,11 +118,17 @@ class MlflowTracker:
 class TensorboardTracker:
     """Event files in ``<run>.tensorboard`` beside the run folder."""
 
+    @staticmethod
+    def place(name: str, folder: Path) -> str | None:
+        """The folder of the event files."""
+        events = _events(name, folder)
+        return f"event files in {events}; tensorboard --logdir {events} shows them" if events.is_dir() else None
+
     def __init__(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
         _import("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / f"{name}.tensorboard"))
+        self._writer = SummaryWriter(str(_events(name, folder)))
         lines = "\n".join(f"    {key}: {value}" for key, value in _flat(config).items())
         self._writer.add_text("config", lines)
 
@@ -174,7 +195,7 @@ class Tracking:
     def log_metrics(self, metrics: Mapping[str, Any]) -> None:
         """The content of ``metrics.json``: its out-of-fold summary is told."""
         found = metrics["out_of_fold"]
-        values = {key: found[key]["value"] for key in ("macro_f1", "balanced_accuracy", "auroc", "accuracy")}
+        values = {key: found[key]["value"] for key in HEADLINES[metrics["task"]]}
         self._tell("log_metrics", {f"out_of_fold/{key}": value for key, value in values.items() if value is not None})
 
     def log_files(self, folder: Path) -> None:
@@ -205,6 +226,12 @@ class Tracking:
 _KINDS: dict[str, Any] = {"wandb": WandbTracker, "mlflow": MlflowTracker, "tensorboard": TensorboardTracker}
 
 
+def tracker_places(names: Sequence[str], run_folder: Path) -> list[str]:
+    """A line for each tracker of a run that says where it wrote; none for one that wrote nothing there."""
+    found = {each: _KINDS[each].place(run_folder.name, run_folder.parent) for each in dict.fromkeys(names)}
+    return [f"{each}: {place}" for each, place in found.items() if place is not None]
+
+
 _REMEDIES = {
     "wandb": "run wandb login, set WANDB_MODE=offline to send the run later, or leave wandb out of track",
     "mlflow": "check MLFLOW_TRACKING_URI and its server, unset it to write beside the work, or leave mlflow out of "
@@ -228,6 +255,10 @@ def _start(kind: str, name: str, config: Mapping[str, Any], folder: Path) -> Tra
     return tracker
 
 
+def _events(name: str, folder: Path) -> Path:
+    return folder / f"{name}.tensorboard"
+
+
 def _import(package: str) -> Any:
     from importlib import import_module
 
@@ -241,7 +272,7 @@ def _import(package: str) -> Any:
 
 
 def _curves(record: EpochRecord) -> dict[str, float]:
-    names = ("lr", "train_loss", "validation_loss", "validation_balanced_accuracy")
+    names = ("lr", "train_loss", "validation_loss", "validation_score")
     return {name: float(getattr(record, name)) for name in names}
 
 

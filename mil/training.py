@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from aggregators import Aggregator, create_aggregator
 from aggregators.base import Standardize
@@ -22,17 +21,11 @@ from mil.ema import WeightAverage
 from mil.errors import BagError, ConfigError, TrainingDivergedError, listed
 from mil.evaluation import bag_logits, cpu_threads
 from mil.initial import inherit_weights
-from mil.losses import (
-    bag_loss,
-    balanced_class_weights,
-    class_numbers,
-    log_loss,
-    probabilities,
-    weighted_cross_entropy,
-)
-from mil.metrics import balanced_accuracy, confusion
+from mil.losses import class_numbers
 from mil.optim import add_l1_gradient, create_optimizer, learning_rate, set_learning_rate
 from mil.samplers import draw_instances, draw_views, sampled_order, step_packs
+from mil.targets import CLASSIFICATION, MULTI_LABEL
+from mil.tasks import TargetArray, create_task, decode
 from mil.usage import PeakMemory
 
 IntArray = npt.NDArray[np.int64]
@@ -57,15 +50,16 @@ class Replica:
 class EpochRecord:
     """What an epoch did; epochs count from 1, ``lr`` is that of its last step.
 
-    Both losses are the class-weighted cross-entropy alone, whatever loss is minimised, and without what some heads add
-    to it (their auxiliary loss), so that they can be compared.
+    Both losses are the task's first alone (of classes the class-weighted cross-entropy), whatever loss is minimised,
+    and without what some heads add to it (their auxiliary loss), so that they can be compared. The score is balanced
+    accuracy; of labels the mean AUROC, of numbers R², of survival the concordance index.
     """
 
     epoch: int
     lr: float
     train_loss: float
     validation_loss: float
-    validation_balanced_accuracy: float
+    validation_score: float
     seconds: float
 
 
@@ -76,12 +70,14 @@ class TrainedReplica:
     Attributes:
         replica: what was trained.
         head: on the CPU, in evaluation mode, with the weights of the best epoch.
-        probabilities: float64 [n, C], of every bag whatever its part.
+        probabilities: float64 [n, C], of every bag whatever its part; for other targets than classes [n, values], see
+            `mil.tasks.decode`.
         history: one record per epoch that ran.
         best_epoch: epoch of the lowest validation loss.
         seconds: wall time.
         inference_seconds: of it, the final prediction of all bags.
         peak_bytes: most memory while it was trained, see `mil.usage.PeakMemory`; None where that cannot be measured.
+        task: record of the task, see `mil.tasks.Task`.
     """
 
     replica: Replica
@@ -92,6 +88,7 @@ class TrainedReplica:
     seconds: float
     inference_seconds: float
     peak_bytes: int | None
+    task: Mapping[str, Any]
 
     @property
     def parameters(self) -> int:
@@ -120,10 +117,10 @@ class SavedEpoch(Protocol):
 
 def train_replica(
     bags: Bags,
-    labels: IntArray,
+    targets: TargetArray,
     replica: Replica,
     parts: PartArray,
-    n_classes: int,
+    n_outputs: int,
     device: torch.device,
     epoch_done: EpochDone | None = None,
     saved: SavedEpoch | None = None,
@@ -136,10 +133,10 @@ def train_replica(
 
     Args:
         bags: n bags.
-        labels: int64 [n], 0 to C - 1.
+        targets: classes, int64 [n], 0 to C - 1; of other tasks float64 [n, columns], see `mil.cohort.Cohort.targets`.
         replica: fold, seed and hyper-parameters.
         parts: [n], "train", "validation" or "test".
-        n_classes: C.
+        n_outputs: logits per bag, C for classes, see `mil.tasks.count_outputs`.
         device: where to train.
         epoch_done: called after each epoch.
         saved: where to keep the state between epochs; what it holds of an earlier training is gone on from.
@@ -153,7 +150,7 @@ def train_replica(
     """
     started, peak = time.perf_counter(), PeakMemory(device)
     with _own_randomness(replica.seed, device), cpu_threads(_step_elements(bags, replica.config)):
-        loop = _Loop(bags, labels, replica, parts, n_classes, device, patients)
+        loop = _Loop(bags, targets, replica, parts, n_outputs, device, patients)
         history, best = _fit(loop, replica.config, epoch_done, saved)
         loop.head.load_state_dict(best.weights)
         predicting = time.perf_counter()
@@ -161,12 +158,13 @@ def train_replica(
     return TrainedReplica(
         replica=replica,
         head=loop.head.cpu().eval(),
-        probabilities=probabilities(logits).numpy(),
+        probabilities=decode(loop.task.record, logits).numpy(),
         history=tuple(history),
         best_epoch=best.epoch,
         seconds=time.perf_counter() - started,
         inference_seconds=time.perf_counter() - predicting,
         peak_bytes=peak.read(),
+        task=loop.task.record,
     )
 
 
@@ -224,15 +222,15 @@ class _Loop:
     def __init__(
         self,
         bags: Bags,
-        labels: IntArray,
+        targets: TargetArray,
         replica: Replica,
         parts: PartArray,
-        n_classes: int,
+        n_outputs: int,
         device: torch.device,
         patients: Sequence[str] | None,
     ) -> None:
         self.bags, self.replica, self.config, self.device = bags, replica, replica.config, device
-        self.labels, self.n_classes, self.patients = labels, n_classes, patients
+        self.targets, self.n_outputs, self.patients = targets, n_outputs, patients
         self.training = parts == "train"
         self.validation = np.flatnonzero(parts == "validation")
         self.inherited: frozenset[str] = frozenset()
@@ -246,10 +244,7 @@ class _Loop:
         self.draws = torch.Generator().manual_seed(replica.seed)
         self.augmented = bool(enabled(self.config.augment))
         self.feature_scale = bags.moments.mean_std(np.flatnonzero(self.training))[1].to(device)
-        self.class_weights = self._class_weights()
-        # a sampler that balances the classes leaves nothing to be weighed
-        sampled = self.config.sampler == "class_balanced"
-        self.step_weights = (torch.ones(n_classes) if sampled else self.class_weights).to(device)
+        self.task = create_task(self.config, targets, parts, n_outputs, device)
         # halved when a pack does not fit into memory
         self.bags_at_once = self.config.batch_bags
         self.epoch, self.rate = 0, 0.0
@@ -262,7 +257,7 @@ class _Loop:
 
     def _create_head(self) -> Aggregator:
         head = create_aggregator(
-            self.config.head.name, in_dim=self.bags.dim, n_classes=self.n_classes, **self.config.head.keywords
+            self.config.head.name, in_dim=self.bags.dim, n_classes=self.n_outputs, **self.config.head.keywords
         )
         # read even when not needed: it is where features that are not finite are found
         moments = self.bags.moments
@@ -271,11 +266,6 @@ class _Loop:
         if self.config.init is not None:
             self.inherited = inherit_weights(head, self.config)
         return head.to(self.device)
-
-    def _class_weights(self) -> Tensor:
-        if self.config.class_weights == "none":
-            return torch.ones(self.n_classes)
-        return balanced_class_weights(self.labels[self.training], self.n_classes)
 
     def train_epoch(self, epoch: int, validation_losses: Sequence[float]) -> float:
         """One pass over the training bags; returns their mean loss.
@@ -287,7 +277,7 @@ class _Loop:
         self.head.train()
         self.epoch, self.steps = epoch, []
         config, seed = self.config, self.replica.seed
-        order = sampled_order(config.sampler, self.training, self.labels, self.patients, seed, epoch)
+        order = sampled_order(config.sampler, self.training, self.targets, self.patients, seed, epoch)
         steps = step_packs(order, self.training, config.batch_bags, config.accumulate)
         losses: list[Tensor] = []
         with self._first_phase(epoch):
@@ -315,7 +305,7 @@ class _Loop:
     def _step(self, packs: Sequence[IntArray]) -> Tensor:
         """One optimizer step on some packs of training bags, as if they were one.
 
-        Returns [2], means over bags: the cross-entropy, and the sum that is minimised.
+        Returns [2], means over bags: the loss that epochs are compared by, and the sum that is minimised.
         """
         while True:
             self.optimizer.zero_grad(set_to_none=True)
@@ -352,21 +342,22 @@ class _Loop:
         else:
             pack = self.bags.pack(members, rows)
         instances, offsets = pack.instances.to(self.device), pack.offsets.to(self.device)
-        targets = torch.from_numpy(self.labels[members]).to(self.device)
+        targets = self.task.targets(members).to(self.device)
         coords = None if pack.coords is None else pack.coords.to(self.device)
         if self.augmented:
             instances, offsets, targets = self._augment(instances, offsets, targets)
         output = self.head(instances, offsets, coords, self.generator)
-        loss = compared = bag_loss(self.config.loss, output.logits, targets, self.step_weights)
-        if not self.config.loss.is_cross_entropy:
-            compared = weighted_cross_entropy(output.logits.detach(), targets, self.step_weights)
-        total = loss + self.head.auxiliary_loss(output, class_numbers(targets), offsets)
+        losses = self.task.losses(output.logits, targets)
+        total = losses.minimised
+        if self.config.task in (CLASSIFICATION, MULTI_LABEL):
+            own_targets = class_numbers(targets) if self.config.task == CLASSIFICATION else targets
+            total = total + self.head.auxiliary_loss(output, own_targets, offsets)
         total.backward(torch.full_like(total, share))  # type: ignore[no-untyped-call]
-        return torch.stack([compared, total]).detach() * share
+        return torch.stack([losses.compared, total]).detach() * share
 
     def _augment(self, instances: Tensor, offsets: Tensor, targets: Tensor) -> Batch:
-        """The batch as it is trained on, its targets as soft labels [bags, C]."""
-        soft = one_hot(targets, self.n_classes).float()
+        """The batch as it is trained on, its targets as numbers [bags, columns] (of classes soft labels)."""
+        soft = self.task.soft(targets)
         level = strength(self.config.augment, self.epoch, self.config.epochs)
         batch = Batch(instances.float(), offsets.cpu(), soft)
         return augment(batch, self.config.augment, level, self.feature_scale, self.draws)
@@ -431,16 +422,13 @@ class _Loop:
             torch.cuda.set_rng_state(state["torch"][1], self.device)
 
     def validate(self) -> tuple[float, float]:
-        """Class-weighted loss and balanced accuracy of the validation part, from all instances."""
+        """The task's loss and score of the validation part, from all instances."""
         try:
             logits = bag_logits([self.kept_head], self.bags, self.validation, self.device)[0]
         except BagError as error:
             # the features are finite, so it is the weights that are not
             raise self._diverged(self.steps[-1], "validation logits that are not finite") from error
-        labels = self.labels[self.validation]
-        loss = log_loss(logits, torch.from_numpy(labels), self.class_weights)
-        matrix = confusion(labels, logits.argmax(dim=-1).numpy(), self.n_classes)
-        return loss, float(balanced_accuracy(matrix)[0])
+        return self.task.validate(logits, self.validation)
 
 
 def _pieces(members: IntArray, size: int) -> list[IntArray]:

@@ -1,5 +1,8 @@
 """Who a model was trained on, as far as it takes to notice the same slides and patients elsewhere.
 
+Weights may have started from those of an earlier training (``init=``), and these from others: what any of them learned
+from, the last one knows. So the whole line is followed.
+
 An artefact leaves the hospital that trained it, so that it holds salted hashes and no ids. They keep nobody from trying
 out every id of a known form: they are a courtesy, not a secret.
 """
@@ -7,10 +10,11 @@ out every id of a known form: they are a courtesy, not a secret.
 import csv
 import json
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -57,15 +61,33 @@ class TrainingCohort:
         """Whether a patient of this id was among them."""
         return _hash(self.salt, patient_id.strip()) in self.patients
 
-    def to_json(self) -> bytes:
-        """The content of ``training_cohort.json``."""
-        plain = {"salt": self.salt, "slides": sorted(self.slides), "patients": sorted(self.patients)}
-        return json.dumps(plain, indent=1).encode()
+    def to_plain(self) -> dict[str, Any]:
+        """As values for JSON."""
+        return {"salt": self.salt, "slides": sorted(self.slides), "patients": sorted(self.patients)}
 
     @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> "TrainingCohort":
-        """From the content of ``training_cohort.json``."""
+    def from_plain(cls, plain: Mapping[str, Any]) -> "TrainingCohort":
+        """From the values of `to_plain`."""
         return cls(plain["salt"], frozenset(plain["slides"]), frozenset(plain["patients"]))
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Whom the weights of a model may know: its own training cohort, and those of the trainings that it grew from.
+
+    Attributes:
+        cohorts: its own, then that of the checkpoint that it started from, and so on.
+        unknown: checkpoints of this line about whose training nothing can be known any more.
+    """
+
+    cohorts: tuple[TrainingCohort, ...]
+    unknown: tuple[str, ...] = ()
+
+    def to_json(self) -> bytes:
+        """The content of ``training_cohort.json``; checkpoints by their file name alone."""
+        own, *earlier = (cohort.to_plain() for cohort in self.cohorts)
+        names = [PurePath(each).name for each in self.unknown]
+        return json.dumps(own | {"earlier": earlier, "unknown": names}, indent=1).encode()
 
 
 def read_training_cohort(run_folder: Path) -> TrainingCohort:
@@ -85,6 +107,82 @@ def read_training_cohort(run_folder: Path) -> TrainingCohort:
         ) from error
     salt = sha256(repr(pairs).encode(errors="surrogateescape")).hexdigest()[:_DIGITS]
     return TrainingCohort.of((slide for slide, _ in pairs), (patient for _, patient in pairs), salt)
+
+
+def read_lineage(folder: Path) -> Lineage:
+    """Whom a run, or a packed model, and every training that its weights grew from learned of.
+
+    A packed model says so itself. Of a run, the records of its checkpoints name the checkpoint that it started from,
+    beside which lies the next record, until one is gone or was replaced.
+
+    Raises:
+        RunError: the first record cannot be read.
+    """
+    return _follow(folder.resolve(), ())
+
+
+def _follow(folder: Path, later: tuple[Path, ...]) -> Lineage:
+    """The lineage of a folder that ``later`` ones grew from."""
+    if (folder / COHORT).is_file():
+        return _packed_lineage(folder)
+    own = read_training_cohort(folder)
+    start = _start_of(folder)
+    if start is None:
+        return Lineage((own,))
+    before = start.resolve().parent.parent
+    if before in (folder, *later) or _is_newer(before, folder):
+        return Lineage((own,), (str(start),))
+    try:
+        earlier = _follow(before, (folder, *later))
+    except RunError:
+        return Lineage((own,), (str(start),))
+    return Lineage((own, *earlier.cohorts), earlier.unknown)
+
+
+def _packed_lineage(folder: Path) -> Lineage:
+    path = folder / COHORT
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        cohorts = [TrainingCohort.from_plain(each) for each in (plain, *plain.get("earlier", ()))]
+        unknown = tuple(plain.get("unknown", ()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"got {path}, which cannot be read ({type(error).__name__} {error}) → it tells which slides and patients "
+            f"were trained on → copy the model again"
+        ) from error
+    # before this was recorded, the name of the checkpoint was all that a model kept of it
+    start = None if "earlier" in plain else _start_of(folder)
+    return Lineage(tuple(cohorts), unknown if start is None else (str(start),))
+
+
+def _start_of(folder: Path) -> Path | None:
+    """The checkpoint that the weights of a run started from; the same for all of its replicas."""
+    records = sorted((folder / "checkpoints").glob("*.json"))
+    if not records:
+        return None
+    try:
+        start = json.loads(records[0].read_text(encoding="utf-8"))["config"].get("init")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"got {records[0]}, which cannot be read ({type(error).__name__} {error}) → it tells which weights were "
+            f"started from → bring it back from a copy of the run"
+        ) from error
+    return None if start is None else Path(start)
+
+
+def _is_newer(folder: Path, other: Path) -> bool:
+    """Whether one run was made after the other, so that the other cannot have grown from it."""
+    mine, theirs = _made(folder), _made(other)
+    return mine is not None and theirs is not None and mine > theirs
+
+
+def _made(folder: Path) -> datetime | None:
+    for name, key in (("metrics.json", "created"), ("model.json", "trained")):
+        try:
+            return datetime.fromisoformat(json.loads((folder / name).read_text(encoding="utf-8"))[key])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def overlap(

@@ -62,21 +62,21 @@ class UnfinishedTraining:
     def __init__(self, folder: Path, key: str) -> None:
         self._folder = folder / key[:16]
 
-    def load(self, replica: Replica, bags: Bags, n_classes: int) -> TrainedReplica | None:
+    def load(self, replica: Replica, bags: Bags, n_outputs: int) -> TrainedReplica | None:
         """A replica that was finished before, or None."""
         content = _read(self._path(replica, "replica"))
         if content is None:
             return None
         facts = content["facts"]
         head = replica.config.head
-        trained = create_aggregator(head.name, in_dim=bags.dim, n_classes=n_classes, **head.keywords)
+        trained = create_aggregator(head.name, in_dim=bags.dim, n_classes=n_outputs, **head.keywords)
         trained.load_state_dict(content["head"])
         history = tuple(EpochRecord(**record) for record in content["history"])
         return TrainedReplica(replica, trained.eval(), content["probabilities"].numpy(), history, **facts)
 
     def keep(self, trained: TrainedReplica) -> None:
         """Write a finished replica down; its saved epoch is no longer needed."""
-        names = ("best_epoch", "seconds", "inference_seconds", "peak_bytes")
+        names = ("best_epoch", "seconds", "inference_seconds", "peak_bytes", "task")
         content = {
             "head": trained.head.state_dict(),
             "probabilities": torch.from_numpy(trained.probabilities),

@@ -18,9 +18,11 @@ from benchmarks import (
     bench_first_end,
     bench_reading,
     bench_runtimes,
+    bench_statistics,
     bench_store,
     bench_training,
     classic_mil,
+    extras_cost,
     glas_quality,
     many_replicas,
     mnist_bags,
@@ -327,3 +329,30 @@ def test_quality_on_a_stored_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rows = bench_training.main([*arguments, "--seeds", "1", "--out", str(tmp_path / "r.csv")])
     assert [row.metric.split(":")[0] for row in rows] == ["common recipe", "ours"]
     assert all(row.median > 0.7 for row in rows)
+
+
+def test_statistics_are_those_of_scikit_learn_and_are_timed(tmp_path: Path) -> None:
+    sizes = ["--patients", "60", "--report-patients", "24", "--replicates", "20", "--looped", "5", "--folds", "2"]
+    bench_statistics.main([*sizes, "--seeds", "1", "--repeats", "1", "--out", str(tmp_path / "r.csv")])
+    medians = {row["metric"]: float(row["median"]) for row in rows_of(tmp_path / "r.csv")}
+    apart = [value for metric, value in medians.items() if metric.startswith("largest difference")]
+    assert len(apart) == 4
+    assert max(apart) < 1e-9
+    assert medians["20 resamples: tessera, times faster"] > 0
+    assert medians["report: page, SVG and PNG figures"] > 0
+    assert {"2000 resamples: calibration", "2000 resamples: abstention"} <= set(medians)
+
+
+def test_every_extra_is_timed_beside_the_bare_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extras_cost, "EXTRAS", {name: extras_cost.EXTRAS[name] for name in ("noise", "lookahead")})
+    rows = extras_cost.compare(CohortSize(20, 20, 60, 8), epochs=2, repeats=2)
+    metrics = {row.metric: row for row in rows}
+    assert metrics["all off: time of the bare loop"].median > 0
+    assert {"noise: time of all off", "lookahead: time of all off"} <= set(metrics)
+    assert all(row.n == 2 for row in rows)
+
+
+def test_every_extra_is_another_configuration_than_the_plain_one() -> None:
+    plain = extras_cost._config(5, {})
+    for name, options in extras_cost.EXTRAS.items():
+        assert extras_cost._config(5, options) != plain, name

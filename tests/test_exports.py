@@ -57,6 +57,7 @@ EXPORTS = {
         "pack",
         "predict",
         "read_cohort",
+        "score_runs",
         "sweep",
         "train",
         "write_report",

@@ -142,6 +142,18 @@ def test_each_tier_learns_from_its_own_loss_where_asked_for(distillation):
     assert reached == first_tier
 
 
+@pytest.mark.parametrize("n_classes", [1, 2, 3])
+@pytest.mark.parametrize("official", [False, True])
+@every_distillation
+def test_one_bag_in_operations_of_any_size_is_what_many_bags_give(distillation, official, n_classes):
+    """Of bags with fewer instances than pseudo-bags, than selected ones, and with more."""
+    head = _head(n_classes, distillation=distillation, official=official, pseudo_bags=4)
+    for count in (1, 2, 3, 5, 9, 18):
+        output, (logits, attention) = head(_bags()[:count]), head.one_bag(_bags()[:count])
+        torch.testing.assert_close(logits, output.logits)
+        torch.testing.assert_close(attention, output.attention)
+
+
 @every_distillation
 def test_training_draws_new_pseudo_bags_within_each_bag(distillation):
     head, bags = _head(distillation=distillation), _bags()

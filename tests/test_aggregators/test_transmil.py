@@ -163,6 +163,22 @@ def test_attention_is_what_the_class_token_gathers_where_it_is_exact():
     torch.testing.assert_close(head(bag).attention.flatten(), weights / weights.sum())
 
 
+@pytest.mark.parametrize("keywords", [{}, {"landmarks": 8, "norm": "instance"}, {"landmarks": 64, "norm": "batch"}])
+def test_one_bag_in_operations_of_any_size_is_what_many_bags_give(keywords):
+    """Of bags with fewer tokens than landmarks, as many, and more."""
+    head = _head(**keywords).double()
+    for count in (1, 2, 3, 4, 5, 7, 9, 10, 30, 63, 64, 65, 100):
+        bag = torch.randn(count, 5, dtype=torch.float64)
+        output, (logits, attention) = head(bag), head.one_bag(bag)
+        torch.testing.assert_close(logits, output.logits, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(attention, output.attention, rtol=1e-9, atol=1e-9)
+
+
+def test_one_bag_of_any_size_does_not_pad_as_the_published_code():
+    with pytest.raises(HeadConfigError, match=r"got official '0\.0\.14'"):
+        _head(official=True).one_bag(torch.randn(5, 5))
+
+
 def test_the_order_of_instances_matters():
     head, bag = _head(), torch.randn(12, 5)
     assert (head(bag).logits - head(bag.flip(0)).logits).abs().max() > 1e-4

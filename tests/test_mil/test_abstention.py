@@ -82,3 +82,53 @@ def test_the_area_is_the_same_on_slides_counted_twice():
     labels, probabilities = heads(20)
     twice = risk_coverage(np.r_[labels, labels], np.r_[probabilities, probabilities])
     assert twice.area == pytest.approx(risk_coverage(labels, probabilities).area)
+
+
+def test_accuracy_at_every_coverage_is_that_of_a_plain_loop():
+    labels, probabilities = heads(90, digits=1)
+    patients = [f"p{at // 2}" for at in range(90)]
+    shares = (1.0, 0.9, 0.35)
+    found = evaluate_abstention(labels, probabilities, patients, "abc", replicates=200, coverages=shares)["coverages"]
+    sure, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    for share, row in zip(shares, found, strict=True):
+        # the highest confidence that enough slides reach
+        least = max(cut for cut in sure if (sure >= cut).mean() >= share)
+        held = sure >= least
+        assert (row["asked"], row["confidence"], row["n_slides"]) == (share, least, held.sum())
+        assert row["coverage"] == pytest.approx(held.mean())
+        assert row["accuracy"]["value"] == pytest.approx(right[held].mean())
+        assert row["accuracy"]["low"] <= row["accuracy"]["value"] <= row["accuracy"]["high"]
+    assert found[0]["accuracy"]["low"] < found[0]["accuracy"]["high"]
+    assert found[2]["n_slides"] < 90
+
+
+def test_nine_tenths_of_ten_slides_are_nine():
+    probabilities = np.array([[0.5 + at / 30, 0.5 - at / 30] for at in range(1, 11)])
+    patients = [f"p{at}" for at in range(10)]
+    # 3 x 0.1 is more than 0.3
+    shares = [min(0.1 * at, 1) for at in range(1, 11)]
+    found = evaluate_abstention(np.zeros(10, int), probabilities, patients, "ab", replicates=5, coverages=shares)
+    assert [row["n_slides"] for row in found["coverages"]] == list(range(1, 11))
+    with pytest.raises(EvaluationError, match="got the coverages 90"):
+        evaluate_abstention(np.zeros(10, int), probabilities, patients, "ab", coverages=[90])
+
+
+def test_one_patient_alone_gives_no_interval():
+    labels, probabilities = heads(12)
+    surest = int(probabilities.max(axis=1).argmax())
+    patients = [f"p{at}" for at in range(12)]
+    probabilities[surest] = [0.98, 0.01, 0.01]
+    (row,) = evaluate_abstention(labels, probabilities, patients, "abc", replicates=20, coverages=[0.05])["coverages"]
+    assert row["n_slides"] == 1
+    assert row["accuracy"]["low"] is None
+
+
+def test_bca_and_strata_move_the_interval_only():
+    labels, probabilities = heads(90)
+    given = (labels, probabilities, [f"p{at // 2}" for at in range(90)], "abc")
+    usual = evaluate_abstention(*given, replicates=300)
+    for how in ({"interval": "bca"}, {"stratified": True}):
+        other = evaluate_abstention(*given, replicates=300, **how)
+        assert other["curve"] == usual["curve"]
+        assert other["area"]["value"] == usual["area"]["value"]
+        assert other["area"] != usual["area"]

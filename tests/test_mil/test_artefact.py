@@ -12,18 +12,19 @@ import pytest
 import torch
 
 from extract.store import fingerprint
-from mil.artefact import Artefact, read_artefact
+from mil.answering import abstention_of, choose_coverage
+from mil.artefact import Artefact, read_artefact, refuse_artefact
 from mil.config import TrainConfig
 from mil.crossval import train
 from mil.errors import CheckpointError, MilError, RunError
 from mil.files import write_csv
 from mil.inference import predict
 from mil.model import load_model
-from mil.packing import abstention_of, choose_coverage, pack
+from mil.packing import pack
 from mil.run import Run
 from mil.saved_run import read_predictions
 from mil.temperature import apply_temperature, fit_temperature, scale_temperatures
-from mil.training_cohort import TrainingCohort, overlap, read_training_cohort
+from mil.training_cohort import TrainingCohort, overlap, read_lineage, read_training_cohort
 from tests.test_mil.small import FEATURES, MemoryStore, make_cohort, make_store
 
 COHORT = make_cohort(18)
@@ -250,6 +251,11 @@ def test_what_is_in_the_way_or_absent_is_named(run: Run, artefact: Artefact, tmp
         pack(tmp_path / "nowhere", tmp_path / "model")
     with pytest.raises(RunError, match="mil pack wrote"):
         read_artefact(tmp_path)
+    with pytest.raises(RunError, match=r"a model that mil pack wrote.*expected the --out folder"):
+        pack(artefact.folder, tmp_path / "model")
+    with pytest.raises(RunError, match="expected what I need"):
+        refuse_artefact(artefact.folder, "what I need")
+    refuse_artefact(run.folder)
     (tmp_path / "model.json").write_text('{"format": 99}')
     with pytest.raises(CheckpointError, match="format 99"):
         read_artefact(tmp_path)
@@ -274,7 +280,7 @@ def test_nothing_answered_has_no_accuracy() -> None:
 
 
 def test_the_training_cohort_knows_its_own_and_no_others(run: Run, artefact: Artefact) -> None:
-    for known in (read_training_cohort(run.folder), artefact.training_cohort()):
+    for known in (read_training_cohort(run.folder), *read_lineage(artefact.folder).cohorts):
         slides, patients = overlap([known], ["x/SLIDE 03.svs", "slide 99"], ["p3", "p99"])
         assert slides.tolist() == patients.tolist() == [True, False]
     salted = [TrainingCohort.of(["a"], ["p"], salt) for salt in ("1", "2")]

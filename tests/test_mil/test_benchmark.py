@@ -1,7 +1,10 @@
 """The benchmark: cells, baselines, verdicts, resume, page."""
 
+import base64
 import csv
+import hashlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from typer.testing import CliRunner
 
 from mil import benchmarking as module
-from mil import cli
+from mil import cli, early
 from mil.bags import open_bags
 from mil.baselines import run_baselines
 from mil.benchmarking import BenchmarkProgress, benchmark, compose_benchmark, head_title
@@ -229,7 +232,7 @@ def test_several_features_share_slides(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["heads=[abml]"], r"abml.*did you mean 'abmil'"),
-        (["heads=[mean,{name: abmil, gatd: true}]"], r"gatd.*did you mean 'gated'"),
+        (["heads=[mean,{name: abmil, gatd: true}]"], r"gatd.*did you mean 'head.gated'"),
         (["heads=[{gated: true}]"], r"expected a name"),
         (["heads=[abmil,abmil]"], r"abmil twice"),
         (["heads=[]"], r"heads=\[\].*expected a list"),
@@ -292,6 +295,25 @@ def test_the_page_escapes_and_needs_no_network(board: Board, tmp_path: Path) -> 
     assert "default-src 'none'" in text
 
 
+def test_the_page_holds_the_one_script_that_its_policy_admits(board: Board, tmp_path: Path) -> None:
+    write_page(tmp_path / "page.html", board)
+    text = (tmp_path / "page.html").read_text()
+    (script,) = re.findall(r"<script>(.*?)</script>", text, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text
+    assert "aria-sort" in script
+
+
+def test_one_seed_has_no_spread(board: Board, tmp_path: Path) -> None:
+    row = next(row for row in board.rows if row.name == "max")
+    one = Entrant("max", row.entry, "head", np.full((len(COHORT), 2), 0.5), (0.4333,))
+    assert score(one, None, COHORT).seed_low is None
+    assert score(replace(one, seed_scores=(0.4333, 0.5)), None, COHORT).seed_low == 0.4333
+    write_page(tmp_path / "page.html", replace(board, rows=(replace(row, seed_low=None, seed_high=None),)))
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", (tmp_path / "page.html").read_text(), flags=re.DOTALL)
+    assert cells[7] == "–"
+
+
 def test_synthetic_slides_are_said_to_be(tmp_path: Path, board: Board) -> None:
     page = tmp_path / "page.html"
     write_page(page, replace(board, synthetic=True))
@@ -313,7 +335,8 @@ def test_the_command(store: MemoryStore, tmp_path: Path, monkeypatch: pytest.Mon
         for s, p, c in zip(COHORT.slide_ids, COHORT.patient_ids, COHORT.labels, strict=True)
     ]
     labels.write_text("slide_id,patient_id,subtype\n" + "\n".join(lines) + "\n")
-    monkeypatch.setattr(module, "open_store", lambda path: store)
+    for where in (module, early):
+        monkeypatch.setattr(where, "open_store", lambda path: store)
     arguments = ["benchmark", "--store", "cohort.zarr", "--labels", str(labels), "--target", "subtype"]
     arguments += ["--out", str(tmp_path / "b"), "heads=[max]", "folds=2", "seeds=1", "epochs=2", "device=cpu"]
     result = CliRunner().invoke(cli.app, arguments)

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from mil.bootstrap import (
+    Resampling,
     Spread,
     bca_interval,
     patient_bootstrap,
@@ -136,3 +137,22 @@ def test_one_stratum_is_no_strata():
 def test_an_unknown_interval_is_refused():
     with pytest.raises(EvaluationError, match=r"'bac'.*did you mean 'bca'"):
         Spread.of(lambda w: {"x": w.sum(axis=1)}, ["a", "b"], 5, interval="bac")
+
+
+def test_a_resampling_is_the_spread_of_its_settings():
+    values, patients = skewed()
+    labels = (np.arange(40) % 2).astype(np.int64)
+    for how in (Resampling(50, 1, 0.8, "bca"), Resampling(50, 1, 0.8, stratified=True)):
+        found = how.spread(mean_and_spread(values), patients, labels)
+        strata = labels if how.stratified else None
+        expected = Spread.of(mean_and_spread(values), patients, 50, 1, 0.8, how.interval, strata)
+        assert found.entry("variance") == expected.entry("variance")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"replicates": 0}, "replicates=0"), ({"confidence": 95}, "confidence=95"), ({"interval": "bcs"}, "did you mean")],
+)
+def test_an_impossible_resampling_is_refused(settings, message):
+    with pytest.raises(EvaluationError, match=message):
+        Resampling(**settings)

@@ -123,3 +123,16 @@ def test_what_are_no_probabilities_is_refused():
         expected_calibration_error(labels, probabilities, bins=0)
     with pytest.raises(EvaluationError, match="one row per slide"):
         brier(labels[:3], probabilities)
+
+
+def test_bca_and_strata_move_the_intervals_only():
+    labels, probabilities = calibrated(240, sharpness=2)
+    given = (labels, probabilities, [f"p{at // 2}" for at in range(240)], "abc")
+    usual = evaluate_calibration(*given, replicates=300)
+    for how in ({"interval": "bca"}, {"stratified": True}):
+        other = evaluate_calibration(*given, replicates=300, **how)
+        assert other["ece"] == usual["ece"]
+        for name in ("brier", "nll"):
+            assert other[name]["value"] == usual[name]["value"]
+            assert (other[name]["low"], other[name]["high"]) != (usual[name]["low"], usual[name]["high"])
+            assert other[name]["low"] < other[name]["value"] < other[name]["high"]

@@ -173,6 +173,34 @@ def test_train_again_from_its_config_gives_the_same_predictions(
     assert (tmp_path / "a" / "oof.csv").read_bytes() == (tmp_path / "b" / "oof.csv").read_bytes()
 
 
+def test_what_a_sweep_chose_is_not_judged_on_its_own_cohort_unwarned(
+    mil: Mil, cohort: Path, store: Path, tmp_path: Path
+) -> None:
+    from mil.config import compose_config
+    from mil.sweep_config import CHOSEN
+
+    values = {"store": str(store), "labels": str(cohort / "labels.csv"), "target": "subtype"}
+    text = compose_config(["head=mean", *FAST[1:]], values=values).to_yaml()
+    (tmp_path / "best.yaml").write_text(f"# The best.\n# {CHOSEN}\n{text}", encoding="utf-8")
+    chosen = mil("train", "--config", tmp_path / "best.yaml", "--out", tmp_path / "a")
+    assert chosen.code == 0, chosen.err
+    assert chosen.says("warning: a sweep chose these settings")
+    new = ("--labels", cohort / "labels.csv")
+    assert not mil("train", "--config", tmp_path / "best.yaml", *new, "--out", tmp_path / "b").says("a sweep chose")
+
+
+def test_trackers_say_where_they_wrote(mil: Mil, cohort: Path, store: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    settings = ("--store", store, "--labels", cohort / "labels.csv", "--target", "subtype", "--out", tmp_path / "run")
+    result = mil("train", *settings, "head=mean", "track=[tensorboard]", *FAST[1:])
+    assert result.code == 0, result.err
+    assert result.says(f"tensorboard: event files in {tmp_path / 'run.tensorboard'}")
+
+
+def test_the_help_of_train_says_that_it_goes_on(mil: Mil) -> None:
+    assert mil("train", "--help").says("A training that was stopped goes on")
+
+
 def test_train_does_not_overwrite_a_run_unless_told(mil: Mil, cohort: Path, store: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("keep")
@@ -255,7 +283,7 @@ def test_an_impossible_magnification_or_store_is_an_error(mil: Mil, cohort: Path
     inside = mil("extract", cohort / "slides", "--store", tmp_path / "file" / "s.zarr")
     assert zero.code == inside.code == 2
     assert zero.says("magnification 0", "→")
-    assert inside.says("error:", "cannot be made", "--store")
+    assert inside.says("error:", "cannot be written", "--store")
 
 
 def test_predict_refuses_features_of_another_recipe(mil: Mil, cohort: Path, store: Path, tmp_path: Path) -> None:

@@ -145,6 +145,26 @@ def test_the_submission(mil: Mil, home: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "s.csv").exists()
 
 
+def test_a_submission_has_a_label_where_the_model_abstains_and_names_the_slide(
+    mil: Mil, home: Path, tmp_path: Path
+) -> None:
+    assert mil("pack", home / "mean", "--out", tmp_path / "model", "--abstain-below", "1.0").code == 0
+    arguments = ("predict", "--run", tmp_path / "model", "--store", home / "c.zarr", "--out", tmp_path / "s.csv")
+    found = mil(*arguments, "--format", "submission")
+    assert found.code == 0, found.text
+    assert len(rows_of(tmp_path / "s.csv")) == N
+    assert f"abstained from {N} slides, of confidence below 1.000: s0, s1" in found.text
+    assert "A submission has a label for every slide" in found.text
+    assert "A submission" not in mil(*arguments).text
+
+
+def test_an_external_cohort_of_one_class_is_warned_of(mil: Mil, home: Path, tmp_path: Path) -> None:
+    arguments = ("evaluate", "--run", home / "mean", "--store", home / "c.zarr", "--target", "kind", "--class", "x")
+    found = mil(*arguments, "--labels", home / "labels.csv", "--overlap", "mark", "--out", tmp_path / "out")
+    assert found.code == 0, found.text
+    assert "warning: all 4 slides are of class 'x'" in found.text
+
+
 def test_evaluate_refuses_the_training_cohort_and_marks_it_loudly(mil: Mil, home: Path, tmp_path: Path) -> None:
     arguments = ("evaluate", "--run", home / "mean", "--store", home / "c.zarr", "--target", "kind")
     arguments += ("--labels", home / "labels.csv", "--out", tmp_path / "out")
@@ -169,7 +189,21 @@ def test_an_ensemble_is_made_and_predicts(mil: Mil, home: Path, tmp_path: Path) 
     slides = mil("predict", "--run", tmp_path / "both", home / "slides", "--out", tmp_path / "q.csv")
     assert slides.code == 0, slides.text
     assert rows_of(tmp_path / "q.csv") == rows_of(tmp_path / "p.csv")
-    assert "expected a run" in mil("pack", tmp_path / "both", "--out", tmp_path / "model").text
+
+
+def test_a_packed_ensemble_predicts_slides_and_the_store_alike(mil: Mil, home: Path, tmp_path: Path) -> None:
+    assert mil("ensemble", home / "abmil", home / "mean", "--out", tmp_path / "both").code == 0
+    packed = mil("pack", tmp_path / "both", "--out", tmp_path / "model", "--coverage", "0.5")
+    assert packed.code == 0, packed.text
+    assert "1-abmil (abmil, tiny)" in packed.text
+    assert "4 replicas" in packed.text
+    predict = ("predict", "--run", tmp_path / "model", "--device", "cpu", "--out")
+    stored = mil(*predict, tmp_path / "p.csv", "--store", home / "c.zarr")
+    assert stored.code == 0, stored.text
+    straight = mil(*predict, tmp_path / "q.csv", home / "slides")
+    assert straight.code == 0, straight.text
+    assert rows_of(tmp_path / "q.csv") == rows_of(tmp_path / "p.csv")
+    assert "abstained" in rows_of(tmp_path / "p.csv")[0]
 
 
 def test_wrong_input_ends_with_2_and_says_why(

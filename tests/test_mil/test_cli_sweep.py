@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from mil import cli
+from mil import cli, early
 from mil import sweeping as module
 from mil.config import compose_config
 from mil.errors import ConfigError
+from mil.sweep_config import cautions_of
 from mil.trials import SweepProgress
 from tests.test_mil.small import make_cohort, make_store
 
@@ -21,7 +22,8 @@ SHARED = ["folds=2", "seeds=2", "epochs=2", "device=cpu"]
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The command up to what is swept, on a store in memory."""
     store = make_store(COHORT)
-    monkeypatch.setattr(module, "open_store", lambda path: store)
+    for where in (module, early):
+        monkeypatch.setattr(where, "open_store", lambda path: store)
     monkeypatch.setenv("COLUMNS", "120")
     rows = zip(COHORT.slide_ids, COHORT.patient_ids, COHORT.labels, strict=True)
     lines = [f"{slide},{patient},{COHORT.class_names[label]}" for slide, patient, label in rows]
@@ -44,6 +46,8 @@ def test_a_sweep_is_told_and_runs_again_from_its_config(arguments: list[str], tm
         assert words in text
     assert (tmp_path / "s" / "sweep.html").is_file()
     assert compose_config([], tmp_path / "s" / "best.yaml").target == "subtype"
+    assert cautions_of(tmp_path / "s" / "best.yaml")
+    assert cautions_of(tmp_path / "s" / "config.yaml") == []
     again = ["sweep", "--config", str(tmp_path / "s" / "config.yaml"), "--out", str(tmp_path / "t")]
     result = CliRunner().invoke(cli.app, again)
     assert result.exit_code == 0, result.output

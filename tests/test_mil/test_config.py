@@ -17,7 +17,7 @@ from mil.config import (
     take_overrides,
 )
 from mil.errors import ConfigError
-from mil.recipes import LOSSES, OPTIMIZERS, RECIPES, SCHEDULERS
+from mil.recipes import OPTIMIZERS, RECIPES, SCHEDULERS, TASK_LOSSES
 
 
 def test_nothing_given_is_the_defaults() -> None:
@@ -34,7 +34,7 @@ def test_nothing_given_is_the_defaults() -> None:
         ["optimizer.betas=[0.8,0.99]", "accumulate=2", "ema=0.9", "init=a.safetensors", "freeze_epochs=2", "l1=1e-4"],
         *[
             [f"optimizer={a}", f"scheduler={b}", f"loss={c}"]
-            for a, b, c in zip(OPTIMIZERS, cycle(SCHEDULERS), cycle(LOSSES))
+            for a, b, c in zip(OPTIMIZERS, cycle(SCHEDULERS), cycle(TASK_LOSSES["classification"]))
         ],
         ["recipe=strong"],
         ["recipe=clam_official"],
@@ -94,13 +94,13 @@ def test_widths_are_a_list_of_whole_numbers_that_may_repeat() -> None:
 @pytest.mark.parametrize(
     ("override", "names"),
     [
-        ("epoch=3", ["epoch", "did you mean 'epochs'", "patience"]),
+        ("epoch=3", ["one of epochs, ", "did you mean 'epochs'", "… (mil config show lists all)"]),
         ("lr=0.1", ["did you mean optimizer.lr"]),
         ("head.dropot=0.1", ["did you mean 'head.dropout'"]),
-        ("head=abml", ["head=abml", "did you mean 'abmil'", "head=mean"]),
-        ("optimizer=adm", ["did you mean 'adam'", "optimizer=lion"]),
+        ("head=abml", ["head=abml → expected one of head=abmil, ", "did you mean 'abmil'", "--options lists all"]),
+        ("optimizer=adm", ["did you mean 'adam'", "optimizer=adamw"]),
         ("optimizer=lookahed_lion", ["did you mean 'lookahead_lion'"]),
-        ("optimizer.momentum=0.9", ["optimizer.momentum", "optimizer.betas"]),
+        ("optimizer.momentum=0.9", ["optimizer.momentum for optimizer=adamw", "a key of", "sgd", "optimizer.betas"]),
         ("optimizer.betas=[0.9,1]", ["optimizer.betas=1.0", "below 1"]),
         ("optimizer.betas=[0.9]", ["2 values", "[0.9,0.9]"]),
         ("optimizer.betas=0.9", ["a list"]),
@@ -108,8 +108,8 @@ def test_widths_are_a_list_of_whole_numbers_that_may_repeat() -> None:
         ("scheduler=cosin", ["did you mean 'cosine'"]),
         ("scheduler.factor=0.1", ["scheduler.factor", "scheduler.warmup_fraction"]),
         ("scheduler.warmup_fraction=1", ["below 1"]),
-        ("loss=focl", ["did you mean 'focal'", "loss=ordinal"]),
-        ("loss.gamma=1", ["loss.gamma", "loss.label_smoothing"]),
+        ("loss=focl", ["did you mean 'focal'", "expected one of loss=focal, "]),
+        ("loss.gamma=1", ["loss.gamma", "a key of focal → take loss=focal", "loss.label_smoothing"]),
         ("loss.label_smoothing=1", ["below 1"]),
         ("sampler=class_balance", ["did you mean 'class_balanced'", "sampler=natural"]),
         ("accumulate=0", ["at least 1"]),
@@ -157,6 +157,33 @@ def test_a_wrong_override_says_what_is_wrong_and_what_is_right(override: str, na
         compose_config([override])
     assert all(name in str(caught.value) for name in names), caught.value
     assert str(caught.value).count("→") == 2
+
+
+def test_an_unknown_key_names_its_neighbours_and_no_others() -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose_config(["epoch=3"])
+    assert str(caught.value).partition(" → did you")[0].count(", ") == 8
+
+
+def test_a_key_of_other_heads_says_whose_it_is() -> None:
+    wrong = (["head=mean", "head.gated=true"], ["head=max", "head.mask_top=1"], ["head=mean", "head.gatd=true"])
+    expected = (
+        "got the unknown key head.gated for head=mean → a key of abmil, clam_mb, clam_sb → take head=abmil, or a key "
+        "of mean: head.embed_dim, head.dropout, head.input_norm",
+        "got the unknown key head.mask_top for head=max → a key of acmil → take head=acmil, or a key of max: "
+        "head.embed_dim, head.dropout, head.input_norm",
+        "got the unknown key head.gatd → expected one of head.",
+    )
+    for overrides, start in zip(wrong, expected, strict=True):
+        with pytest.raises(ConfigError) as caught:
+            compose_config(overrides)
+        assert str(caught.value).startswith(start), caught.value
+    with pytest.raises(ConfigError, match=r"unknown key optimizer.momentum for optimizer=adamw → a key of .*sgd"):
+        OptimizerConfig(momentum=0.9)
+
+
+def test_null_stands_for_the_default_of_an_option() -> None:
+    assert compose_config(["optimizer.lr=null"]) == compose_config()
 
 
 @pytest.mark.parametrize(
@@ -217,7 +244,7 @@ def test_the_keys_of_an_option_go_with_it(tmp_path: Path) -> None:
     assert compose_config([], file).optimizer == OptimizerConfig("sgd", lr=0.3, momentum=0.5)
     assert compose_config(["optimizer=lion"], file).optimizer == OptimizerConfig("lion")
     assert compose_config(["loss.gamma=3"], file).loss == LossConfig("focal", gamma=3.0)
-    with pytest.raises(ConfigError, match=r"key of adamw optimizer\.momentum"):
+    with pytest.raises(ConfigError, match=r"unknown key optimizer\.momentum for optimizer=adamw"):
         OptimizerConfig(momentum=0.9)
     with pytest.raises(ConfigError, match=r"scheduler\.patience=-1"):
         SchedulerConfig("plateau", patience=-1)

@@ -6,7 +6,17 @@ import pytest
 from rich.console import Console
 
 from mil import console as shown
-from mil.console import ExtractionProgress, LiveCount, plain_reason, print_metrics, print_table
+from mil.console import (
+    ExtractionProgress,
+    LiveCount,
+    interval_text,
+    plain_reason,
+    print_metrics,
+    print_table,
+    say_start,
+    shortened,
+    stacked_interval,
+)
 
 
 def plain() -> Console:
@@ -93,6 +103,33 @@ def test_metrics_show_a_dash_where_nothing_can_be_claimed() -> None:
     console = plain()
     print_metrics(console, "title", evaluation)
     rows = {line.split("  ")[0].strip(): line.split() for line in text(console).splitlines() if line.strip()}
-    assert rows["macro-F1"][1:] == ["0.500", "[0.250", "0.750]"]
+    assert rows["macro-F1"][1:] == ["0.500", "[0.250,", "0.750]"]
     assert rows["AUROC"][1:] == ["–", "–"]
     assert rows["HER2(+)"][1:] == ["4", "1", "3", "3", "3", "3", "0.50", "0.50"]
+
+
+def test_an_estimate_has_one_notation() -> None:
+    known, unknown = {"value": 0.5, "low": -0.25, "high": 0.75}, {"value": None, "low": None, "high": None}
+    assert interval_text(known) == "0.500 [-0.250, 0.750]"
+    assert interval_text(known, "+.2f") == "+0.50 [-0.25, +0.75]"
+    assert stacked_interval(known) == "0.500\n[-0.250, 0.750]"
+    assert interval_text(unknown) == stacked_interval(unknown) == "–"
+    assert stacked_interval({"value": 3.0, "low": None, "high": None}, ".0f") == "3"
+
+
+def test_long_lists_of_names_are_cut() -> None:
+    assert shortened(["a", "b", "c", "d"]) == "a, b, c, d"
+    assert shortened(list("abcdef")) == "a, b, c, d, and 2 more"
+    assert shortened([]) == ""
+
+
+def test_only_a_terminal_hears_of_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say_start("loading")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(shown, "Console", lambda stderr: Console(stderr=stderr, force_terminal=True))
+    say_start("loading")
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "loading ..." in printed.err

@@ -85,13 +85,13 @@ def test_what_is_saved_comes_back_and_is_a_look(runs: list[Path], tmp_path: Path
 
 
 def test_new_slides_are_predicted_by_every_member(runs: list[Path], tmp_path: Path) -> None:
-    folder = make_ensemble(runs).save(tmp_path / "both")
+    members = read_ensemble(make_ensemble(runs).save(tmp_path / "both"))
     values = {runs[0]: np.array([[0.8, 0.2]]), runs[1]: np.array([[0.2, 0.8]])}
-    ids, mean = over_members(folder, lambda run: (("new",), values[run]))
+    ids, mean = over_members(*members, lambda run: (("new",), values[run]))
     assert ids == ("new",)
     np.testing.assert_allclose(mean, [[0.5, 0.5]])
     with pytest.raises(RunError, match="other slides"):
-        over_members(folder, lambda run: ((run.name,), values[run]))
+        over_members(*members, lambda run: ((run.name,), values[run]))
 
 
 def test_what_is_no_ensemble_is_refused(runs: list[Path], tmp_path: Path) -> None:
@@ -101,6 +101,10 @@ def test_what_is_no_ensemble_is_refused(runs: list[Path], tmp_path: Path) -> Non
         make_ensemble([runs[0], runs[0]])
     with pytest.raises(RunError, match=r"oof\.csv cannot be read"):
         make_ensemble([runs[0], tmp_path])
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "model.json").touch()
+    with pytest.raises(RunError, match="averaged before they are packed"):
+        make_ensemble([runs[0], tmp_path / "packed"])
     smaller = make_cohort(12)
     other = train(make_store(smaller), smaller, head="mean", folds=2, seeds=1, epochs=1, device="cpu")
     other.save(tmp_path / "other")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from mil import statistics
 from mil.crossval import train
 from mil.ensemble import make_ensemble
 from mil.errors import CheckpointError, CohortError, RunError
-from mil.external import evaluate_external
+from mil.external import ExternalEvaluation, evaluate_external
 from mil.inference import predict
 from mil.packing import pack
 from tests.test_mil.small import FEATURES, MemoryStore, make_cohort, make_features, make_store
@@ -200,3 +201,27 @@ def test_a_class_of_one_patient_or_of_none_can_be_evaluated(run: Path, external:
     found = evaluate_external(run, external, write_labels(tmp_path / "b.csv", alone), "truth", device="cpu")
     assert found.metrics["external"]["auroc"]["value"] is None
     assert any("has no slides" in text for text in found.metrics["external"]["warnings"])
+    assert "all 12 slides are of class 'Luminal A'" in found.metrics["warnings"][0]
+    assert not any("are of class" in text for text in evaluate_both(run, external, tmp_path).metrics["warnings"])
+
+
+def evaluate_both(run: Path, external: MemoryStore, folder: Path) -> ExternalEvaluation:
+    return evaluate_external(run, external, write_labels(folder / "c.csv", rows_of(external)), "truth", device="cpu")
+
+
+def test_what_the_weights_started_from_counts_too(run: Path, external: MemoryStore, tmp_path: Path) -> None:
+    cohort = replace(COHORT, slide_ids=tuple(f"b {at}" for at in range(36)), patient_ids=tuple("abcdefghi" * 4))
+    labels = np.array(["abcdefghi".index(who) % 2 for who in cohort.patient_ids], dtype=np.int64)
+    cohort = replace(cohort, labels=labels)
+    store = MemoryStore(dict(zip(cohort.slide_ids, make_features(36, labels), strict=True)))
+    start = shutil.copytree(run, tmp_path / "start") / "checkpoints" / "fold0-seed0.safetensors"
+    head = {"name": "abmil", "embed_dim": 8, "attention_dim": 4}
+    later = train(store, cohort, head=head, init=str(start), **OPTIONS | {"folds": 2}).save(tmp_path / "later").folder
+    rows = [("slide 03" if name == "ext 00" else name, who, label) for name, who, label in rows_of(external)]
+    slides = {"slide 03" if name == "ext 00" else name: bag for name, bag in external.slides.items()}
+    table, known = write_labels(tmp_path / "l.csv", rows), replace(external, slides=slides)
+    with pytest.raises(RunError, match="got 1 of 12 slides that the model was trained on"):
+        evaluate_external(later, known, table, "truth", device="cpu")
+    shutil.rmtree(tmp_path / "start")
+    found = evaluate_external(later, known, table, "truth", device="cpu")
+    assert "the weights grew from" in found.metrics["warnings"][0]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mil.files import probability_text, put_in_place, write_atomically, write_csv, write_json
+from mil.errors import RunError
+from mil.files import probability_text, put_in_place, require_writable, write_atomically, write_csv, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,3 +52,21 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_older_one(
         put_in_place(tmp_path / "absent", tmp_path / "old")
     assert (tmp_path / "old" / "a").read_text() == "1"
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_place_that_takes_no_files_is_told_and_one_that_does_is_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_writable(tmp_path / "a" / "b", "run folder b")
+    assert list(tmp_path.iterdir()) == []
+
+    def denied(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", denied)
+    with pytest.raises(RunError) as caught:
+        require_writable(tmp_path / "a" / "b", "store c.zarr", "--store")
+    assert str(caught.value) == (
+        f"got store c.zarr → {tmp_path} cannot be written (Permission denied) → make it writable, or give another "
+        f"folder with --store"
+    )

@@ -6,15 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from aggregators import Aggregator, BagOutput
 from extract.backbones import Backbone
 from extract.errors import BackboneError
 from extract.pipeline import run_extraction
 from extract.store import FeatureRecipe, TileRecipe, open_store
+from mil.bags import Bags
 from mil.cohort import read_cohort
 from mil.crossval import train
 from mil.ensemble import make_ensemble
 from mil.errors import BagError, CheckpointError, RunError
+from mil.evaluation import fitting_packs
 from mil.inference import NO_TILE, predict
 from mil.run import Run
 from tests.test_extract.small import TILES, tiny_backbone, write_slide
@@ -55,8 +59,6 @@ def test_some_replicas_and_some_slides(run: Run, store: MemoryStore) -> None:
 
 
 def test_attention_is_the_mean_over_replicas_tile_by_tile(run: Run, store: MemoryStore) -> None:
-    import torch
-
     slides = ["slide 05", "slide 01", "slide 02"]
     attention = predict(run.folder, store, slide_ids=slides, device="cpu", attention=True).attention
     assert list(attention) == slides
@@ -308,3 +310,49 @@ def test_imported_features_cannot_be_made_from_slides(store: MemoryStore, tmp_pa
 def test_slides_and_an_entry_contradict_each_other(run: Run, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="leave entry and slide_ids out"):
         predict(run.folder, tmp_path / "n.zarr", "tiny", device="cpu", slides=tmp_path)
+
+
+class _Hungry(Aggregator):
+    """The mean of a bag; runs out of memory above some instances at once."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(in_dim=2, n_classes=2)
+        self.most = most
+        self.asked: list[int] = []
+
+    def aggregate(self, instances, segments, coords, generator):
+        self.asked.append(len(instances))
+        if len(instances) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        means = torch.stack([bag.mean(0) for bag in segments.split(instances)])
+        return BagOutput(means, means, None, None, {})
+
+
+def said(head: Aggregator, bags: Bags, bound: int) -> list[list[float]]:
+    packs = fitting_packs([head], bags, np.arange(len(bags)), torch.device("cpu"), bound)
+    return torch.cat([outputs[0].logits for _, outputs in packs]).tolist()
+
+
+SIZES = (7, 1, 4, 4, 9, 2, 2, 5)
+
+
+@pytest.fixture
+def bags() -> Bags:
+    rng = np.random.default_rng(0)
+    matrices = [rng.normal(size=(size, 2)).astype(np.float32) for size in SIZES]
+    return Bags([f"s{at}" for at in range(len(SIZES))], matrices)
+
+
+def test_packs_that_memory_does_not_hold_are_halved(bags: Bags) -> None:
+    expected = said(_Hungry(1000), bags, 1000)
+    head = _Hungry(10)
+    with pytest.warns(UserWarning, match="too little memory for 34 tiles of 8 slides at once"):
+        found = said(head, bags, 1000)
+    assert found == expected
+    # 34 do not fit, nor do 17 (16 of them); from 8 on, and slides of their own, all do
+    assert head.asked == [34, 16, 8, 8, 9, 4, 5]
+
+
+def test_a_slide_that_memory_does_not_hold_alone_is_named(bags: Bags) -> None:
+    with pytest.warns(UserWarning, match="half as many"), pytest.raises(BagError, match="slide 's4' alone, of 9 tiles"):
+        said(_Hungry(8), bags, 1000)

@@ -27,12 +27,13 @@ from mil.losses import (
     squared_error,
     weighted_cross_entropy,
 )
-from mil.recipes import LOSSES
+from mil.recipes import TASK_LOSSES
 
 LOGITS = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 TARGETS = torch.tensor([0, 0, 0, 1, 2, 2])
 WEIGHTS = torch.tensor([0.5, 2.0, 1.25], dtype=torch.float64)
-every_loss = pytest.mark.parametrize("config", [LossConfig(name) for name in LOSSES], ids=list(LOSSES))
+CLASS_LOSSES = TASK_LOSSES["classification"]
+every_loss = pytest.mark.parametrize("config", [LossConfig(name) for name in CLASS_LOSSES], ids=CLASS_LOSSES)
 
 
 def test_balanced_weights_are_scikit_learns() -> None:

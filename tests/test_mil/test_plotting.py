@@ -1,8 +1,10 @@
 """Figures: the numbers are where they belong, names stay text, the user's settings stay theirs."""
 
+import io
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
-from mil import plotting
+from mil import curve_figures, plotting
 from mil.errors import MissingExtraError
 from mil.plotting import ForestRow
 
@@ -122,6 +125,42 @@ def test_note_is_printed_below_the_figure() -> None:
     assert "synthetic data" in texts(noted)
     heights = [float(ElementTree.fromstring(svg).get("height").removesuffix("pt")) for svg in (plain, noted)]
     assert heights[1] - heights[0] == pytest.approx(plotting.NOTE_PX * plotting.POINTS_PER_PX, abs=0.01)
+
+
+def test_png_is_the_same_picture_at_200_dots_per_inch_and_holds_no_date(tmp_path: Path) -> None:
+    figure = plotting.forest_plot(ROWS)
+    plain = plotting.to_png(figure)
+    noted = plotting.to_png(figure, note="synthetic data")
+    assert plotting.to_png(figure) == plain, "a note is not left behind"
+    assert plotting.to_png(plotting.forest_plot(ROWS)) == plain
+    sizes = [Image.open(io.BytesIO(content)).size for content in (plain, noted)]
+    assert sizes[0] == pytest.approx([200 * side for side in figure.get_size_inches()], abs=1)
+    assert sizes[1][1] - sizes[0][1] == pytest.approx(200 * plotting.NOTE_PX / 96, abs=1)
+    assert set(Image.open(io.BytesIO(plain)).info) == {"dpi"}
+    svg = plotting.write_figure(tmp_path, "forest", figure)
+    assert (tmp_path / "forest.svg").read_bytes() == svg == plotting.to_svg(figure).encode()
+    assert (tmp_path / "forest.png").read_bytes() == plain
+
+
+def test_a_note_is_printed_once_in_every_format() -> None:
+    figure = plotting.forest_plot(ROWS)
+    plotting.to_png(figure, note="synthetic data")
+    assert texts(plotting.to_svg(figure, note="synthetic data")).count("synthetic data") == 1
+    assert "synthetic data" not in texts(plotting.to_svg(figure))
+
+
+def test_several_curves_are_named_and_told_apart() -> None:
+    steps = [{"coverage": 0.5, "accuracy": 1.0}, {"coverage": 1.0, "accuracy": 0.8}]
+    alone = curve_figures.abstention_plot({"": steps})
+    (curve, random) = alone.axes[0].lines
+    assert curve.get_xdata().tolist() == [0.0, 0.5, 1.0]
+    assert curve.get_ydata().tolist() == [1.0, 1.0, 0.8]
+    assert list(random.get_ydata()) == [0.8, 0.8], "abstaining at random keeps the accuracy of all"
+    names = [f"_{at} $x$" for at in range(9)]
+    figure = curve_figures.abstention_plot(dict.fromkeys(names, steps))
+    styles = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
+    assert len(styles) == len(figure.axes[0].lines) == 9
+    assert set(names) <= {text.strip() for text in texts(plotting.to_svg(figure))}
 
 
 def test_without_matplotlib_the_install_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

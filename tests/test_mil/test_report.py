@@ -10,15 +10,18 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mil.calibration import evaluate_calibration
 from mil.crossval import train
 from mil.errors import MissingExtraError, RunError
 from mil.report import write_report
 from mil.statistics import evaluate
+from mil.thresholds import operate_one_vs_rest
 from tests.test_mil.small import make_cohort, make_store
 
 SUBTYPES = ("HER2(+)", "Luminal A", "Luminal B", "Triple negative")
@@ -73,7 +76,7 @@ def make_run(
                 writer.writerow([fold, seed, ids[k], patients[k], split])
     with (folder / "history.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        names = "replica fold seed epoch lr train_loss validation_loss validation_balanced_accuracy seconds"
+        names = "replica fold seed epoch lr train_loss validation_loss validation_score seconds"
         writer.writerow(names.split())
         for fold, seed in replicas:
             falling = 1.4 * np.exp(-np.arange(epochs) / 12) + 0.05 * rng.random(epochs)
@@ -122,6 +125,18 @@ def make_run(
     return folder
 
 
+@pytest.fixture
+def pictures() -> None:
+    """For tests that look at PNG files."""
+
+
+@pytest.fixture(autouse=True)
+def _fewer_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PNG files take half of a report's time, and most tests look at none."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("mil.plotting.to_png", lambda *_: b"")
+
+
 class Page(HTMLParser):
     """The tags of a page with their attributes, and its text outside style and script."""
 
@@ -148,11 +163,16 @@ class Page(HTMLParser):
         return [attributes[name] or "" for _, attributes in self.tags if name in attributes]
 
 
-def test_page_shows_all_of_the_run(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run")
-    path = write_report(folder)
-    assert path == folder / "report.html"
-    text = Page(path).text
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the usual run, pictures included; not to be written again."""
+    return write_report(make_run(tmp_path_factory.mktemp("reported") / "run"))
+
+
+def test_page_shows_all_of_the_run(report: Path) -> None:
+    folder = report.parent
+    assert report == folder / "report.html"
+    text = Page(report).text
     document = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     for key in ("macro_f1", "balanced_accuracy", "auroc", "accuracy"):
         value, low, high = document["out_of_fold"][key].values()
@@ -166,21 +186,27 @@ def test_page_shows_all_of_the_run(tmp_path: Path) -> None:
         assert expected in text
     assert document["warnings"][0] in text
     assert "without a slide in the store 2 site/lost_1, site/lost_2" in text
-    assert (folder / "config.yaml").read_text(encoding="utf-8") in Page(path).words
+    assert (folder / "config.yaml").read_text(encoding="utf-8") in Page(report).words
     with (folder / "oof.csv").open(encoding="utf-8", newline="") as file:
         assert all(row["slide_id"] in text for row in csv.DictReader(file))
 
 
-def test_figures_are_embedded_and_saved(tmp_path: Path) -> None:
-    path = write_report(make_run(tmp_path / "run", folds=3, seeds=2))
+def test_figures_are_embedded_and_saved(report: Path) -> None:
     prefix = "data:image/svg+xml;base64,"
-    embedded = {base64.b64decode(source.removeprefix(prefix)) for source in Page(path).attributes("src")}
-    saved = {file.name: file.read_bytes() for file in (path.parent / "figures").iterdir()}
-    assert embedded == set(saved.values())
-    curves = {f"learning-fold{fold}-seed{seed}.svg" for fold in range(3) for seed in range(2)}
-    spread = {f"spread-{metric}.svg" for metric in ("macro_f1", "balanced_accuracy", "auroc")}
-    found = {f"{kind}-{at}.svg" for kind in ("roc", "precision-recall") for at in range(4)} | {"reliability.svg"}
-    assert set(saved) == {"metrics.svg", "classes.svg", "confusion.svg"} | curves | spread | found
+    embedded = {base64.b64decode(source.removeprefix(prefix)) for source in Page(report).attributes("src")}
+    saved = {file.name: file.read_bytes() for file in (report.parent / "figures").iterdir()}
+    assert embedded == {content for name, content in saved.items() if name.endswith(".svg")}
+    curves = {f"learning-fold{fold}-seed{seed}" for fold in range(3) for seed in range(2)}
+    spread = {f"spread-{metric}" for metric in ("macro_f1", "balanced_accuracy", "auroc")}
+    found = {f"{kind}-{at}" for kind in ("roc", "precision-recall") for at in range(4)} | {"reliability", "abstention"}
+    names = {"metrics", "classes", "confusion"} | curves | spread | found
+    assert set(saved) == {f"{name}.{kind}" for name in names for kind in ("svg", "png")}
+    for name in names:
+        picture = Image.open(io.BytesIO(saved[f"{name}.png"]))
+        drawn = ElementTree.fromstring(saved[f"{name}.svg"])
+        size_pt = [float(drawn.get(side).removesuffix("pt")) for side in ("width", "height")]
+        assert picture.size == pytest.approx([200 / 72 * side for side in size_pt], abs=1)
+        assert picture.info["dpi"] == pytest.approx((200, 200), abs=0.1)
 
 
 def test_page_asks_the_network_for_nothing(tmp_path: Path) -> None:
@@ -191,7 +217,7 @@ def test_page_asks_the_network_for_nothing(tmp_path: Path) -> None:
     assert all(value.startswith("#") for value in page.attributes("href"))
     assert "url(" not in source
     assert "@import" not in source
-    for figure in (path.parent / "figures").iterdir():
+    for figure in (path.parent / "figures").glob("*.svg"):
         svg = figure.read_text(encoding="utf-8")
         assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', svg))
         assert "@import" not in svg
@@ -243,14 +269,13 @@ def test_nothing_undefined_is_shown_as_nan(tmp_path: Path) -> None:
     page = Page(write_report(folder))
     assert not re.search(r"\b(nan|none|null|undefined|inf)\b", page.text.split("Settings The")[0], re.IGNORECASE)
     assert "AUROC – –" in page.text
-    for figure in (folder / "figures").iterdir():
+    for figure in (folder / "figures").glob("*.svg"):
         assert "nan" not in figure.read_text(encoding="utf-8")
 
 
-def test_errors_are_marked_one_by_one(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run")
-    page = Page(write_report(folder))
-    with (folder / "oof.csv").open(encoding="utf-8", newline="") as file:
+def test_errors_are_marked_one_by_one(report: Path) -> None:
+    page = Page(report)
+    with (report.parent / "oof.csv").open(encoding="utf-8", newline="") as file:
         wrong = [row["predicted"] != row["target"] for row in csv.DictReader(file)]
     rows = [
         attributes.get("class") == "error"
@@ -263,13 +288,18 @@ def test_errors_are_marked_one_by_one(tmp_path: Path) -> None:
     assert f"{sum(wrong)} of {len(wrong)} slides are predicted wrong" in page.text
 
 
-def test_synthetic_is_said_on_the_page_and_in_every_figure(tmp_path: Path) -> None:
+def test_synthetic_is_said_on_the_page_and_in_every_figure(pictures: None, tmp_path: Path) -> None:
     assert "synthetic" not in Page(write_report(make_run(tmp_path / "real"))).text.lower()
     folder = make_run(tmp_path / "run", synthetic=True)
     page = Page(write_report(folder))
     assert "SYNTHETIC DATA" in page.text
     assert "Synthetic data: subtype by abmil" in page.text
-    assert all("synthetic data" in file.read_text(encoding="utf-8") for file in (folder / "figures").iterdir())
+    figures = folder / "figures"
+    assert all("synthetic data" in file.read_text(encoding="utf-8") for file in figures.glob("*.svg"))
+    for file in figures.glob("*.png"):
+        # a strip of 16 CSS pixels below
+        plain = Image.open(tmp_path / "real" / "figures" / file.name)
+        assert Image.open(file).height - plain.height == pytest.approx(16 / 96 * 200, abs=1)
 
 
 def test_classes_absent_from_a_fold_and_repeated_looks_are_pointed_out(tmp_path: Path) -> None:
@@ -294,10 +324,52 @@ def test_thumbnails_are_small_and_may_be_missing(tmp_path: Path) -> None:
     assert picture.size == (37, 112)
 
 
-def test_same_run_same_bytes(tmp_path: Path) -> None:
+def test_same_run_same_bytes(pictures: None, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
-    assert write_report(folder).read_bytes() == write_report(folder).read_bytes()
+    pages = [write_report(folder).read_bytes()]
+    before = {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
+    pages.append(write_report(folder).read_bytes())
+    assert pages[0] == pages[1]
+    assert {path.name: path.read_bytes() for path in (folder / "figures").iterdir()} == before
     assert not list(folder.rglob("*.partial"))
+
+
+def test_calibration_comes_from_the_metrics_or_is_made_for_older_runs(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    with (folder / "oof.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    labels = [SUBTYPES.index(row["target"]) for row in rows]
+    probabilities = np.array([[float(row[f"p_{name}"]) for name in SUBTYPES] for row in rows])
+    found = evaluate_calibration(labels, probabilities, [row["patient_id"] for row in rows], SUBTYPES)
+    expected = f"Expected calibration error {found['ece']:.3f}"
+    assert expected in Page(write_report(folder)).text
+    document = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    document["calibration"] = found | {"ece": 0.777}
+    (folder / "metrics.json").write_text(json.dumps(document), encoding="utf-8")
+    assert "Expected calibration error 0.777" in Page(write_report(folder)).text
+
+
+def test_operating_points_are_those_of_the_validation_parts(tmp_path: Path) -> None:
+    cohort = make_cohort(18)
+    options = {"epochs": 2, "device": "cpu"}
+    run = train(make_store(cohort), cohort, head="mean", folds=3, seeds=2, **options).save(tmp_path / "run")
+    text = Page(write_report(run.folder)).text
+    for point in operate_one_vs_rest(run.predictions):
+        found, held = point.sensitivity, point.thresholds
+        expected = f"{point.class_name} {min(held):.3f} to {max(held):.3f} {found['value']:.3f}"
+        assert f"{expected} [{found['low']:.3f}, {found['high']:.3f}]" in text
+    settings = (run.folder / "config.yaml").read_text(encoding="utf-8")
+    (run.folder / "config.yaml").write_text(f"{settings}\nof_another_version: 1\n", encoding="utf-8")
+    assert "Operating points" not in Page(write_report(run.folder)).text
+
+
+def test_abstention_is_shown_at_every_coverage(report: Path) -> None:
+    text = Page(report).text
+    (rows,) = re.findall(r"Confidence from Accuracy (100 % .*?) Learning curves", text)
+    found = re.findall(r"(\d+) % (\d+) 0\.\d{3} 0\.\d{3} \[", rows)
+    assert [int(share) for share, _ in found] == [100, 90, 80, 70, 60, 50]
+    # 24 slides, all of different confidence
+    assert [int(slides) for _, slides in found] == [24, 22, 20, 17, 15, 12]
 
 
 def test_reads_what_training_writes(tmp_path: Path) -> None:

@@ -179,13 +179,21 @@ def test_bad_sites_are_refused_by_name(split):
 def test_impossible_folds_are_refused():
     cohort, sites = large_cohort()
     for folds in (1, 21):
-        with pytest.raises(SplitError, match=f"got folds={folds} for the "):
+        with pytest.raises(SplitError, match=rf"got folds={folds} for \d+ sites, "):
             site_preserved_splits(cohort, sites, folds)
     alone = replace(cohort, labels=np.array([int(site == "s0") for site in sites]), class_names=("a", "b"))
     with pytest.raises(SplitError, match=r"class 'b' \(sites 's0'\) cannot stay"):
         site_preserved_splits(alone, sites, 3)
     with pytest.raises(SplitError, match="class 'b' at too few patients outside site 's0'"):
         leave_one_site_out(alone, sites)
+
+
+def test_one_site_cannot_be_left_out():
+    cohort, _ = large_cohort()
+    with pytest.raises(SplitError, match=r"got the one site 'here' for all slides → .*split=kfold"):
+        leave_one_site_out(cohort, ["here"] * len(cohort))
+    with pytest.raises(SplitError, match=r"got folds=2 for 1 site, 'here' → "):
+        site_preserved_splits(cohort, ["here"] * len(cohort), 2)
 
 
 @pytest.mark.parametrize(

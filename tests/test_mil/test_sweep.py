@@ -527,6 +527,9 @@ def test_the_page_stands_alone_and_says_what_the_figures_judge(
     assert "SYNTHETIC DATA" in page
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
     assert "default-src 'none'" in page
+    assert f"{len(listed.splits.seeds)} seeds each" in page
+    one = replace(listed.splits, codes=listed.splits.codes[:, :1], seeds=(0,))
+    assert "folds, 1 seed each" in " ".join(write_sweep_page(tmp_path, replace(found, splits=one)).read_text().split())
     assert PROCEDURE in page.replace("&#39;", "'")
     value = listed.metrics["out_of_fold"]["auroc"]["value"]
     assert f"<td>{value:.3f}</td>" in page

@@ -1,6 +1,6 @@
 """Thresholds reach their targets on the slides they are chosen by, and see validation parts only."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_curve
 
+from mil.bootstrap import Resampling
 from mil.errors import EvaluationError
 from mil.statistics import evaluate
-from mil.thresholds import choose_threshold, one_vs_rest_thresholds, operate
+from mil.thresholds import choose_threshold, one_vs_rest_thresholds, operate, operate_one_vs_rest
 from tests.test_mil.test_temperature import replicas
 
 SLIDES = st.lists(st.tuples(st.booleans(), st.integers(0, 12)), min_size=2, max_size=40).filter(
@@ -110,7 +111,7 @@ def test_a_validation_part_of_one_class_leaves_the_default():
     parts[0, (parts[0] == "validation") & (predictions.cohort.labels == 1)] = "train"
     point = operate(replace(predictions, parts=parts))
     assert point.thresholds[0] == 0.5
-    assert any(text.startswith("1 of 6 replicas have no positive") for text in point.warnings)
+    assert any(text.startswith("1 of 6 replicas validate on no slide of class 'triple-") for text in point.warnings)
     assert any("fewer than 5 patients" in text for text in point.warnings)
 
 
@@ -124,6 +125,45 @@ def test_the_positive_class_is_named():
     three = replace(predictions, cohort=replace(predictions.cohort, class_names=("a", "b", "c")))
     with pytest.raises(EvaluationError, match="positive class None"):
         operate(three)
+
+
+def test_rates_and_intervals_are_those_of_the_recalls():
+    predictions = replicas()
+    cohort = predictions.cohort
+    for how in (Resampling(300), Resampling(300, 1, 0.8, "bca"), Resampling(300, stratified=True)):
+        point = operate(predictions, sensitivity=0.9, resampling=how)
+        said = np.eye(2)[point.predicted.astype(int)]
+        found = evaluate(cohort.labels, said, cohort.patient_ids, cohort.class_names, **asdict(how))["classes"]
+        assert point.sensitivity == pytest.approx(found["triple-negative"]["recall"])
+        assert point.specificity == pytest.approx(found["Luminal A"]["recall"])
+
+
+def test_a_side_of_one_patient_has_no_interval():
+    predictions = replicas()
+    first = np.array([patient == "p1" for patient in predictions.cohort.patient_ids])
+    labels = np.where(first, 1, 0)
+    point = operate(replace(predictions, cohort=replace(predictions.cohort, labels=labels)))
+    assert point.sensitivity["low"] is None
+    assert point.specificity["low"] is not None
+    assert any("'triple-negative' has 1 patient" in text for text in point.warnings)
+
+
+def test_every_class_has_its_operating_point():
+    predictions = replicas()
+    names = ("a", "b", "c")
+    rng = np.random.default_rng(1)
+    labels = np.arange(len(predictions.cohort)) // 2 % 3
+    probabilities = rng.dirichlet(np.ones(3), predictions.parts.shape)
+    three = replace(
+        predictions,
+        cohort=replace(predictions.cohort, labels=labels, class_names=names),
+        probabilities=probabilities,
+    )
+    points = operate_one_vs_rest(three, specificity=0.8)
+    assert [point.class_name for point in points] == list(names)
+    for point in points:
+        alone = operate(three, point.class_name, specificity=0.8)
+        assert (point.thresholds, point.specificity) == (alone.thresholds, alone.specificity)
 
 
 @pytest.mark.parametrize(

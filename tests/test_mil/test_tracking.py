@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 
 from mil.errors import ConfigError, MissingExtraError
-from mil.tracking import TRACKERS, Tracking, WandbTracker
+from mil.tracking import TRACKERS, Tracking, WandbTracker, tracker_places
 from mil.training import EpochRecord
 
 RECORDS = [EpochRecord(epoch, 0.01 / epoch, 1.0 / epoch, 1.1 / epoch, 0.5, 0.1) for epoch in (1, 2, 3)]
 CONFIG = {"head": {"name": "abmil", "dropout": 0.5}, "folds": 3, "target": "subtype"}
 METRICS = {
+    "task": "classification",
     "out_of_fold": {
         name: {"value": value}
         for name, value in (("macro_f1", 0.7), ("balanced_accuracy", 0.6), ("auroc", None), ("accuracy", 0.8))
-    }
+    },
 }
 
 
@@ -47,6 +48,9 @@ def test_tensorboard_holds_curves_figures_and_settings(tmp_path: Path) -> None:
 
     _track(["tensorboard"], tmp_path)
     (folder,) = (tmp_path / "track").iterdir()
+    (line,) = tracker_places(["tensorboard"], tmp_path / "track" / "abmil on subtype")
+    assert line.startswith(f"tensorboard: event files in {folder}; ")
+    assert tracker_places(["tensorboard"], tmp_path / "track" / "another") == []
     events = EventAccumulator(str(folder))
     events.Reload()
     losses = [event.value for event in events.Scalars("fold0-seed0/train_loss")]
@@ -72,6 +76,8 @@ def test_mlflow_holds_parameters_curves_and_files(tmp_path: Path, monkeypatch: p
     assert [point.value for point in history] == [record.validation_loss for record in RECORDS]
     files = {item.path for item in client.list_artifacts(run.info.run_id)}
     assert files == {"metrics.json", "report.html"}
+    (line,) = tracker_places(["mlflow"], tmp_path / "run")
+    assert line == f"mlflow: run run of experiment tessera in {(tmp_path / 'mlruns').as_uri()}"
 
 
 def test_wandb_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +87,8 @@ def test_wandb_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "c"))
     _track(["wandb"], tmp_path)
     (run,) = (tmp_path / "track" / "wandb").glob("offline-run-*")
+    (line,) = tracker_places(["wandb"], tmp_path / "track" / "run")
+    assert line == f"wandb: offline run in {run}; wandb sync {run} sends it"
     (log,) = run.glob("*.wandb")
     # a process of its own writes it, and may lag behind on a busy machine
     deadline, wanted = time.monotonic() + 60, (b"fold0-seed0/train_loss", b"out_of_fold/macro_f1", b"dropout")

@@ -17,7 +17,7 @@ from mil.errors import BagError, CheckpointError, ConfigError, TrainingDivergedE
 from mil.evaluation import bag_logits
 from mil.losses import balanced_class_weights, log_loss, probabilities
 from mil.packing import pack
-from mil.recipes import LOSSES, OPTIMIZERS, RECIPES, SCHEDULERS
+from mil.recipes import OPTIMIZERS, RECIPES, SCHEDULERS, TASK_LOSSES
 from mil.samplers import draw_views
 from mil.training import Replica, TrainedReplica, train_replica
 from tests.test_mil.small import DIM, fast_config, make_cohort, make_features, make_store
@@ -255,7 +255,7 @@ def test_every_optimizer_trains_under_every_schedule(optimizer: str, scheduler: 
 
 
 @pytest.mark.parametrize("sampler", ["natural", "class_balanced", "patient_balanced"])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", TASK_LOSSES["classification"])
 def test_every_loss_and_sampler_learns(loss: str, sampler: str) -> None:
     config = fast_config("epochs=15", f"loss={loss}", f"sampler={sampler}", "instance_dropout=0.2", "ema=0.9")
     trained = train_replica(_bags(), LABELS, Replica(0, 0, config), MIXED, 2, CPU, patients=PATIENTS)

@@ -1,0 +1,73 @@
+"""What a finished training scored out of fold, by the kind of its target; the content of ``metrics.json``."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mil import statistics
+from mil.metrics import auroc, balanced_accuracy, confusion, macro_f1
+from mil.multi_label import evaluate_multi_label
+from mil.multi_label import score as score_labels
+from mil.regression import evaluate_regression
+from mil.regression import score as score_numbers
+from mil.run import ReplicaPredictions
+from mil.survival import by_patient, concordance, evaluate_survival
+from mil.targets import MULTI_LABEL, REGRESSION
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def evaluate_out_of_fold(predictions: ReplicaPredictions) -> dict[str, Any]:
+    """Every metric of the test parts with its interval, see `mil.statistics.evaluate` and its likes of other tasks."""
+    cohort, said = predictions.tested()
+    patients, values = cohort.patient_ids, cohort.values
+    if values is None:
+        return statistics.evaluate(cohort.labels, said, patients, cohort.class_names)
+    if cohort.task == MULTI_LABEL:
+        return evaluate_multi_label(values, said, patients, cohort.columns)
+    if cohort.task == REGRESSION:
+        return evaluate_regression(values, said, patients, cohort.columns)
+    folds, warnings = _testing_folds(predictions)
+    found = evaluate_survival(values, said[:, 0], patients, folds)
+    return found | {"warnings": [*found["warnings"], *warnings]}
+
+
+def score_replica(predictions: ReplicaPredictions, at: int) -> dict[str, float | None]:
+    """The metrics of one replica on its test part; None where one is undefined."""
+    test = predictions.parts[at] == "test"
+    cohort, said = predictions.cohort.subset(np.flatnonzero(test)), predictions.probabilities[at][test]
+    if cohort.values is None:
+        matrix = confusion(cohort.labels, said.argmax(axis=1), len(cohort.class_names))
+        found = {
+            "macro_f1": macro_f1(matrix)[0],
+            "balanced_accuracy": balanced_accuracy(matrix)[0],
+            "auroc": auroc(cohort.labels, said)[0],
+        }
+    elif cohort.task == MULTI_LABEL:
+        scores = score_labels(cohort.values, said)
+        found = {"macro_auroc": _mean(scores["auroc"]), "macro_f1": _mean(scores["f1"])}
+    elif cohort.task == REGRESSION:
+        scores = score_numbers(cohort.values, said)
+        found = {name: _mean(scores[name]) for name in ("r2", "pearson", "mae")}
+    else:
+        who = by_patient(cohort.values, said[:, 0], cohort.patient_ids)
+        found = {"concordance": concordance(who.times, who.events, who.risks)[0]}
+    return {name: None if math.isnan(value) else float(value) for name, value in found.items()}
+
+
+def _testing_folds(predictions: ReplicaPredictions) -> tuple[list[str] | None, Sequence[str]]:
+    """The fold that tested each tested slide, whose models' risks can be compared; none where folds are repeated."""
+    fold_of = np.array([replica.fold for replica in predictions.replicas])
+    tested = predictions.parts == "test"
+    folds = [tuple(np.unique(fold_of[column]).tolist()) for column in tested.T if column.any()]
+    if all(len(each) == 1 for each in folds):
+        return [str(each[0]) for each in folds], ()
+    return None, ("slides were tested in several folds: patients are compared although not the same models were asked",)
+
+
+def _mean(values: FloatArray) -> float:
+    """Over the targets that have a value."""
+    return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan

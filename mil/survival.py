@@ -1,0 +1,195 @@
+"""Survival: how well risks rank who dies sooner, and the curves of groups.
+
+Every patient has a time and an event: death at that time (True), or the end of observation (False).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import chdtrc
+
+from mil.bootstrap import Spread
+from mil.errors import EvaluationError
+from mil.metrics import weightings
+
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+# pairs are compared in blocks of this many rows, which bounds the memory
+ROWS_AT_ONCE = 1_000
+FEW_EVENTS = 10
+
+
+def concordance(
+    times: FloatArray,
+    events: BoolArray,
+    risks: FloatArray,
+    weights: npt.ArrayLike | None = None,
+    groups: Sequence[object] | None = None,
+) -> FloatArray:
+    """Harrell's concordance index, [B]: of the pairs in which it is known who died first, how many the risks rank so.
+
+    Known is who died before the other's time, or at the time at which the other was last seen. Equal risks count one
+    half. NaN where no pair can be compared.
+
+    Args:
+        times: [n].
+        events: bool [n].
+        risks: [n], higher for sooner.
+        weights: [B, n], how often each is drawn; None weighs each once (B = 1).
+        groups: [n]; only pairs of one group are compared, such as of patients that one model was tested on.
+
+    References:
+        Harrell, Lee and Mark, "Multivariable prognostic models", Statistics in Medicine 1996.
+    """
+    every = weightings(weights, len(times))
+    group_of = np.unique([str(each) for each in groups], return_inverse=True)[1] if groups is not None else None
+    right, known = np.zeros(len(every)), np.zeros(len(every))
+    for start in range(0, len(times), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        first, event = times[rows, None], events[rows, None]
+        comparable = event & ((first < times) | ((first == times) & ~events))  # [rows, n]
+        if group_of is not None:
+            comparable &= group_of[rows, None] == group_of
+        ranked = (risks[rows, None] > risks) + 0.5 * (risks[rows, None] == risks)
+        known += (every[:, rows] * (every @ comparable.T.astype(np.float64))).sum(axis=1)
+        right += (every[:, rows] * (every @ (comparable * ranked).T)).sum(axis=1)
+    result: FloatArray = np.full(len(every), np.nan)
+    np.divide(right, known, out=result, where=known > 0)
+    return result
+
+
+class SurvivalCurve(NamedTuple):
+    """Kaplan and Meier's estimate.
+
+    Attributes:
+        times: [steps], 0 and the times of death, ascending.
+        alive: [steps], share that is alive after each.
+        at_risk: [steps], how many were observed until just before it.
+    """
+
+    times: FloatArray
+    alive: FloatArray
+    at_risk: npt.NDArray[np.int64]
+
+
+def kaplan_meier(times: FloatArray, events: BoolArray) -> SurvivalCurve:
+    """The share alive over time.
+
+    References:
+        Kaplan and Meier, "Nonparametric estimation from incomplete observations", JASA 1958.
+    """
+    deaths = np.unique(times[events])
+    at_risk = np.array([(times >= time).sum() for time in deaths], dtype=np.int64)
+    died = np.array([(events & (times == time)).sum() for time in deaths], dtype=np.int64)
+    alive = np.cumprod(1 - died / np.maximum(at_risk, 1))
+    return SurvivalCurve(np.r_[0.0, deaths], np.r_[1.0, alive], np.r_[len(times), at_risk].astype(np.int64))
+
+
+def log_rank(times: FloatArray, events: BoolArray, high: BoolArray) -> float:
+    """p of the log-rank test between two groups; NaN where they cannot differ.
+
+    References:
+        Mantel, "Evaluation of survival data and two new rank order statistics", Cancer Chemotherapy Reports 1966.
+    """
+    expected = variance = observed = 0.0
+    for time in np.unique(times[events]).tolist():
+        risk, died = times >= time, events & (times == time)
+        n, n_high, d = int(risk.sum()), int((risk & high).sum()), int(died.sum())
+        observed += int((died & high).sum())
+        expected += d * n_high / n
+        if n > 1:
+            variance += d * (n_high / n) * (1 - n_high / n) * (n - d) / (n - 1)
+    return float(chdtrc(1, (observed - expected) ** 2 / variance)) if variance > 0 else float("nan")
+
+
+class Patients(NamedTuple):
+    """Patients with their time, event, mean risk over slides, and group; [P] each, by sorted id."""
+
+    ids: list[str]
+    times: FloatArray
+    events: BoolArray
+    risks: FloatArray
+    groups: list[str]
+
+
+def by_patient(
+    values: FloatArray, risks: FloatArray, patient_ids: Sequence[str], groups: Sequence[object] | None = None
+) -> Patients:
+    """One row per patient, who dies once however many slides there are.
+
+    Args:
+        values: [n, 2], time and event.
+        risks: [n].
+        patient_ids: [n].
+        groups: [n].
+    """
+    ids, first, of_slide = np.unique(np.array(patient_ids), return_index=True, return_inverse=True)
+    mean = np.bincount(of_slide, risks) / np.bincount(of_slide)
+    named = [str(groups[at]) if groups is not None else "" for at in first.tolist()]
+    return Patients(ids.tolist(), values[first, 0], values[first, 1] == 1, mean, named)
+
+
+def high_risk(patients: Patients) -> BoolArray:
+    """Whether each patient's risk is above the median of its group, [P]."""
+    high = np.zeros(len(patients.ids), dtype=bool)
+    groups = np.array(patients.groups)
+    for group in np.unique(groups):
+        own = groups == group
+        high[own] = patients.risks[own] > np.median(patients.risks[own])
+    return high
+
+
+def evaluate_survival(
+    values: npt.ArrayLike,
+    risks: npt.ArrayLike,
+    patient_ids: Sequence[str],
+    groups: Sequence[object] | None = None,
+    replicates: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """Concordance with its interval over resampled patients, ready for `metrics.json`.
+
+    Args:
+        values: [n, 2], time and event of every slide's patient.
+        risks: [n]; a patient's is the mean over the slides.
+        patient_ids: [n].
+        groups: [n], the model that was asked; risks of different models are not compared.
+        replicates: number of bootstrap resamples.
+        seed: of the resamples.
+        confidence: of the intervals.
+
+    Returns:
+        `n_slides`, `n_patients`, `n_events`, `replicates`, `confidence`, `concordance` as {value, low, high},
+        `log_rank_p` (of those above against those below the median risk of their group), `warnings`.
+
+    Raises:
+        EvaluationError: shapes that do not fit, or a risk that is not finite.
+    """
+    known, said = np.asarray(values, dtype=np.float64), np.asarray(risks, dtype=np.float64)
+    if known.shape != (len(patient_ids), 2) or said.shape != (len(patient_ids),) or not np.isfinite(said).all():
+        raise EvaluationError(
+            f"got times and events {known.shape} and risks {said.shape} for {len(patient_ids)} patients → expected "
+            f"[n, 2] and [n] finite numbers → give what one run predicted"
+        )
+    patients = by_patient(known, said, patient_ids, groups)
+
+    def statistic(weights: FloatArray) -> dict[str, FloatArray]:
+        return {"concordance": concordance(patients.times, patients.events, patients.risks, weights, patients.groups)}
+
+    spread = Spread.of(statistic, patients.ids, replicates, seed, confidence, "percentile", None)
+    n_events = int(patients.events.sum())
+    p = log_rank(patients.times, patients.events, high_risk(patients))
+    few = f"{n_events} patient(s) have the event: the interval is too narrow to be trusted"
+    return {
+        "n_slides": len(known),
+        "n_patients": len(patients.ids),
+        "n_events": n_events,
+        "replicates": replicates,
+        "confidence": confidence,
+        "concordance": spread.entry("concordance", n_events >= 2),
+        "log_rank_p": None if np.isnan(p) else p,
+        "warnings": [few] if n_events < FEW_EVENTS else [],
+    }
