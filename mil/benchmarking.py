@@ -28,10 +28,12 @@ from mil.board_page import write_page
 from mil.cohort import Cohort, join_store, read_cohort
 from mil.config import HeadConfig, TrainConfig, compose_config, read_config_file, take_overrides
 from mil.crossval import cross_validate, is_synthetic, require_classification, split_plan
+from mil.early import missing_inputs
 from mil.errors import ConfigError, MilError, MissingExtraError, RunError, listed
 from mil.evaluation import resolve_device
 from mil.files import write_atomically
 from mil.looks import Look
+from mil.out_folders import check_board_folder
 from mil.replicas import OnProgress
 from mil.run import check_folder
 from mil.split_plan import split_cohort
@@ -238,13 +240,8 @@ def run_benchmark(
         MilError, ExtractError: as in `benchmark`.
     """
     train = config.train
-    lacking = {"store": config.stores, "labels": train.labels, "target": train.target}
-    missing = [name for name, value in lacking.items() if not value]
-    if missing or train.labels is None or train.target is None:
-        raise ConfigError(
-            f"got no {' and no '.join(missing)} → a benchmark needs store, labels and target → give "
-            f"{' '.join(f'--{name}' for name in missing)}, or name them in the config file"
-        )
+    if not config.stores or train.labels is None or train.target is None:
+        raise missing_inputs({**vars(train), "store": config.stores}, "a benchmark")
     cohort = read_cohort(train.labels, train.target, train.slide_column, train.patient_column, task=train.task)
     stores = [open_store(path) for path in config.stores]
     return _benchmark(stores, cohort, config, Path(out).absolute(), progress, overwrite)
@@ -339,15 +336,7 @@ def _baselines(source: _Source, cohort: Cohort, splits: Splits, rows: Sequence[B
 
 def _prepare(folder: Path, config: BenchmarkConfig, overwrite: bool) -> None:
     """Refuse a folder that holds anything but a board of these settings, which is gone on with."""
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"got {folder} as folder of a board → it is a file → give another folder with --out")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
-        raise RunError(
-            f"got {folder} as folder of a board → it holds something else → give a new folder with --out, or that of a "
-            f"board, which is gone on with"
-        )
-    if (folder / "metrics.json").is_file():
-        raise RunError(f"got {folder} as folder of a board → it holds a run of mil train → give another with --out")
+    check_board_folder(folder)
     if (folder / "config.yaml").is_file() and not overwrite:
         _refuse_other_settings(folder, config)
     folder.mkdir(parents=True, exist_ok=True)

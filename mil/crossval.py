@@ -14,6 +14,7 @@ from mil.calibration import evaluate_calibration
 from mil.checkpoint import load_checkpoint, package_versions, require_recipes
 from mil.cohort import Cohort, join_store, read_cohort
 from mil.config import TrainConfig, compose_config
+from mil.early import missing_inputs
 from mil.errors import ConfigError
 from mil.evaluation import resolve_device
 from mil.initial import check_initial
@@ -91,12 +92,8 @@ def run_training(
         RunError: ``out`` exists and is not empty, unless ``overwrite``.
         MilError, ExtractError: as in `train`.
     """
-    missing = [name for name in ("store", "labels", "target") if getattr(config, name) is None]
-    if missing or config.store is None or config.labels is None or config.target is None:
-        raise ConfigError(
-            f"got no {' and no '.join(missing)} → a training needs store, labels and target → give "
-            f"{' '.join(f'--{name}' for name in missing)}, or name them in the config file"
-        )
+    if config.store is None or config.labels is None or config.target is None:
+        raise missing_inputs(vars(config), "a training")
     # before the hours of training, not after
     folder = Path(out).absolute()
     check_folder(folder, overwrite)

@@ -1,7 +1,6 @@
 """A finished training and its folder of plain files."""
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from mil.config import TrainConfig
 from mil.errors import RunError, listed
 from mil.files import Row, probability_text, put_in_place, write_csv, write_json
 from mil.looks import Look
+from mil.out_folders import check_run_folder
 from mil.out_of_fold import out_of_fold_rows, said_names, truth_cells, truth_names
 from mil.splits import Splits, write_splits
 from mil.training import EpochRecord, PartArray, Replica, TrainedReplica
@@ -159,30 +159,18 @@ class Run:
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Refuse a run folder that is taken or cannot be written; its parent is made.
+    """Refuse a run folder that is taken or cannot be written, see `check_run_folder`.
 
     Raises:
         RunError: ``folder`` is a file, holds anything while ``overwrite`` is False, holds anything besides a finished
             run (which replacing would delete), or its parent takes no files.
     """
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"got {folder} as run folder → it is a file → give another folder with --out")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise RunError(
-            f"got {folder} as run folder → it exists and is not empty → give another folder with --out, or add "
-            f"--overwrite to replace it"
-        )
+    check_run_folder(folder, overwrite)
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     foreign = names - RUN_FILES
     if foreign or (names and "metrics.json" not in names):
         what = f"besides a run it holds {listed(sorted(foreign))}" if foreign else "it holds no finished run"
         raise RunError(f"got {folder} to overwrite → {what} → only a run is replaced; give another folder with --out")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.parent):
-            pass
-    except OSError as error:
-        raise RunError(f"got {folder} as run folder → {error} → give another folder with --out") from error
 
 
 def _write_run(folder: Path, run: Run) -> None:
