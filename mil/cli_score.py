@@ -100,7 +100,7 @@ def _print(console: Console, scores: Any) -> None:
     say(
         console,
         f"Nothing was trained and no look is counted: this is what {who} said of test folds that have been looked at "
-        f"{'once' if looks == 1 else f'{looks} times'}.",
+        f"{'once' if looks == 1 else f'{looks} times'} in the folder that they lie in.",
     )
 
 

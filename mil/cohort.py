@@ -102,6 +102,11 @@ class Cohort:
         return target_columns(self.task, self.target)
 
     @property
+    def noun(self) -> str:
+        """What `class_names` name."""
+        return "class" if self.values is None else "stratum"
+
+    @property
     def targets(self) -> npt.NDArray[np.int64] | FloatArray:
         """What is learned: `labels`, or `values` where there are some."""
         return self.labels if self.values is None else self.values
@@ -111,7 +116,8 @@ class Cohort:
         names = [self.class_names[label] for label in self.labels.tolist()]
         said = names if self.values is None else [repr(row) for row in self.values.tolist()]
         rows = sorted(zip(self.slide_ids, self.patient_ids, said, strict=True))
-        return sha256(json.dumps([self.target, rows]).encode()).hexdigest()
+        what = self.target if self.values is None else [self.task, self.target]
+        return sha256(json.dumps([what, rows]).encode()).hexdigest()
 
     def subset(self, indices: Iterable[int]) -> "Cohort":
         """The slides at these positions, in this order; classes and attrition stay as they are."""
@@ -496,6 +502,11 @@ def _refuse_small_classes(cohort: Cohort, where: str) -> None:
     patients: dict[int, set[str]] = {index: set() for index in range(len(cohort.class_names))}
     for label, patient in zip(cohort.labels.tolist(), cohort.patient_ids, strict=True):
         patients[label].add(patient)
+    if len(patients) < 2 and cohort.values is not None:
+        raise CohortError(
+            f"{where}: got targets that are alike but for fewer than 2 patients → expected some that differ, for "
+            f"training and for testing → check the target columns"
+        )
     if len(patients) < 2:
         raise CohortError(
             f"{where}: got {len(patients)} class(es), {listed(cohort.class_names) or 'no labelled slide'} → expected "

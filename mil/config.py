@@ -18,6 +18,8 @@ from mil.errors import ConfigError, did_you_mean, nearest
 from mil.head_keywords import head_keywords
 from mil.recipes import AUGMENTATIONS, LOSSES, OPTIMIZERS, RECIPES, SCHEDULERS, TASK_LOSSES, keys_of
 
+COX_BAGS = 16
+"""Fewest bags of a pack for Cox's loss: with 5 folds about ten of them are in the training part."""
 GROUPS = ("head", "optimizer", "scheduler", "loss", "augment")
 _RECIPE = "recipe"
 _PRIMARY = "train"
@@ -198,7 +200,8 @@ class AugmentConfig(_Option):
 class TrainConfig(_Checked):
     """Everything that decides the result of a training run.
 
-    Early stopping watches the class-weighted cross-entropy of the validation part, and nothing else.
+    Early stopping watches the first loss of the task on the validation part (for classes the class-weighted
+    cross-entropy; survival its own), and nothing else.
 
     Attributes:
         store: the embedding store; kept absolute, so that the saved config runs from anywhere.
@@ -224,7 +227,7 @@ class TrainConfig(_Checked):
         patience: epochs without a better validation loss before stopping.
         batch_bags: bags read per step. Packs are drawn over the whole cohort, the order belonging to the seed, and a
             replica learns from those of its own training part; so a step sees about 64 % of them with 5 folds.
-        accumulate: packs whose gradients are added up to that of one pack before a step.
+        accumulate: packs whose gradients are added up to that of one pack before a step (not for ``loss=cox``).
         sampler: ``natural`` sees every training bag once an epoch; ``class_balanced`` and ``patient_balanced`` draw as
             many training bags with replacement, every class or patient equally likely.
         instance_budget: most instances drawn per bag and training step, afresh each epoch; None takes all.
@@ -753,6 +756,8 @@ def _coerce(where: str, value: Any, kind: Any) -> Any:
 def _coerce_union(where: str, value: Any, kinds: Sequence[Any]) -> Any:
     if value is None and type(None) in kinds:
         return None
+    if where == "target" and isinstance(value, list | tuple):
+        return ",".join(map(str, value))
     *others, last = [kind for kind in kinds if kind is not type(None)]
     for kind in others:
         try:
@@ -864,9 +869,11 @@ def _check_task(config: TrainConfig) -> None:
             f"got augment.{mixed[0]} with task=survival → two patients' times cannot be mixed → set "
             f"augment.{mixed[0]}=0"
         )
-    if config.loss.name == "cox" and config.batch_bags * config.accumulate < 2:
+    if config.loss.name == "cox" and (config.batch_bags < COX_BAGS or config.accumulate > 1):
         raise ConfigError(
-            "got loss=cox with batch_bags=1 → it compares the bags of a step with each other → raise batch_bags"
+            f"got loss=cox with batch_bags={config.batch_bags}, accumulate={config.accumulate} → it compares the bags "
+            f"of a pack with each other, of which those in the training part are left → set batch_bags={COX_BAGS} or "
+            f"more and accumulate=1"
         )
 
 

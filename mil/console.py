@@ -18,7 +18,7 @@ from rich.table import Table
 Estimate = Mapping[str, float | None]
 _PLAIN_EVERY_S = 10.0
 _TEXT_COLUMNS = ("which", "reason", "licence")
-_WHOLE_COLUMNS = ("class", "name")
+_WHOLE_COLUMNS = ("class", "name", "target")
 
 
 class LiveCount:
@@ -186,19 +186,19 @@ def print_target_metrics(console: Console, title: str, task: str, evaluation: di
     targets = evaluation.get("targets", {})
     if len(targets) > 1 or task == "multilabel":
         counts = [key for key in ("known", "positive") if key in next(iter(targets.values()))]
-        metrics = [key for key in next(iter(targets.values())) if key not in (*counts, "n_patients")]
+        left_out = (*counts, "n_patients", "balanced_accuracy")
+        metrics = [key for key in next(iter(targets.values())) if key not in left_out]
         rows = [
-            [name, *(str(values[key]) for key in counts), *(stacked_interval(values[key], ".2f") for key in metrics)]
+            [name, *(str(values[key]) for key in counts), *(_narrow_interval(values[key], ".2f") for key in metrics)]
             for name, values in targets.items()
         ]
         columns = ["target", *counts, *(key.replace("_", " ") for key in metrics)]
         print_table(console, "Each target; below each figure its 95 % interval over patients", columns, rows)
     elif task == "survival":
-        p = evaluation["log_rank_p"]
         say(
             console,
-            f"{counted(evaluation['n_patients'], 'patient')}, {counted(evaluation['n_events'], 'event')}; those above "
-            f"against those below the median risk: log-rank p {'–' if p is None else format(p, '.2g')}",
+            f"{counted(evaluation['n_patients'], 'patient')}, {counted(evaluation['n_events'], 'event')}; patients are "
+            f"compared within their test fold",
         )
 
 

@@ -25,6 +25,7 @@ from mil.inference import available_slides, predict
 from mil.looks import Look
 from mil.model import model_folders, model_records
 from mil.predictions import Predictions
+from mil.targets import CLASSIFICATION
 from mil.training_cohort import Lineage, TrainingCohort, read_lineage
 from mil.training_cohort import overlap as overlap_with
 
@@ -127,6 +128,7 @@ def evaluate_external(
     reader = open_store(store) if isinstance(store, str | Path) else store
     _check_choice(overlap)
     records = model_records(folder)
+    _refuse_other_tasks(records, folder)
     table = read_cohort(labels, target, slide_column, patient_column, classes, for_training=False)
     _refuse_unknown_classes(table, records[0], labels)
     joined = _in_order_of(
@@ -147,6 +149,15 @@ def _check_choice(overlap: str) -> None:
         raise RunError(
             f"got overlap={overlap!r} → expected one of {listed(OVERLAPS)} → {did_you_mean(overlap, OVERLAPS)}choose "
             f"one of these"
+        )
+
+
+def _refuse_other_tasks(records: Sequence[CheckpointRecord], folder: Path) -> None:
+    other = [record.task["task"] for record in records if record.task["task"] != CLASSIFICATION]
+    if other:
+        raise RunError(
+            f"got {folder}, trained for {other[0]} → expected classification, which is evaluated on other cohorts → "
+            f"apply it with mil predict and compare with the table"
         )
 
 

@@ -137,7 +137,7 @@ def probabilities(logits: Tensor) -> Tensor:
 
 
 def multi_label_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean binary cross-entropy over bags and labels whose answer is known.
+    """Mean over bags of the mean binary cross-entropy over the labels whose answer is known for the bag.
 
     Args:
         logits: [bags, labels].
@@ -148,7 +148,7 @@ def multi_label_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = N
     losses = functional.binary_cross_entropy_with_logits(
         logits, targets.nan_to_num(0.0), reduction="none", pos_weight=weights
     )
-    return losses[known].sum() / known.sum().clamp_min(1)
+    return (torch.where(known, losses, 0.0).sum(dim=-1) / known.sum(dim=-1).clamp_min(1)).mean()
 
 
 def squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
@@ -190,7 +190,8 @@ def discrete_survival_loss(logits: Tensor, intervals: Tensor, events: Tensor) ->
 def cox_loss(risks: Tensor, times: Tensor, events: Tensor) -> Tensor:
     """Mean negative log partial likelihood over deaths, with Breslow's way with ties; zero without a death.
 
-    The pack is the risk set: it compares the bags of one step with each other, so steps must hold many.
+    The pack is the risk set: it compares the bags of one pack with each other, so packs must hold many, and slides of
+    one patient count each.
 
     Args:
         risks: [bags], log of the relative hazard.

@@ -15,6 +15,9 @@ from mil.errors import EvaluationError
 from mil.metrics import mean_defined, weightings
 
 FloatArray = npt.NDArray[np.float64]
+OF_A_UNIT = ("mae", "rmse")
+"""Metrics in the unit of a target, of which several targets have no common mean."""
+NONE = {"value": None, "low": None, "high": None}
 METRICS = ("r2", "pearson", "spearman", "mae", "rmse")
 
 
@@ -93,7 +96,7 @@ def evaluate_regression(
 
     Returns:
         `n_slides`, `n_patients`, `replicates`, `confidence`; the mean over targets of every metric as {value, low,
-        high}; `targets` by name with the same; `warnings`.
+        high} (None for those in a target's unit, where there are several); `targets` by name with the same; `warnings`.
 
     Raises:
         EvaluationError: shapes that do not fit, or values that are not finite.
@@ -119,7 +122,8 @@ def evaluate_regression(
         "n_patients": len(set(patient_ids)),
         "replicates": replicates,
         "confidence": confidence,
-        **{name: spread.entry(name, enough) for name in METRICS},
+        **{name: spread.entry(name, enough) for name in METRICS if name not in OF_A_UNIT or len(columns) == 1},
+        **{name: dict(NONE) for name in OF_A_UNIT if len(columns) > 1},
         "targets": {
             column: {name: spread.entry(f"of_{name}", enough, at) for name in METRICS}
             for at, column in enumerate(columns)

@@ -1,7 +1,6 @@
 """What a finished training scored out of fold, by the kind of its target; the content of ``metrics.json``."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,9 +29,7 @@ def evaluate_out_of_fold(predictions: ReplicaPredictions) -> dict[str, Any]:
         return evaluate_multi_label(values, said, patients, cohort.columns)
     if cohort.task == REGRESSION:
         return evaluate_regression(values, said, patients, cohort.columns)
-    folds, warnings = _testing_folds(predictions)
-    found = evaluate_survival(values, said[:, 0], patients, folds)
-    return found | {"warnings": [*found["warnings"], *warnings]}
+    return _evaluate_survival(predictions)
 
 
 def score_replica(predictions: ReplicaPredictions, at: int) -> dict[str, float | None]:
@@ -51,21 +48,28 @@ def score_replica(predictions: ReplicaPredictions, at: int) -> dict[str, float |
         found = {"macro_auroc": _mean(scores["auroc"]), "macro_f1": _mean(scores["f1"])}
     elif cohort.task == REGRESSION:
         scores = score_numbers(cohort.values, said)
-        found = {name: _mean(scores[name]) for name in ("r2", "pearson", "mae")}
+        found = {name: _mean(scores[name]) for name in ("r2", "pearson")}
+        # targets of other units have no common error
+        found["mae"] = _mean(scores["mae"]) if len(cohort.columns) == 1 else math.nan
     else:
         who = by_patient(cohort.values, said[:, 0], cohort.patient_ids)
         found = {"concordance": concordance(who.times, who.events, who.risks)[0]}
     return {name: None if math.isnan(value) else float(value) for name, value in found.items()}
 
 
-def _testing_folds(predictions: ReplicaPredictions) -> tuple[list[str] | None, Sequence[str]]:
-    """The fold that tested each tested slide, whose models' risks can be compared; none where folds are repeated."""
+def _evaluate_survival(predictions: ReplicaPredictions) -> dict[str, Any]:
+    """Every fold's models on the slides that it tests: patients are compared within a fold only."""
     fold_of = np.array([replica.fold for replica in predictions.replicas])
-    tested = predictions.parts == "test"
-    folds = [tuple(np.unique(fold_of[column]).tolist()) for column in tested.T if column.any()]
-    if all(len(each) == 1 for each in folds):
-        return [str(each[0]) for each in folds], ()
-    return None, ("slides were tested in several folds: patients are compared although not the same models were asked",)
+    values, risks = list[FloatArray](), list[FloatArray]()
+    patients, folds = list[str](), list[str]()
+    for fold in np.unique(fold_of).tolist():
+        cohort, said = predictions.tested(fold_of == fold)
+        values.append(np.asarray(cohort.values))
+        risks.append(said[:, 0])
+        patients += cohort.patient_ids
+        folds += [str(fold)] * len(cohort)
+    n_slides = len(predictions.tested()[0])
+    return evaluate_survival(np.concatenate(values), np.concatenate(risks), patients, folds, n_slides=n_slides)
 
 
 def _mean(values: FloatArray) -> float:

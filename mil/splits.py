@@ -530,7 +530,7 @@ def _describe_absence(splits: Splits, cohort: Cohort, index: int) -> str:
         return ""
     folds = splits.n_folds // splits.repeats
     few = f", fewer than the {folds} folds" if n_patients < folds else ""
-    text = f"class {cohort.class_names[index]!r} has {n_patients} patients{few}:"
+    text = f"{cohort.noun} {cohort.class_names[index]!r} has {n_patients} patients{few}:"
     text += f" no test slide in fold {', '.join(tests)};" if tests else ""
     text += f" no validation slide in fold {', '.join(validations)};" if validations else ""
     return text.rstrip(";")
@@ -554,8 +554,8 @@ def _refuse_dishonest(codes: CodeArray, cohort: Cohort, where: str) -> None:
     missing = np.setdiff1d(np.arange(len(cohort.class_names)), cohort.labels[codes == _TRAIN])
     if missing.size:
         raise SplitError(
-            f"{where}: got no training slide of class {listed(cohort.class_names[at] for at in missing)} → expected "
-            f"every class in every training part → split anew, or merge the class with another"
+            f"{where}: got no training slide of {cohort.noun} {listed(cohort.class_names[at] for at in missing)} → "
+            f"expected every class in every training part → split anew, or merge the class with another"
         )
 
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import chdtrc
 
 from mil.bootstrap import Spread
 from mil.errors import EvaluationError
@@ -87,25 +86,8 @@ def kaplan_meier(times: FloatArray, events: BoolArray) -> SurvivalCurve:
     return SurvivalCurve(np.r_[0.0, deaths], np.r_[1.0, alive], np.r_[len(times), at_risk].astype(np.int64))
 
 
-def log_rank(times: FloatArray, events: BoolArray, high: BoolArray) -> float:
-    """p of the log-rank test between two groups; NaN where they cannot differ.
-
-    References:
-        Mantel, "Evaluation of survival data and two new rank order statistics", Cancer Chemotherapy Reports 1966.
-    """
-    expected = variance = observed = 0.0
-    for time in np.unique(times[events]).tolist():
-        risk, died = times >= time, events & (times == time)
-        n, n_high, d = int(risk.sum()), int((risk & high).sum()), int(died.sum())
-        observed += int((died & high).sum())
-        expected += d * n_high / n
-        if n > 1:
-            variance += d * (n_high / n) * (1 - n_high / n) * (n - d) / (n - 1)
-    return float(chdtrc(1, (observed - expected) ** 2 / variance)) if variance > 0 else float("nan")
-
-
 class Patients(NamedTuple):
-    """Patients with their time, event, mean risk over slides, and group; [P] each, by sorted id."""
+    """Patients with their time, event, mean risk over slides, and group; [P] each, by sorted id and group."""
 
     ids: list[str]
     times: FloatArray
@@ -117,7 +99,7 @@ class Patients(NamedTuple):
 def by_patient(
     values: FloatArray, risks: FloatArray, patient_ids: Sequence[str], groups: Sequence[object] | None = None
 ) -> Patients:
-    """One row per patient, who dies once however many slides there are.
+    """One row per patient and group: a patient dies once, however many slides there are.
 
     Args:
         values: [n, 2], time and event.
@@ -125,10 +107,12 @@ def by_patient(
         patient_ids: [n].
         groups: [n].
     """
-    ids, first, of_slide = np.unique(np.array(patient_ids), return_index=True, return_inverse=True)
+    named = [str(group) for group in groups] if groups is not None else [""] * len(patient_ids)
+    pairs = np.array(list(zip(patient_ids, named, strict=True)), dtype=np.str_).reshape(-1, 2)
+    rows, first, of_slide = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
+    of_slide = of_slide.ravel()
     mean = np.bincount(of_slide, risks) / np.bincount(of_slide)
-    named = [str(groups[at]) if groups is not None else "" for at in first.tolist()]
-    return Patients(ids.tolist(), values[first, 0], values[first, 1] == 1, mean, named)
+    return Patients(rows[:, 0].tolist(), values[first, 0], values[first, 1] == 1, mean, rows[:, 1].tolist())
 
 
 def high_risk(patients: Patients) -> BoolArray:
@@ -149,6 +133,7 @@ def evaluate_survival(
     replicates: int = 2000,
     seed: int = 0,
     confidence: float = 0.95,
+    n_slides: int | None = None,
 ) -> dict[str, Any]:
     """Concordance with its interval over resampled patients, ready for `metrics.json`.
 
@@ -156,14 +141,17 @@ def evaluate_survival(
         values: [n, 2], time and event of every slide's patient.
         risks: [n]; a patient's is the mean over the slides.
         patient_ids: [n].
-        groups: [n], the model that was asked; risks of different models are not compared.
+        groups: [n], the models that were asked; risks of different models are not compared. A slide that several
+            tested stands there several times.
         replicates: number of bootstrap resamples.
         seed: of the resamples.
         confidence: of the intervals.
+        n_slides: how many slides there are, where some stand there several times; n by default.
 
     Returns:
-        `n_slides`, `n_patients`, `n_events`, `replicates`, `confidence`, `concordance` as {value, low, high},
-        `log_rank_p` (of those above against those below the median risk of their group), `warnings`.
+        `n_slides`, `n_patients`, `n_events` (patients), `replicates`, `confidence`, `concordance` as {value, low,
+        high}, `warnings`. There is no p of a log-rank test between those of high and low risk: folds share their
+        training patients, which makes it too small.
 
     Raises:
         EvaluationError: shapes that do not fit, or a risk that is not finite.
@@ -180,16 +168,14 @@ def evaluate_survival(
         return {"concordance": concordance(patients.times, patients.events, patients.risks, weights, patients.groups)}
 
     spread = Spread.of(statistic, patients.ids, replicates, seed, confidence, "percentile", None)
-    n_events = int(patients.events.sum())
-    p = log_rank(patients.times, patients.events, high_risk(patients))
+    n_events = len({patient for patient, event in zip(patients.ids, patients.events, strict=True) if event})
     few = f"{n_events} patient(s) have the event: the interval is too narrow to be trusted"
     return {
-        "n_slides": len(known),
-        "n_patients": len(patients.ids),
+        "n_slides": n_slides or len(known),
+        "n_patients": len(set(patients.ids)),
         "n_events": n_events,
         "replicates": replicates,
         "confidence": confidence,
         "concordance": spread.entry("concordance", n_events >= 2),
-        "log_rank_p": None if np.isnan(p) else p,
         "warnings": [few] if n_events < FEW_EVENTS else [],
     }

@@ -5,6 +5,7 @@ quarter in which a number lies, the rarest label that a slide has, early or late
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +25,10 @@ COLUMNS = {
     SURVIVAL: "two columns, the time and whether the event happened then, such as months,died",
 }
 # What a spreadsheet, R and cBioPortal write for yes and no.
-YES = frozenset({"1", "1.0", "true", "yes", "positive", "pos", "+", "dead", "deceased", "event"})
-NO = frozenset({"0", "0.0", "false", "no", "negative", "neg", "-", "alive", "living", "censored"})
+YES = frozenset({"1", "1.0", "true", "yes", "positive", "pos", "dead", "deceased", "event"})
+NO = frozenset({"0", "0.0", "false", "no", "negative", "neg", "alive", "living", "censored"})
+_CBIOPORTAL = re.compile(r"([01]):[A-Za-z ]+")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 STRATA = 4
 HEADLINES = {
     CLASSIFICATION: {
@@ -102,15 +105,15 @@ def parse_values(path: Path, task: str, columns: Sequence[str], cells: Sequence[
 
 def _answer(cell: str) -> float | None:
     # cBioPortal writes "1:DECEASED" and "0:LIVING"
-    text = cell.lower().partition(":")[0].strip()
+    found = _CBIOPORTAL.fullmatch(cell)
+    text = found[1] if found else cell.lower()
     return 1.0 if text in YES else 0.0 if text in NO else None
 
 
 def _number(cell: str) -> float | None:
-    try:
-        value = float(cell)
-    except ValueError:
+    if not _NUMBER.fullmatch(cell):
         return None
+    value = float(cell)
     return value if math.isfinite(value) else None
 
 

@@ -4,7 +4,7 @@ A task knows the targets of all bags; the training loop asks it for those of a s
 names, edges of intervals) is in its `record`, plain values that a checkpoint keeps.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ from torch.nn.functional import huber_loss, one_hot
 
 from mil.cohort import Cohort
 from mil.config import LossConfig, TrainConfig
+from mil.errors import ConfigError
 from mil.losses import (
     bag_loss,
     balanced_class_weights,
@@ -30,7 +31,7 @@ from mil.losses import (
 from mil.metrics import balanced_accuracy, confusion
 from mil.multi_label import label_aurocs
 from mil.regression import determination
-from mil.survival import concordance
+from mil.survival import by_patient, concordance
 from mil.targets import CLASSIFICATION, MULTI_LABEL, REGRESSION, SURVIVAL, target_columns
 
 IntArray = npt.NDArray[np.int64]
@@ -80,7 +81,12 @@ def count_outputs(config: TrainConfig, cohort: Cohort) -> int:
 
 
 def create_task(
-    config: TrainConfig, targets: TargetArray, parts: npt.NDArray[np.str_], n_outputs: int, device: torch.device
+    config: TrainConfig,
+    targets: TargetArray,
+    parts: npt.NDArray[np.str_],
+    n_outputs: int,
+    device: torch.device,
+    patients: Sequence[str] | None = None,
 ) -> Task:
     """The task of a replica.
 
@@ -91,6 +97,10 @@ def create_task(
             part, so that they are the same for every seed).
         n_outputs: logits per bag.
         device: where steps are done.
+        patients: [n]; survival is scored by patient where they are given, and by bag where not.
+
+    Raises:
+        ConfigError: Cox's loss for a validation part without an event, of which it says nothing.
     """
     training = parts == "train"
     if config.task == CLASSIFICATION:
@@ -99,7 +109,7 @@ def create_task(
         return _Labels.of(config, targets, training, device)
     if config.task == REGRESSION:
         return _Numbers.of(config, targets, training, device)
-    return _Survival.of(config, targets, parts != "test", n_outputs)
+    return _Survival.of(config, targets, parts, n_outputs, patients)
 
 
 def decode(record: Record, logits: Tensor) -> Tensor:
@@ -254,21 +264,38 @@ class _Numbers:
 
 @dataclass(frozen=True, eq=False)
 class _Survival:
-    """`rows` [n, 2] are what steps see: the interval that a time lies in (Cox: the time itself), and the event."""
+    """`rows` [n, 2] are what steps see: the interval that a time lies in (Cox: its rank), and the event."""
 
     columns: tuple[str, ...]
     config: LossConfig
     values: TargetArray
     rows: Tensor
     edges: npt.NDArray[np.float64]
+    patients: Sequence[str]
 
     @classmethod
-    def of(cls, config: TrainConfig, values: TargetArray, seen: TargetArray, n_outputs: int) -> "_Survival":
-        times = values[seen & (values[:, 1] == 1), 0]
+    def of(
+        cls,
+        config: TrainConfig,
+        values: TargetArray,
+        parts: npt.NDArray[np.str_],
+        n_outputs: int,
+        patients: Sequence[str] | None,
+    ) -> "_Survival":
+        cox = config.loss.name == "cox"
+        if cox and not (values[parts == "validation", 1] == 1).any():
+            raise ConfigError(
+                f"got loss=cox and a validation part of {int((parts == 'validation').sum())} slides without an event → "
+                f"expected one, or nothing tells when to stop → set loss=discrete_survival, fewer folds, or a larger "
+                f"validation_fraction"
+            )
+        times = values[(parts != "test") & (values[:, 1] == 1), 0]
         edges = np.quantile(times, np.linspace(0, 1, n_outputs + 1)[1:-1]) if len(times) else np.empty(0)
-        first = values[:, 0] if config.loss.name == "cox" else np.searchsorted(edges, values[:, 0], side="right")
+        ranks = np.unique(values[:, 0], return_inverse=True)[1]
+        first = ranks if cox else np.searchsorted(edges, values[:, 0], side="right")
         rows = torch.from_numpy(np.stack([first, values[:, 1]], axis=1))
-        return cls(_columns(config), config.loss, values, rows, edges)
+        who = [str(at) for at in range(len(values))] if patients is None else patients
+        return cls(_columns(config), config.loss, values, rows, edges, who)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -288,8 +315,8 @@ class _Survival:
     def validate(self, logits: Tensor, members: IntArray) -> tuple[float, float]:
         loss = float(self._loss(logits.double(), self.rows[members]))
         risk = decode(self.record, logits)[:, 0].numpy()
-        times, events = self.values[members].T
-        return loss, float(concordance(times, events == 1, risk)[0])
+        who = by_patient(self.values[members], risk, [self.patients[at] for at in members.tolist()])
+        return loss, float(concordance(who.times, who.events, who.risks)[0])
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         times, events = targets[:, 0], targets[:, 1] == 1

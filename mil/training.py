@@ -244,7 +244,7 @@ class _Loop:
         self.draws = torch.Generator().manual_seed(replica.seed)
         self.augmented = bool(enabled(self.config.augment))
         self.feature_scale = bags.moments.mean_std(np.flatnonzero(self.training))[1].to(device)
-        self.task = create_task(self.config, targets, parts, n_outputs, device)
+        self.task = create_task(self.config, targets, parts, n_outputs, device, patients)
         # halved when a pack does not fit into memory
         self.bags_at_once = self.config.batch_bags
         self.epoch, self.rate = 0, 0.0
@@ -372,10 +372,12 @@ class _Loop:
                 f"got too little memory for a single bag, one of {slides} → expected room for its instances → set "
                 f"instance_budget below {budget}, or device=cpu"
             ) from error
+        cox = self.config.loss.name == "cox"
+        effect = "by which fewer bags are compared with each other" if cox else "which gives the same gradients"
         if self.bags_at_once == self.config.batch_bags:
             warnings.warn(
                 f"got too little memory for {largest} bags at once in replica {self.replica.name} → packs are halved, "
-                f"which gives the same gradients → set batch_bags={largest // 2} and accumulate="
+                f"{effect} → set batch_bags={largest // 2} and accumulate="
                 f"{2 * self.config.accumulate}, or lower instance_budget, to begin so",
                 stacklevel=2,
             )

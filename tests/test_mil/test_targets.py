@@ -33,7 +33,7 @@ def test_numbers_are_read_and_rows_without_one_are_counted(tmp_path):
 
 
 def test_several_labels_keep_what_is_unknown(tmp_path):
-    cells = ["1,0", "0,yes", "positive,", "-,NA", ",", "Negative,+", "true,0", "0,FALSE"]
+    cells = ["1,0", "0,yes", "positive,", "0,NA", ",", "Negative,pos", "true,0", "0,FALSE"]
     cohort = read_cohort(_table(tmp_path, "er,her2", _rows(cells)), "er, her2", task="multilabel")
     nan = np.nan
     expected = [[1, 0], [0, 1], [1, nan], [0, nan], [0, 1], [1, 0], [0, 0]]
@@ -57,6 +57,9 @@ def test_survival_reads_cbioportals_status(tmp_path):
         ("regression", "ki67", "inf", "expected a number"),
         ("multilabel", "er", "2", "expected 0 or 1"),
         ("multilabel", "er", "maybe", "expected 0 or 1"),
+        ("multilabel", "er", "-", "expected 0 or 1"),
+        ("multilabel", "er", "yes:maybe", "expected 0 or 1"),
+        ("regression", "ki67", "1_000", "expected a number"),
         ("survival", "months,died", "-1,1", "a time of 0 or more"),
         ("survival", "months,died", "5,5", "expected 0 or 1"),
     ],
