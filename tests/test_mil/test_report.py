@@ -381,6 +381,17 @@ def test_reads_what_training_writes(tmp_path: Path) -> None:
     assert all(slide_id in text for slide_id in cohort.slide_ids)
 
 
+def test_a_slide_id_that_is_not_utf_8_costs_no_report(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", slide_ids=("Gr__ner",))
+    for name in ("oof.csv", "splits.csv"):
+        content = (folder / name).read_bytes().replace(b"Gr__ner", b"Gr\xf6\xdfner")
+        (folder / name).write_bytes(content)
+    asked: list[str] = []
+    page = Page(write_report(folder, asked.append))
+    assert asked[0].encode("utf-8", "surrogateescape") == b"Gr\xf6\xdfner", "the store knows it by its bytes"
+    assert "Gr\ufffd\ufffdner" in page.text
+
+
 @pytest.mark.parametrize("name", ["metrics.json", "oof.csv", "history.csv", "splits.csv", "config.yaml"])
 def test_unfinished_run_is_refused(tmp_path: Path, name: str) -> None:
     folder = make_run(tmp_path / "run")
