@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import huber_loss, one_hot
+from torch.nn.functional import logsigmoid, one_hot
 
 from mil.cohort import Cohort
 from mil.config import LossConfig, TrainConfig
@@ -22,6 +22,7 @@ from mil.losses import (
     balanced_class_weights,
     cox_loss,
     discrete_survival_loss,
+    huber_loss,
     log_loss,
     multi_label_loss,
     probabilities,
@@ -126,7 +127,7 @@ def decode(record: Record, logits: Tensor) -> Tensor:
     if record["task"] == SURVIVAL:
         if record["loss"] == "cox":
             return values[:, :1]
-        survived = torch.nn.functional.logsigmoid(-values).cumsum(dim=-1).exp()
+        survived = logsigmoid(-values).cumsum(dim=-1).exp()
         return -survived.sum(dim=-1, keepdim=True)
     return probabilities(logits)
 
@@ -254,7 +255,7 @@ class _Numbers:
         compared = squared_error(logits, targets)
         if self.config.name == "mse":
             return Losses(compared, compared)
-        return Losses(huber_loss(logits, targets, delta=self.config.delta or 1.0), compared.detach())
+        return Losses(huber_loss(logits, targets, self.config.delta or 1.0), compared.detach())
 
     def validate(self, logits: Tensor, members: IntArray) -> tuple[float, float]:
         targets = self.values[members].double()
