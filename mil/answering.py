@@ -1,4 +1,4 @@
-"""Which slides a packed model answers: a threshold chosen on validation slides, and judged on others."""
+"""Which slides a packed model of classes answers: a threshold chosen on validation slides, and judged on others."""
 
 import math
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ import numpy.typing as npt
 from mil.abstention import choose_confidence
 from mil.errors import RunError
 from mil.member_predictions import MemberPredictions
+from mil.targets import CLASSIFICATION
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -40,6 +41,19 @@ class Wish(NamedTuple):
             if not 0 < value <= 1:
                 raise RunError(f"got {name}={value} → expected a share above 0 and at most 1 → give 0.9, for example")
 
+    def check_task(self, task: str) -> None:
+        """Refuse a wish where there are no classes, whose probabilities tell how sure a model is.
+
+        Raises:
+            RunError: there are none.
+        """
+        chosen = [f"{name.replace('_', '-')}={value:g}" for name, value in self._asdict().items() if value is not None]
+        if chosen and task != CLASSIFICATION:
+            raise RunError(
+                f"got {chosen[0]} for a run of task {task} → expected classes, whose probabilities tell from which "
+                f"slides to abstain → leave --{chosen[0].partition('=')[0]} out"
+            )
+
     def choose(self, labels: IntArray, probabilities: FloatArray) -> float | None:
         """The threshold that slides ask for; None where no confidence reaches the accuracy."""
         if self.coverage is not None:
@@ -61,8 +75,8 @@ def choose_abstention(said: MemberPredictions, wish: Wish) -> dict[str, Any] | N
     missing: str | None = None
     if wish.abstain_below is not None:
         below, by = wish.abstain_below, "given"
-        tested, scores, *_ = said.tested()
-        out_of_fold = abstention_of(tested, scores, below)
+        cohort, scores = said.tested()
+        out_of_fold = abstention_of(cohort.labels, scores, below)
     else:
         _require_shared_folds(said)
         below, by = _chosen(wish, labels, values)
@@ -161,6 +175,6 @@ def _by_fold(said: MemberPredictions, wish: Wish) -> tuple[dict[str, Any] | None
         chosen.append(below)
     held = np.array(tests, dtype=np.float64)  # [folds, n]
     tested = held.any(axis=0)
-    labels, scores, *_ = said.tested()
+    cohort, scores = said.tested()
     cuts = np.array(chosen) @ held[:, tested] / held[:, tested].sum(axis=0)
-    return (abstention_of(labels, scores, cuts) or {}) | {"below_by_fold": chosen}, None
+    return (abstention_of(cohort.labels, scores, cuts) or {}) | {"below_by_fold": chosen}, None

@@ -24,8 +24,10 @@ from typing import Any
 from uuid import uuid4
 
 from extract.store import fingerprint
+from mil.averaging import Averaging, Scale
 from mil.errors import CheckpointError, RunError
 from mil.files import put_in_place, write_atomically
+from mil.targets import CLASSIFICATION
 
 FORMAT = 1
 MODEL = "model.json"
@@ -60,7 +62,7 @@ class Artefact:
 
     @property
     def temperatures(self) -> dict[str, float]:
-        """By replica; 1 is what the head itself says."""
+        """By replica; 1 is what the head itself says, as of numbers and risks."""
         return {each["name"]: float(each["temperature"]) for each in self.record["replicas"]}
 
     @property
@@ -73,6 +75,17 @@ class Artefact:
     def members(self) -> tuple[Path, ...]:
         """The models that an ensemble averages; none where this is a single one."""
         return tuple(self.folder / MEMBERS / each["name"] for each in self.record.get("members", ()))
+
+    @property
+    def task(self) -> str:
+        """What it predicts, one of `mil.targets.TASKS`; what was packed before there were others is of classes."""
+        return str(self.record.get("task", CLASSIFICATION))
+
+    @property
+    def averaging(self) -> Averaging:
+        """How an ensemble averages its members."""
+        scales = tuple(Scale(**each["scale"]) for each in self.record["members"] if "scale" in each)
+        return Averaging(self.record["average"], self.task, scales)
 
 
 def is_artefact(folder: Path) -> bool:

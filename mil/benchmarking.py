@@ -23,11 +23,11 @@ from extract.store import Store, open_store
 from extract.store.remote_path import store_path
 from mil.bags import VIEW, Bags, choose_entry, needs_coords, open_bags, place_bags
 from mil.baselines import ON_FEATURES, run_baselines
-from mil.board import REFERENCE, Board, BoardRow, Entrant, rank, score
+from mil.board import REFERENCE, Board, BoardRow, Entrant, board_metrics, rank, score
 from mil.board_page import write_page
 from mil.cohort import Cohort, join_store, read_cohort
 from mil.config import HeadConfig, TrainConfig, compose_config, read_config_file, take_overrides
-from mil.crossval import cross_validate, is_synthetic, require_classification, split_plan
+from mil.crossval import check_target, cross_validate, is_synthetic, split_plan
 from mil.early import missing_inputs
 from mil.errors import ConfigError, MilError, MissingExtraError, RunError, listed
 from mil.evaluation import resolve_device
@@ -201,7 +201,7 @@ def benchmark(
     overwrite: bool = False,
     **options: Any,
 ) -> Board:
-    """Train and compare heads on the same slides, folds and seeds; always beside mean pooling and three baselines.
+    """Train and compare heads on the same slides, folds and seeds; always beside mean pooling and the task's baselines.
 
     Args:
         store: one store or several; every features entry of each is a column of the comparison.
@@ -219,7 +219,7 @@ def benchmark(
         RunError: ``out`` holds something else than a board.
     """
     stores = [store] if not isinstance(store, Sequence) else list(store)
-    values = {"target": cohort.target, "heads": heads, "backbones": backbones} | options
+    values = {"target": cohort.target, "task": cohort.task, "heads": heads, "backbones": backbones} | options
     config = compose_benchmark(values=values | {"stores": [each.path for each in stores]})
     if out is not None:
         return _benchmark(stores, cohort, config, Path(out).absolute(), progress, overwrite)
@@ -258,7 +258,7 @@ def _benchmark(
     progress: Callable[[BenchmarkProgress], None] | None,
     overwrite: bool,
 ) -> Board:
-    require_classification((config.train.task, cohort.task), "mil benchmark")
+    check_target(config.train, cohort)
     _prepare(folder, config, overwrite)
     cohort, sources = _sources(stores, cohort, config)
     cells = [[_Cell.of(source, head, config.train, folder) for head in config.heads] for source in sources]
@@ -326,12 +326,7 @@ def _baselines(source: _Source, cohort: Cohort, splits: Splits, rows: Sequence[B
     """The baselines on one source; guessing is the same on any and comes once."""
     there = {row.name for row in rows if not row.name.startswith(ON_FEATURES)}
     found = run_baselines(source.bags, cohort, splits)
-    tested = splits.test.any(axis=0)
-    return [
-        Entrant(each.name, source.name, "baseline", each.probabilities[tested])
-        for each in found
-        if each.name not in there
-    ]
+    return [Entrant(each.name, source.name, "baseline", each.outcomes) for each in found if each.name not in there]
 
 
 def _prepare(folder: Path, config: BenchmarkConfig, overwrite: bool) -> None:
@@ -463,7 +458,9 @@ def _board(
     }
     return Board(
         target=cohort.target,
-        class_names=cohort.class_names,
+        task=cohort.task,
+        class_names=cohort.class_names if cohort.values is None else (),
+        metrics=board_metrics(cohort),
         n_slides=len(tested),
         n_patients=len(set(tested.patient_ids)),
         rows=rank(rows),

@@ -1,20 +1,23 @@
 """A leaderboard: how heads and baselines did on one cohort, and which of them beat mean pooling."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from mil import statistics
 from mil.cohort import Cohort
-from mil.comparison import holm, permutation_test
+from mil.comparison import holm
 from mil.files import Row, write_csv
-from mil.out_of_fold import read_out_of_fold
+from mil.metric_names import OF_A_UNIT, first_headline
+from mil.outcomes import Outcomes
+from mil.pairs import Pair
+from mil.saved_outcomes import read_outcomes
+from mil.saved_run import read_predictions
+from mil.scoring import evaluate_outcomes
+from mil.targets import CLASSIFICATION, HEADLINES
 
-FloatArray = npt.NDArray[np.float64]
 REFERENCE = "mean"
 SIGNIFICANT = 0.05
 
@@ -26,6 +29,10 @@ class Interval:
     value: float | None
     low: float | None
     high: float | None
+
+    def flat(self, name: str) -> dict[str, object]:
+        """Three columns of a table."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
 
     def __str__(self) -> str:
         point = "–" if self.value is None else f"{self.value:.3f}"
@@ -62,8 +69,8 @@ class Entrant:
         name: the head with the keywords that were given.
         entry: the features that it read.
         kind: "head" or "baseline".
-        probabilities: float64 [n, C], out of fold, mean over seeds; None if it failed.
-        seed_scores: macro-F1 of the out-of-fold predictions of each seed alone.
+        outcomes: out of fold, mean over seeds; None if it failed.
+        seed_scores: the task's first headline, of the out-of-fold predictions of each seed alone.
         cost: None for a baseline.
         reason: why it failed.
         folder: its run folder.
@@ -72,7 +79,7 @@ class Entrant:
     name: str
     entry: str
     kind: str
-    probabilities: FloatArray | None = None
+    outcomes: Outcomes | None = None
     seed_scores: tuple[float, ...] = ()
     cost: Cost | None = None
     reason: str = ""
@@ -81,11 +88,18 @@ class Entrant:
     @classmethod
     def of_run(cls, name: str, entry: str, folder: Path, where: str) -> "Entrant":
         """A head that was trained, from its run folder, which lies at ``where`` in the board's."""
-        found = read_out_of_fold(folder)
-        replicas = found.metrics["per_replica"]
-        return cls(
-            name, entry, "head", found.probabilities, tuple(found.metrics["seed_macro_f1"]), _cost(replicas), "", where
-        )
+        found = read_outcomes(folder)
+        task, metrics = found.outcomes.cohort.task, found.metrics
+        seeds = metrics["seed_macro_f1"] if task == CLASSIFICATION else _seed_scores(folder, first_headline(task))
+        return cls(name, entry, "head", found.outcomes, tuple(seeds), _cost(metrics["per_replica"]), "", where)
+
+
+def _seed_scores(folder: Path, metric: str) -> Iterator[float]:
+    """The metric of what the replicas of each seed alone say out of fold."""
+    predictions = read_predictions(folder)
+    seed_of = np.array([replica.seed for replica in predictions.replicas])
+    for seed in dict.fromkeys(seed_of.tolist()):
+        yield float(Outcomes.of(predictions, seed_of == seed).scores()[metric][0])
 
 
 @dataclass(frozen=True)
@@ -93,16 +107,14 @@ class BoardRow:
     """One line of the board.
 
     Attributes:
-        rank: by macro-F1, from 1; None if it failed.
+        rank: by the first headline of the task, from 1; None if it failed.
         name: head or baseline.
         entry: features entry.
         kind: "head" or "baseline".
-        macro_f1: of the out-of-fold predictions.
-        balanced_accuracy: likewise.
-        auroc: likewise.
-        seed_low: lowest macro-F1 of one seed alone; None where there is one seed, which has no spread.
+        scores: metrics of the out-of-fold predictions, see `board_metrics`; the first ranks the board.
+        seed_low: lowest first metric of one seed alone; None where there is one seed, which has no spread.
         seed_high: highest.
-        difference: macro-F1 minus that of the head ``mean`` on the same features, paired over patients.
+        difference: the first metric minus that of the head ``mean`` on the same features, paired over patients.
         p: of that difference, by exchanging predictions patient by patient; None for baselines.
         p_holm: corrected for the number of heads on the board.
         verdict: "reference", "beats mean pooling", "does not beat mean pooling", "failed", or "" where none is due.
@@ -116,9 +128,7 @@ class BoardRow:
     name: str
     entry: str
     kind: str
-    macro_f1: Interval = NOTHING
-    balanced_accuracy: Interval = NOTHING
-    auroc: Interval = NOTHING
+    scores: Mapping[str, Interval] = field(default_factory=dict)
     seed_low: float | None = None
     seed_high: float | None = None
     difference: Interval = NOTHING
@@ -130,13 +140,21 @@ class BoardRow:
     folder: str = ""
     warnings: tuple[str, ...] = ()
 
+    @property
+    def headline(self) -> Interval:
+        """What it is ranked by."""
+        return next(iter(self.scores.values()), NOTHING)
+
     def flat(self) -> dict[str, object]:
         """The row as columns of ``leaderboard.csv``."""
         plain: dict[str, object] = {}
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Interval):
-                plain |= {item.name: value.value, f"{item.name}_low": value.low, f"{item.name}_high": value.high}
+                plain |= value.flat(item.name)
+            elif item.name == "scores":
+                for name, interval in value.items():
+                    plain |= interval.flat(name)
             elif item.name == "cost":
                 plain |= _flat_cost(value)
             elif item.name != "warnings":
@@ -149,8 +167,10 @@ class Board:
     """A finished benchmark.
 
     Attributes:
-        target: the label column.
-        class_names: [C].
+        target: the label column, or columns.
+        task: one of `mil.targets.TASKS`.
+        class_names: [C]; of other targets than classes none.
+        metrics: of every row's `scores`, the one that ranks the board first.
         n_slides: slides that every entrant was scored on.
         n_patients: their patients.
         rows: by rank, failures last.
@@ -165,7 +185,9 @@ class Board:
     """
 
     target: str
+    task: str
     class_names: tuple[str, ...]
+    metrics: tuple[str, ...]
     n_slides: int
     n_patients: int
     rows: tuple[BoardRow, ...]
@@ -177,7 +199,7 @@ class Board:
     def __str__(self) -> str:
         lines = [f"{self.target}: {self.n_slides} slides of {self.n_patients} patients"]
         width = max(len(row.name) for row in self.rows)
-        lines += [f"{row.rank or '–':>3}  {row.name:{width}}  {row.macro_f1}  {row.verdict}" for row in self.rows]
+        lines += [f"{row.rank or '–':>3}  {row.name:{width}}  {row.headline}  {row.verdict}" for row in self.rows]
         return "\n".join(lines)
 
     def table(self) -> list[dict[str, object]]:
@@ -195,6 +217,12 @@ class Board:
             yield tuple("" if value is None else _rounded(value) for value in row.values())
 
 
+def board_metrics(cohort: Cohort) -> tuple[str, ...]:
+    """The headlines that a board has columns for; errors of several numbers have no common mean."""
+    left_out = ("accuracy", *(OF_A_UNIT if len(cohort.columns) > 1 else ()))
+    return tuple(name for name in HEADLINES[cohort.task] if name not in left_out)
+
+
 def score(entrant: Entrant, reference: Entrant | None, cohort: Cohort) -> BoardRow:
     """The row of an entrant, compared with mean pooling on the same features, before its place is known.
 
@@ -203,40 +231,43 @@ def score(entrant: Entrant, reference: Entrant | None, cohort: Cohort) -> BoardR
         reference: the head ``mean`` on the same features, which may be the entrant itself.
         cohort: the slides.
     """
+    metrics = board_metrics(cohort)
     row = BoardRow(
-        None, entrant.name, entrant.entry, entrant.kind, cost=entrant.cost, reason=entrant.reason, folder=entrant.folder
+        None,
+        entrant.name,
+        entrant.entry,
+        entrant.kind,
+        dict.fromkeys(metrics, NOTHING),
+        cost=entrant.cost,
+        reason=entrant.reason,
+        folder=entrant.folder,
     )
-    if entrant.probabilities is None:
+    if entrant.outcomes is None:
         return replace(row, verdict="failed")
-    found = statistics.evaluate(cohort.labels, entrant.probabilities, cohort.patient_ids, cohort.class_names)
-    row = replace(
-        row,
-        macro_f1=Interval(**found["macro_f1"]),
-        balanced_accuracy=Interval(**found["balanced_accuracy"]),
-        auroc=Interval(**found["auroc"]),
-        warnings=tuple(found["warnings"]),
-    )
+    found = evaluate_outcomes(entrant.outcomes)
+    scores = {name: Interval(**found[name]) for name in metrics}
+    row = replace(row, scores=scores, warnings=tuple(found["warnings"]))
     if len(entrant.seed_scores) > 1:
         row = replace(row, seed_low=min(entrant.seed_scores), seed_high=max(entrant.seed_scores))
     if reference is entrant:
         return replace(row, verdict="reference")
-    if reference is None or reference.probabilities is None:
+    if reference is None or reference.outcomes is None:
         return row
-    both = (cohort.labels, entrant.probabilities, reference.probabilities, cohort.patient_ids)
-    row = replace(row, difference=Interval(*statistics.paired_difference(*both)))
-    return row if entrant.kind == "baseline" else replace(row, p=permutation_test(*both))
+    pair = Pair(entrant.outcomes, reference.outcomes, metrics[0])
+    row = replace(row, difference=Interval(*pair.difference()))
+    return row if entrant.kind == "baseline" else replace(row, p=pair.p())
 
 
 def rank(rows: Iterable[BoardRow]) -> tuple[BoardRow, ...]:
-    """Sort by macro-F1, failures last, with p values corrected over all heads that were compared."""
+    """Sort by the first metric, failures last, with p values corrected over all heads that were compared."""
     rows = _corrected(rows)
-    scored = sorted((row for row in rows if row.macro_f1.value is not None), key=_order)
-    failed = [row for row in rows if row.macro_f1.value is None]
+    scored = sorted((row for row in rows if row.headline.value is not None), key=_order)
+    failed = [row for row in rows if row.headline.value is None]
     return (*(replace(row, rank=at) for at, row in enumerate(scored, 1)), *failed)
 
 
 def _order(row: BoardRow) -> tuple[float, str, str]:
-    return -(row.macro_f1.value or 0.0), row.name, row.entry
+    return -(row.headline.value or 0.0), row.name, row.entry
 
 
 def _corrected(rows: Iterable[BoardRow]) -> list[BoardRow]:

@@ -4,7 +4,9 @@ from pathlib import Path
 
 from mil.board import Board, BoardRow, Interval
 from mil.files import write_atomically
+from mil.metric_names import metric_name
 from mil.page import load_template
+from mil.targets import HEADLINES
 
 
 def write_page(path: Path, board: Board) -> None:
@@ -14,11 +16,16 @@ def write_page(path: Path, board: Board) -> None:
         MissingExtraError: jinja2 is not installed.
     """
     template = load_template("leaderboard.html", "the page of a leaderboard", key=_key, size=_size)
-    scores = [each for row in board.rows for each in (row.macro_f1.low, row.macro_f1.high) if each is not None]
+    scores = [each for row in board.rows for each in (row.headline.low, row.headline.high) if each is not None]
     low, high = (min(scores), max(scores)) if scores else (0.0, 1.0)
     several = len({row.entry for row in board.rows}) > 1
     page = template.render(
-        board=board, several=several, bar=lambda interval: _bar(interval, low, high), baseline=_baseline
+        board=board,
+        names=HEADLINES[board.task],
+        score=metric_name(board.task, board.metrics[0]),
+        several=several,
+        bar=lambda interval: _bar(interval, low, high),
+        baseline=_baseline,
     )
     # an id that is not UTF-8 reaches us with lone surrogates, which no HTML file can hold
     write_atomically(path, page.encode("utf-8", "backslashreplace"))

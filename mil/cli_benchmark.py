@@ -40,7 +40,8 @@ def benchmark(
 ) -> None:
     """Compare heads (and features) on the same slides, folds and seeds; writes a leaderboard.
 
-    Mean pooling, logistic regression and nearest neighbours on mean instances, and the majority class are always on it.
+    Mean pooling is always on it, and so are guessing and classical learners on mean instances: for classes logistic
+    regression and nearest neighbours, for labels logistic, for numbers ridge, for survival Cox regression.
 
     Example: `mil benchmark --store cohort.zarr --labels labels.csv --target subtype --out board heads=[max,abmil]`
     """
@@ -72,16 +73,19 @@ _VERDICTS = {"beats mean pooling": "yes", "does not beat mean pooling": "no"}
 
 
 def _print(console: Console, board: Any, out: Path) -> None:
+    from mil.metric_names import short_name
+
     if board.synthetic:
         console.print("SYNTHETIC DATA: these slides were drawn by a program.", style="bold", highlight=False)
     several = len({row.entry for row in board.rows}) > 1
+    shown = ("macro_f1", "auroc") if board.task == "classification" else board.metrics[:2]
     rows = []
     for row in board.rows:
         name = f"{row.name} on {row.entry}" if several else row.name
         p = "–" if row.p_holm is None else f"{row.p_holm:.3f}"
-        scores = (stacked_interval(asdict(each)) for each in (row.macro_f1, row.auroc, row.difference))
+        scores = (stacked_interval(asdict(each)) for each in (*(row.scores[key] for key in shown), row.difference))
         rows.append([name, *scores, p, _VERDICTS.get(row.verdict) or row.verdict or row.kind])
-    columns = ["head", "macro-F1", "AUROC", "minus mean", "p Holm", "beats mean"]
+    columns = ["head", *(short_name(board.task, key) for key in shown), "minus mean", "p Holm", "beats mean"]
     slides, patients = counted(board.n_slides, "slide"), counted(board.n_patients, "patient")
     print_table(console, f"{board.target}: {slides}, {patients}; 95 % intervals over patients", columns, rows)
     for row in board.rows:

@@ -9,20 +9,20 @@ from rich.console import Console
 
 from mil.console import counted, print_table, say, stacked_interval
 
-METRIC_TITLES = {
-    "macro_f1": "macro-F1",
-    "balanced_accuracy": "balanced accuracy",
-    "auroc": "AUROC",
-    "accuracy": "accuracy",
-}
-
 
 def compare(
     runs: Annotated[
         list[Path], typer.Argument(help="Folders of mil train, sweep or ensemble; the first is the reference.")
     ],
     *,
-    metric: Annotated[str, typer.Option(help="macro_f1, balanced_accuracy, auroc or accuracy.")] = "macro_f1",
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="Of classes macro_f1 (the default), balanced_accuracy, auroc, accuracy; of labels macro_auroc, "
+            "macro_f1, macro_balanced_accuracy; of numbers r2, pearson, spearman, mae, rmse; of survival concordance.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="CSV to write.", show_default=False)] = None,
 ) -> None:
     """Compare finished runs with the first of them, paired on the same slides.
@@ -44,9 +44,11 @@ def compare(
 
 
 def _print(console: Console, comparison: Any) -> None:
+    from mil.metric_names import metric_name, short_name
+
     if comparison.synthetic:
         console.print("SYNTHETIC DATA: these slides were drawn by a program.", style="bold", highlight=False)
-    title, reference = METRIC_TITLES[comparison.metric], comparison.rows[0].name
+    title, reference = metric_name(comparison.task, comparison.metric), comparison.rows[0].name
     slides, patients = counted(comparison.n_slides, "slide"), counted(comparison.n_patients, "patient")
     figures = [
         [row.name, *(stacked_interval(asdict(each)) for each in (row.value, row.difference)), _number(row.detectable)]
@@ -55,7 +57,7 @@ def _print(console: Console, comparison: Any) -> None:
     print_table(
         console,
         f"{comparison.target}: {slides}, {patients}; 95 % intervals over patients",
-        ["name", title, "difference", "detectable"],
+        ["name", short_name(comparison.task, comparison.metric), "difference", "detectable"],
         figures,
     )
     for row in comparison.rows[1:]:
@@ -71,8 +73,8 @@ def _print(console: Console, comparison: Any) -> None:
     say(
         console,
         f"exchange: {title}, exchanging predictions patient by patient; Holm: this for "
-        f"{counted(len(p_values), 'comparison')}; DeLong: AUROC over patients, two classes only; t test: {title} over "
-        f"test folds, corrected for their common training slides.",
+        f"{counted(len(p_values), 'comparison')}; DeLong: AUROC over patients, two classes or one label only; t test: "
+        f"{title} over test folds, corrected for their common training slides.",
     )
     for warning in comparison.warnings:
         say(console, f"warning: {warning}", style="yellow")

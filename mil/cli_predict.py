@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from mil.console import counted, print_metrics, print_table, say, shortened, stacked_interval
+from mil.console import (
+    counted,
+    print_metrics,
+    print_table,
+    print_target_metrics,
+    say,
+    shortened,
+    stacked_interval,
+)
+from mil.targets import CLASSIFICATION, MULTI_LABEL
 
 _SLIDES = "Straight from slides"
 _SUBMISSION = "Challenge submission"
@@ -42,7 +51,8 @@ def pack(
 ) -> None:
     """Pack a run or an ensemble into one folder that predicts elsewhere: weights, recipes, threshold, model card.
 
-    An ensemble takes all its members with it. --coverage and --accuracy need members of the same folds.
+    An ensemble takes all its members with it. --coverage and --accuracy need members of the same folds. Thresholds are
+    for classes, temperatures for classes and labels.
 
     Example: `mil pack runs/abmil --out models/subtype --coverage 0.9`
     """
@@ -53,21 +63,41 @@ def pack(
     )
     console, record = Console(), artefact.record
     _banner(console, record["synthetic"])
-    print_metrics(
-        console, f"{record['target']} by {record['head']}, out of fold, as this model predicts", record["out_of_fold"]
-    )
-    _print_members(console, record.get("members", ()))
-    temperatures = artefact.temperatures.values()
+    title = f"{record['target']} by {record['head']}, out of fold, as this model predicts"
+    _print_evaluation(console, title, artefact.task, record["out_of_fold"])
+    _print_members(console, artefact.task, record.get("members", ()))
     if not no_calibration:
-        errors = [record["calibration"][key]["ece"] for key in ("uncalibrated", "out_of_fold")]
-        say(
-            console,
-            f"temperatures {min(temperatures):.2f} to {max(temperatures):.2f}; calibration error out of fold "
-            f"{errors[0]:.3f} before, {errors[1]:.3f} after",
-        )
+        _say_calibration(console, artefact)
     _say_abstention(console, record["abstention"])
     _warn(console, record["warnings"])
     say(console, f"model {out}, {counted(len(record['replicas']), 'replica')}, card {out / 'README.md'}")
+
+
+def _print_evaluation(console: Console, title: str, task: str, evaluation: dict[str, Any]) -> None:
+    """The metrics of any task out of fold."""
+    if task == CLASSIFICATION:
+        print_metrics(console, title, evaluation)
+    else:
+        print_target_metrics(console, title, task, evaluation)
+
+
+def _say_calibration(console: Console, artefact: Any) -> None:
+    """Temperatures and what they did; numbers and risks have none."""
+    if artefact.record["calibration"] is None:
+        say(console, "no temperatures: numbers and risks are no probabilities")
+        return
+    found = [artefact.record["calibration"][key] for key in ("uncalibrated", "out_of_fold")]
+    if artefact.task == MULTI_LABEL:
+        errors = [sum(each["ece"] for each in labels.values()) / len(labels) for labels in found]
+        what = "mean calibration error of the labels"
+    else:
+        errors, what = [each["ece"] for each in found], "calibration error"
+    temperatures = artefact.temperatures.values()
+    say(
+        console,
+        f"temperatures {min(temperatures):.2f} to {max(temperatures):.2f}; {what} out of fold {errors[0]:.3f} before, "
+        f"{errors[1]:.3f} after",
+    )
 
 
 def predict(
@@ -84,7 +114,12 @@ def predict(
             show_default=False,
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="CSV to write: slide_id, predicted, the probability of each class, ...")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="CSV to write: slide_id, predicted, the probability of each class, ...; or the numbers, or the risk."
+        ),
+    ],
     entry: EntryOption = None,
     device: DeviceOption = "auto",
     attention: Annotated[
@@ -94,8 +129,8 @@ def predict(
     format: Annotated[
         Literal["table", "submission"],
         typer.Option(
-            help="submission: one label per slide, in two columns; also for slides from which the model abstains, "
-            "which are named on the terminal. The table marks them.",
+            help="submission: one label per slide (or one number, of a regression), in two columns; also for slides "
+            "from which the model abstains, which are named on the terminal. The table marks them.",
             rich_help_panel=_SUBMISSION,
         ),
     ] = "table",
@@ -133,7 +168,7 @@ def predict(
         typer.Option(help="Local weights of the backbone.", show_default=False, rich_help_panel=_SLIDES),
     ] = None,
 ) -> None:
-    """Predict slides without labels by the mean probability of a model's replicas.
+    """Predict slides without labels by the mean of what a model's replicas say.
 
     Given slides, it embeds what the store lacks first, by the recipe of the model. Slides that fail, or have no valid
     tile, are listed, and the exit code is 1.
@@ -145,6 +180,7 @@ def predict(
     from mil.inference import predict as predict_slides
     from mil.model import model_records
     from mil.predictions import check_submission
+    from mil.tasks import value_names
 
     _check_file(out)
     if attention is not None and attention.exists() and not attention.is_dir():
@@ -157,7 +193,8 @@ def predict(
         raise typer.BadParameter(f"got {what} → expected something to predict → name slides, or a store", param_hint="")
     names, labels = _split_columns(columns), _label_map(label_map)
     if format == "submission":
-        check_submission(model_records(run)[0].class_names, names, labels)
+        record = model_records(run)[0]
+        check_submission(record.class_names, value_names(record.task) if record.outputs else (), names, labels)
     path = out.with_suffix(".zarr") if store is None else store
     console = Console()
     arguments = (run, path, entry, None, device, None, attention is not None)
@@ -196,8 +233,9 @@ def _say_predictions(console: Console, predictions: Any, reader: Any, out: Path)
     from mil.crossval import is_synthetic
 
     _banner(console, is_synthetic(reader, predictions.slide_ids))
-    counts = ", ".join(f"{name} {predictions.predicted.count(name)}" for name in predictions.class_names)
-    if predictions.value_names:
+    if not predictions.value_names:
+        counts = ", ".join(f"{name} {predictions.predicted.count(name)}" for name in predictions.class_names)
+    else:
         ends = zip(predictions.probabilities.min(axis=0), predictions.probabilities.max(axis=0), strict=True)
         ranges = zip(predictions.value_names, ends, strict=True)
         counts = ", ".join(f"{name} from {low:.4g} to {high:.4g}" for name, (low, high) in ranges)
@@ -230,7 +268,14 @@ def evaluate(
     run: ModelOption,
     store: Annotated[Path, typer.Option("--store", help="The store of the external cohort.")],
     labels: Annotated[Path, typer.Option(help="Its label table (CSV).")],
-    target: Annotated[str, typer.Option(help="Column of the truth, spelled as the model's classes.")],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the truth, spelled as the model's classes; or those of its labels, numbers or survival, "
+            "separated by commas.  [default: the model's own]",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results; must be new or empty.")],
     entry: EntryOption = None,
     slide_column: Annotated[str | None, typer.Option(help="Column of slide ids.", show_default=False)] = None,
@@ -271,7 +316,11 @@ def evaluate(
         say(console, "NOT AN EXTERNAL COHORT: " + metrics["warnings"][0], style="bold red")
     rows = [[reason, str(count), shortened(ids)] for reason, count, ids in metrics["attrition"] if count]
     print_table(console, "where the rows and slides went", ["rows and slides", "count", "which"], rows)
-    print_metrics(console, f"{metrics['target']} by {metrics['model']}", metrics["external"])
+    title = f"{metrics['target']} by {metrics['model']}"
+    if metrics["task"] == CLASSIFICATION:
+        print_metrics(console, title, metrics["external"])
+    else:
+        print_target_metrics(console, title, metrics["task"], metrics["external"], "with all others")
     _say_abstention(console, None if metrics["abstention"] is None else {"here": metrics["abstention"]})
     _warn(console, metrics["warnings"])
     looks = counted(metrics["looks"], "time")
@@ -283,10 +332,13 @@ def ensemble(
     *,
     out: Annotated[Path, typer.Option(help="Folder of the ensemble.")],
     average: Annotated[
-        Literal["probabilities", "logits"], typer.Option(help="What is averaged; logits lets one member rule out.")
+        Literal["probabilities", "logits"],
+        typer.Option(help="What is averaged of classes and labels; logits lets one member rule out."),
     ] = "probabilities",
 ) -> None:
-    """Average several runs, and say what that gained over each of them.
+    """Average several runs of one target, and say what that gained over each of them.
+
+    Probabilities and numbers are averaged as they are, risks in units of their spread among validation slides.
 
     Example: `mil ensemble runs/abmil runs/transmil --out runs/both`
     """
@@ -298,8 +350,8 @@ def ensemble(
     _banner(console, metrics["synthetic"])
     whole = metrics["out_of_fold"]
     members = [each | {"name": Path(each["run"]).name} for each in metrics["members"]]
-    _print_members(console, members, whole)
-    print_metrics(console, f"{metrics['target']} by the ensemble, out of fold", whole)
+    _print_members(console, metrics["task"], members, whole)
+    _print_evaluation(console, f"{metrics['target']} by the ensemble, out of fold", metrics["task"], whole)
     _warn(console, metrics["warnings"])
     say(console, "If the members were picked by their test folds, these figures are too good.")
     say(
@@ -309,19 +361,26 @@ def ensemble(
     )
 
 
-def _print_members(console: Console, members: Sequence[dict[str, Any]], whole: dict[str, Any] | None = None) -> None:
+def _print_members(
+    console: Console, task: str, members: Sequence[dict[str, Any]], whole: dict[str, Any] | None = None
+) -> None:
     """Each member's figures, and what the ensemble, whose own are the last row if given, gains over it."""
+    from mil.gains import gain_name, member_metrics
+    from mil.metric_names import metric_name
+
     if not members:
         return
+    names = member_metrics(task)
     rows = []
     for each in members:
-        scores = [stacked_interval(each["macro_f1"]), stacked_interval(each["auroc"])]
-        gain = each["gain_macro_f1"] | {"value": each["gain_macro_f1"]["difference"]}
+        scores = [stacked_interval(each[name]) for name in names]
+        gain = each[gain_name(task)] | {"value": each[gain_name(task)]["difference"]}
         # one column that may wrap, and three of figures, fit 80 letters
         rows.append([f"{each['name']} ({each['head']}, {each['entry']})", *scores, stacked_interval(gain, "+.3f")])
     if whole is not None:
-        rows.append(["ensemble", stacked_interval(whole["macro_f1"]), stacked_interval(whole["auroc"]), "–"])
-    columns = ["member", "macro-F1", "AUROC", "gain in macro-F1"]
+        rows.append(["ensemble", *(stacked_interval(whole[name]) for name in names), "–"])
+    titles = [metric_name(task, name) for name in names]
+    columns = ["member", *titles, f"gain in {titles[0]}"]
     print_table(console, "members, and the ensemble minus each; 95 % intervals over patients", columns, rows)
 
 

@@ -8,7 +8,6 @@ from rich.console import Console
 
 from mil.console import counted, interval_text, print_table, say, stacked_interval
 
-SUMMARY = {"macro_f1": "macro-F1", "balanced_accuracy": "bal. accuracy", "auroc": "AUROC", "accuracy": "accuracy"}
 OF_CLASS = {"recall": "recall", "precision": "precision", "f1": "F1", "auroc": "AUROC"}
 
 
@@ -16,7 +15,9 @@ def score(
     runs: Annotated[list[Path], typer.Argument(help="Folders of mil train, sweep or ensemble.", show_default=False)],
     *,
     interval: Annotated[str, typer.Option(help="percentile or bca (bias-corrected and accelerated).")] = "percentile",
-    strata: Annotated[bool, typer.Option("--strata", help="Resample patients within their classes.")] = False,
+    strata: Annotated[
+        bool, typer.Option("--strata", help="Resample patients within their classes (or strata).")
+    ] = False,
     replicates: Annotated[int, typer.Option(help="Bootstrap resamples of the patients.")] = 2000,
     confidence: Annotated[float, typer.Option(help="Of the intervals.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the resamples.", min=0)] = 0,
@@ -37,7 +38,8 @@ def score(
 ) -> None:
     """Score finished runs from what they saved: intervals of other kinds, operating points, abstention.
 
-    Nothing is trained. Thresholds are chosen on validation parts and judged on test folds.
+    Nothing is trained. Thresholds are chosen on validation parts and judged on test folds. Operating points,
+    calibration and abstention are of classes; labels, numbers and survival have intervals alone.
 
     Example: `mil score runs/abmil --interval bca --strata --sensitivity 0.95 --out scores`
     """
@@ -91,8 +93,8 @@ def _save(console: Console, scores: Any, out: Path) -> None:
 def _print(console: Console, scores: Any) -> None:
     if any(run.facts["synthetic"] for run in scores.runs):
         say(console, "SYNTHETIC DATA: these slides were drawn by a program.", style="bold")
-    rows = [[run.name, *(stacked_interval(run.metrics[key]) for key in SUMMARY)] for run in scores.runs]
-    print_table(console, f"out of fold; {_how(scores.resampling)}", ["name", *SUMMARY.values()], rows)
+    for task in dict.fromkeys(run.task for run in scores.runs):
+        _print_summary(console, task, [run for run in scores.runs if run.task == task], scores.resampling)
     for run in scores.runs:
         _print_run(console, run)
     looks = max(run.facts["looks"] for run in scores.runs)
@@ -104,10 +106,24 @@ def _print(console: Console, scores: Any) -> None:
     )
 
 
-def _how(resampling: Any) -> str:
+def _print_summary(console: Console, task: str, runs: list[Any], resampling: Any) -> None:
+    """The headline metrics of runs of one task."""
+    from mil.metric_names import short_name
+    from mil.targets import HEADLINES
+
+    names = [key for key in HEADLINES[task] if any(run.metrics[key]["value"] is not None for run in runs)]
+    # errors have digits before the point, and five such columns fit into 80 letters
+    form = ".2f" if task == "regression" else ".3f"
+    rows = [[run.name, *(stacked_interval(run.metrics[key], form) for key in names)] for run in runs]
+    columns = [short_name(task, key) for key in names]
+    print_table(console, f"out of fold; {_how(resampling, task)}", ["name", *columns], rows)
+
+
+def _how(resampling: Any, task: str) -> str:
     """The kind of the intervals in words."""
     kind = "BCa" if resampling.interval == "bca" else "percentile"
-    strata = " within their classes" if resampling.stratified else ""
+    within = "classes" if task == "classification" else "strata"
+    strata = f" within their {within}" if resampling.stratified else ""
     return (
         f"{100 * resampling.confidence:g} % {kind} intervals, {counted(resampling.replicates, 'resample')} of the "
         f"patients{strata}"
@@ -115,20 +131,53 @@ def _how(resampling: Any) -> str:
 
 
 def _print_run(console: Console, run: Any) -> None:
-    facts, metrics = run.facts, run.metrics
-    what = f"{run.name}: {facts['target']} by {facts['head']}"
-    size = f"{counted(metrics['n_slides'], 'slide')}, {counted(metrics['n_patients'], 'patient')}"
-    rows = [
-        [name, str(each["support"]), str(each["n_patients"]), *(stacked_interval(each[key], ".2f") for key in OF_CLASS)]
-        for name, each in metrics["classes"].items()
-    ]
-    columns = ["class", "slides", "pat.", *OF_CLASS.values()]
-    print_table(console, f"{what}, {size}; one class against the others", columns, rows)
+    if run.task == "classification":
+        _print_classes(console, run)
+    else:
+        _print_targets(console, run)
     if run.operating:
         _print_operating(console, run)
-    _print_abstention(console, run)
+    if run.abstention is not None:
+        _print_abstention(console, run)
     for warning in run.warnings:
         say(console, f"warning: {warning}", style="yellow")
+
+
+def _print_classes(console: Console, run: Any) -> None:
+    rows = [
+        [name, str(each["support"]), str(each["n_patients"]), *(stacked_interval(each[key], ".2f") for key in OF_CLASS)]
+        for name, each in run.metrics["classes"].items()
+    ]
+    columns = ["class", "slides", "pat.", *OF_CLASS.values()]
+    print_table(console, f"{_what(run)}; one class against the others", columns, rows)
+
+
+def _print_targets(console: Console, run: Any) -> None:
+    """Labels or numbers one by one; a single number and survival have the summary alone."""
+    from mil.metric_names import SHORT_NAMES
+
+    targets = run.metrics.get("targets", {})
+    if len(targets) < 2 and run.task != "multilabel":
+        events = f", {counted(run.metrics['n_events'], 'event')}" if run.task == "survival" else ""
+        note = "; patients are compared within their test fold" if run.task == "survival" else ""
+        say(console, f"{_what(run)}{events}{note}\n")
+        return
+    labels = run.task == "multilabel"
+    names = ("auroc", "f1", "sensitivity", "specificity") if labels else ("r2", "pearson", "spearman", "mae", "rmse")
+    rows = []
+    for name, each in targets.items():
+        having = [f"{each['positive']} of {each['known']}"] if labels else []
+        rows.append([name, *having, *(stacked_interval(each[key], ".2f") for key in names)])
+    heads = OF_CLASS | {"r2": "R²"} | SHORT_NAMES
+    columns = ["target", *(["slides"] if labels else []), *(heads.get(key, key) for key in names)]
+    print_table(console, f"{_what(run)}; one target at a time", columns, rows)
+
+
+def _what(run: Any) -> str:
+    """A run and how much there is of it."""
+    metrics = run.metrics
+    size = f"{counted(metrics['n_slides'], 'slide')}, {counted(metrics['n_patients'], 'patient')}"
+    return f"{run.name}: {run.facts['target']} by {run.facts['head']}, {size}"
 
 
 def _print_operating(console: Console, run: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mil.console import counted, counted_replicas, print_metrics, print_table, say, say_start
+from mil.console import counted, counted_replicas, print_metrics, print_table, print_target_metrics, say, say_start
 
 _MOST_ROWS = 10
 
@@ -40,7 +40,8 @@ def sweep(
     select: Annotated[
         str | None,
         typer.Option(
-            help="What chooses, on validation parts: auroc (default), macro_f1, balanced_accuracy or log_loss.",
+            help="What chooses, on validation parts: of classes auroc (default), macro_f1, balanced_accuracy or "
+            "log_loss; of labels macro_auroc, macro_f1, ...; of numbers r2, pearson, ...; of survival concordance.",
             show_default=False,
         ),
     ] = None,
@@ -85,7 +86,10 @@ def _print(console: Console, found: Any, out: Path) -> None:
         console.print("SYNTHETIC DATA: these slides were drawn by a program.", style="bold", highlight=False)
     _print_settings(console, found)
     title = f"{metrics['target']}: the procedure out of fold, its search included"
-    print_metrics(console, title, metrics["out_of_fold"])
+    if metrics["task"] == "classification":
+        print_metrics(console, title, metrics["out_of_fold"])
+    else:
+        print_target_metrics(console, title, metrics["task"], metrics["out_of_fold"])
     for warning in metrics["warnings"]:
         say(console, f"warning: {warning}", style="yellow")
     for each in found.sensitivities:
@@ -99,10 +103,10 @@ def _print(console: Console, found: Any, out: Path) -> None:
 
 def _print_settings(console: Console, found: Any) -> None:
     """The best settings over all folds."""
+    from mil.metric_names import selection_name
     from mil.space import value_name
-    from mil.sweep_page import METRIC_NAMES
 
-    score = METRIC_NAMES[found.config.select]
+    score = selection_name(found.cohort.task, found.config.select)
     columns = [*(dimension.key for dimension in found.config.space), score, "folds"]
     rows = []
     for each in found.averages[:_MOST_ROWS]:

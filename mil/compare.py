@@ -3,17 +3,25 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from mil import statistics
 from mil.board import NOTHING, SIGNIFICANT, Interval
-from mil.comparison import corrected_t_test, holm, permutation_test
+from mil.bootstrap import Resampling
+from mil.comparison import corrected_t_test, holm
 from mil.delong import delong_test
 from mil.ensemble import is_ensemble
-from mil.errors import EvaluationError, RunError, listed
+from mil.errors import EvaluationError, RunError, did_you_mean, listed
 from mil.files import Row, write_csv
 from mil.fold_scores import FoldScore, differing_folds, mean_over_seeds, mean_test_to_train, read_fold_scores
-from mil.out_of_fold import OutOfFold, aligned_probabilities, read_out_of_fold, require_same_slides
-from mil.power import minimum_detectable_difference
+from mil.metric_names import LOWER_IS_BETTER, OF_A_UNIT, first_headline
+from mil.outcomes import Outcomes
+from mil.pairs import Pair
+from mil.saved_outcomes import aligned, read_outcomes
+from mil.scoring import evaluate_outcomes
+from mil.targets import CLASSIFICATION, HEADLINES, MULTI_LABEL
 
 NO_DIFFERENCE = "no difference shown"
 
@@ -30,7 +38,7 @@ class ComparedRun:
         difference: this run minus the reference, interval over the same resamples of patients.
         p: of the difference, by exchanging predictions patient by patient.
         p_holm: corrected for the number of runs that are compared with the reference.
-        p_delong: of the difference in AUROC, DeLong's test over patients; None unless there are two classes.
+        p_delong: of the difference in AUROC, DeLong's test over patients; None but for two classes or one label.
         p_t_test: of the mean difference over test folds, the corrected resampled t test; None under other folds, and
             for ensembles, which have none.
         detectable: difference that cohorts like this one find in four of five cases, see `mil.power`.
@@ -55,7 +63,7 @@ class ComparedRun:
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, Interval):
-                plain |= {item.name: value.value, f"{item.name}_low": value.low, f"{item.name}_high": value.high}
+                plain |= value.flat(item.name)
             else:
                 plain[item.name] = value
         return plain
@@ -66,8 +74,9 @@ class RunComparison:
     """Several runs on the same slides.
 
     Attributes:
-        metric: what the runs are compared by, one of `mil.statistics.SUMMARY_METRICS`.
-        target: the label column.
+        metric: what the runs are compared by.
+        task: one of `mil.targets.TASKS`; `mil.targets.HEADLINES` has its metrics.
+        target: the label column, or columns.
         n_slides: slides that all runs were scored on.
         n_patients: their patients.
         rows: the reference first, then as given.
@@ -76,6 +85,7 @@ class RunComparison:
     """
 
     metric: str
+    task: str
     target: str
     n_slides: int
     n_patients: int
@@ -108,12 +118,13 @@ class _RunToCompare:
 
     name: str
     folder: Path
-    found: OutOfFold
+    outcomes: Outcomes
+    metrics: dict[str, Any]
     folds: list[FoldScore]
 
 
 def compare_runs(
-    folders: Sequence[str | Path], metric: str = "macro_f1", replicates: int = 2000, seed: int = 0
+    folders: Sequence[str | Path], metric: str | None = None, replicates: int = 2000, seed: int = 0
 ) -> RunComparison:
     """Compare run folders with the first of them, paired slide by slide and resampled by patients.
 
@@ -123,76 +134,95 @@ def compare_runs(
 
     Args:
         folders: two or more folders that `mil train` or `mil ensemble` wrote; the first is the reference.
-        metric: one of `mil.statistics.SUMMARY_METRICS`.
+        metric: one of the task's, see `mil.targets.HEADLINES`; by default the first of them.
         replicates: bootstrap and permutation resamples.
         seed: of the resamples.
 
     Raises:
-        RunError: fewer than two folders, one given twice, one that cannot be read, or runs of other slides, patients or
-            labels, which are named.
-        EvaluationError: an unknown metric.
+        RunError: fewer than two folders, one given twice, one that cannot be read, or runs of other tasks, columns,
+            slides, patients or labels, which are named; runs for survival that were tested in other folds.
+        EvaluationError: a metric that the task does not have.
 
     Example:
         >>> comparison = compare_runs(["runs/mean", "runs/abmil"])      # doctest: +SKIP
         >>> comparison.rows[1].verdict                                  # doctest: +SKIP
         'no difference shown'
     """
-    statistics.check_metric(metric)
     runs = _read(folders)
     reference = runs[0]
+    cohort = reference.outcomes.cohort
+    metric = metric or first_headline(cohort.task)
+    _check_metric(metric, cohort.task, len(cohort.columns))
     rows = [_row(run, reference, metric, replicates, seed) for run in runs]
     adjusted = holm([row.p if row.p is not None else 1.0 for row in rows[1:]])
-    judged = [_judged(replace(row, p_holm=p)) for row, p in zip(rows[1:], adjusted, strict=True)]
-    found = reference.found
-    warnings = statistics.few_patients(found.class_names, found.labels, found.patient_ids)
+    judged = [_judged(replace(row, p_holm=p), metric) for row, p in zip(rows[1:], adjusted, strict=True)]
+    warnings = _warn_of_patients(reference)
     warnings += _warn_of_ensembles(runs) + [text for run in runs[1:] for text in _warn_of_folds(run, reference)]
     warnings += _warn_of_looks(runs)
     return RunComparison(
         metric=metric,
-        target=str(found.metrics.get("target", "")),
-        n_slides=len(found.slide_ids),
-        n_patients=len(set(found.patient_ids)),
+        task=cohort.task,
+        target=cohort.target,
+        n_slides=len(set(cohort.slide_ids)),
+        n_patients=len(set(cohort.patient_ids)),
         rows=(rows[0], *judged),
         warnings=tuple(warnings),
-        synthetic=any(bool(run.found.metrics.get("synthetic")) for run in runs),
+        synthetic=any(bool(run.metrics.get("synthetic")) for run in runs),
     )
+
+
+def _check_metric(metric: str, task: str, n_columns: int) -> None:
+    """Refuse a metric that the task does not have, or that several targets have no mean of.
+
+    Raises:
+        EvaluationError: as said.
+    """
+    known = [name for name in HEADLINES[task] if n_columns == 1 or name not in OF_A_UNIT]
+    if metric not in known:
+        raise EvaluationError(
+            f"got metric {metric!r} for runs of task {task} → expected one of {listed(known)} → "
+            f"{did_you_mean(metric, known)}choose one of these"
+        )
 
 
 def _row(run: _RunToCompare, reference: _RunToCompare, metric: str, replicates: int, seed: int) -> ComparedRun:
-    found, patients = run.found, reference.found.patient_ids
-    scored = statistics.evaluate(
-        found.labels, found.probabilities, patients, found.class_names, replicates=replicates, seed=seed
-    )
-    head, entry = (str(found.metrics.get(key, "")) for key in ("head", "entry"))
+    scored = evaluate_outcomes(run.outcomes, Resampling(replicates, seed))
+    head, entry = (str(run.metrics.get(key, "")) for key in ("head", "entry"))
     row = ComparedRun(run.name, head, entry, Interval(**scored[metric]))
     if run is reference:
         return row
-    both = (found.labels, found.probabilities, reference.found.probabilities, patients, metric)
+    pair = Pair(run.outcomes, reference.outcomes, metric, replicates, seed)
     return replace(
         row,
-        difference=Interval(*statistics.paired_difference(*both, replicates=replicates, seed=seed)),
-        p=permutation_test(*both, resamples=replicates, seed=seed),
-        p_delong=_delong(found, reference.found),
+        difference=Interval(*pair.difference()),
+        p=pair.p(),
+        p_delong=_delong(run.outcomes, reference.outcomes),
         p_t_test=_t_test(run, reference, metric),
-        detectable=minimum_detectable_difference(*both, replicates=replicates, seed=seed),
+        detectable=pair.detectable(),
     )
 
 
-def _judged(row: ComparedRun) -> ComparedRun:
+def _judged(row: ComparedRun, metric: str) -> ComparedRun:
     """The row with its verdict, which needs an interval on one side of 0 and a small corrected p value."""
     low, high = row.difference.low, row.difference.high
     if low is None or high is None or low <= 0 <= high or row.p_holm is None or row.p_holm >= SIGNIFICANT:
         return replace(row, verdict=NO_DIFFERENCE)
-    return replace(row, verdict="better" if low > 0 else "worse")
+    return replace(row, verdict="better" if (low > 0) != (metric in LOWER_IS_BETTER) else "worse")
 
 
-def _delong(found: OutOfFold, reference: OutOfFold) -> float | None:
-    """DeLong's p value, where there are two classes and two patients of each."""
-    if len(found.class_names) != 2:
+def _delong(found: Outcomes, reference: Outcomes) -> float | None:
+    """DeLong's p value, where there are two classes, or a single label, and two patients of each answer."""
+    cohort = found.cohort
+    if cohort.task == CLASSIFICATION and len(cohort.class_names) == 2:
+        labels, rows = cohort.labels, np.arange(len(cohort))
+    elif cohort.task == MULTI_LABEL and len(cohort.columns) == 1:
+        rows = np.flatnonzero(np.isfinite(found.values[:, 0]))
+        labels = found.values[rows, 0].astype(np.int64)
+    else:
         return None
-    scores = (found.probabilities[:, 1], reference.probabilities[:, 1])
+    scores = (found.said[rows, -1], reference.said[rows, -1])
     try:
-        return delong_test(found.labels, *scores, found.patient_ids).p
+        return delong_test(labels, *scores, [cohort.patient_ids[row] for row in rows]).p
     except EvaluationError:
         # too few patients, of which the warnings speak
         return None
@@ -207,6 +237,15 @@ def _t_test(run: _RunToCompare, reference: _RunToCompare, metric: str) -> float 
     scores, expected = (mean_over_seeds(each.folds, metric) for each in (run, reference))
     differences = [scores[test] - expected[test] for test in sorted(scores.keys() & expected.keys(), key=sorted)]
     return corrected_t_test(differences, mean_test_to_train(run.folds)).p if len(differences) > 1 else None
+
+
+def _warn_of_patients(run: _RunToCompare) -> list[str]:
+    """What there are too few patients for."""
+    cohort = run.outcomes.cohort
+    if cohort.values is None:
+        return statistics.few_patients(cohort.class_names, cohort.labels, cohort.patient_ids)
+    # these warnings depend on the truth alone
+    return [str(text) for text in evaluate_outcomes(run.outcomes, Resampling(1))["warnings"]]
 
 
 def _warn_of_ensembles(runs: Sequence[_RunToCompare]) -> list[str]:
@@ -235,7 +274,7 @@ def _warn_of_looks(runs: Sequence[_RunToCompare]) -> list[str]:
     looks: dict[Path, int] = {}
     for run in runs:
         ledger = run.folder.parent
-        looks[ledger] = max(looks.get(ledger, 0), int(run.found.metrics.get("looks", 1)))
+        looks[ledger] = max(looks.get(ledger, 0), int(run.metrics.get("looks", 1)))
     total = sum(looks.values())
     if total <= len(runs):
         return []
@@ -257,48 +296,14 @@ def _read(folders: Sequence[str | Path]) -> list[_RunToCompare]:
     names = [path.name for path in absolute]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
-    found = [read_out_of_fold(path) for path in absolute]
-    for name, each in zip(names[1:], found[1:], strict=True):
-        _require_same(names[0], found[0], name, each)
-    require_same_slides(zip(names, found, strict=True))
+    found = [read_outcomes(path) for path in absolute]
+    first = found[0]
+    outcomes = [aligned(names[0], first.outcomes, name, each.outcomes) for name, each in zip(names, found, strict=True)]
     return [
-        _RunToCompare(
-            name,
-            path,
-            replace(found[0], probabilities=aligned_probabilities(each, found[0]), metrics=each.metrics),
-            _fold_scores(path, found[0].class_names),
-        )
-        for name, path, each in zip(names, absolute, found, strict=True)
+        _RunToCompare(name, path, said, each.metrics, _fold_scores(path, first.metrics))
+        for name, path, said, each in zip(names, absolute, outcomes, found, strict=True)
     ]
 
 
-def _fold_scores(folder: Path, class_names: Sequence[str]) -> list[FoldScore]:
-    return [] if is_ensemble(folder) else read_fold_scores(folder, class_names)
-
-
-def _require_same(first_name: str, first: OutOfFold, name: str, other: OutOfFold) -> None:
-    """Refuse a run of other slides, patients or labels, with the slides that differ."""
-    if not first.slide_ids or set(first.class_names) != set(other.class_names):
-        raise RunError(
-            f"got {first_name} of the classes {listed(first.class_names)} on {len(first.slide_ids)} slides and {name} "
-            f"of {listed(other.class_names)} → expected the same → train both with one label table and target"
-        )
-    facts, others = _facts(first), _facts(other)
-    differences = {
-        f"only in {first_name}": [slide for slide in facts if slide not in others],
-        f"only in {name}": [slide for slide in others if slide not in facts],
-        "of another patient": [s for s in facts if s in others and facts[s][0] != others[s][0]],
-        "of another class": [s for s in facts if s in others and facts[s][1] != others[s][1]],
-    }
-    told = [f"{len(slides)} slides {what}: {listed(slides)}" for what, slides in differences.items() if slides]
-    if told:
-        raise RunError(
-            f"got {first_name} and {name} of different slides ({'; '.join(told)}) → expected runs of the same slides, "
-            f"patients and labels → train both with one label table and target, on stores with the same slides"
-        )
-
-
-def _facts(run: OutOfFold) -> dict[str, tuple[str, str]]:
-    """Patient and class name of every slide."""
-    names = [run.class_names[label] for label in run.labels.tolist()]
-    return dict(zip(run.slide_ids, zip(run.patient_ids, names, strict=True), strict=True))
+def _fold_scores(folder: Path, metrics: dict[str, Any]) -> list[FoldScore]:
+    return [] if is_ensemble(folder) else read_fold_scores(folder, metrics)

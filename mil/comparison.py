@@ -1,7 +1,7 @@
 """Comparing what two heads say about the same slides: permutation and t tests, and p values of several comparisons."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,8 +46,6 @@ def permutation_test(
         Good, "Permutation, Parametric and Bootstrap Tests of Hypotheses", 2005; Field and Welsh, JRSS B 2007, on
         drawing clusters rather than their members.
     """
-    from scipy.stats import permutation_test as exchange
-
     truth = np.asarray(labels)
     scores = [np.asarray(values, dtype=np.float64) for values in (probabilities_a, probabilities_b)]
     if metric not in SUMMARY_METRICS or not len(truth) == len(scores[0]) == len(scores[1]) == len(patient_ids):
@@ -56,13 +54,29 @@ def permutation_test(
             f"and {len(patient_ids)} patients → expected one of {', '.join(SUMMARY_METRICS)} and equal numbers → pass "
             f"one row per slide"
         )
+    return exchange_test(lambda swaps: _score(metric, truth, scores, swaps), patient_ids, resamples, seed)
+
+
+def exchange_test(
+    score: Callable[[FloatArray], FloatArray], patient_ids: Sequence[str], resamples: int = 2000, seed: int = 0
+) -> float:
+    """`permutation_test` for any metric of n slides.
+
+    Args:
+        score: the metric [B] of what A says where swaps [B, n] are 0, and of what B says where they are 1.
+        patient_ids: [n].
+        resamples: exchanges to draw.
+        seed: of the draws.
+    """
+    from scipy.stats import permutation_test as exchange
+
     patients, patient_of = np.unique(np.array(patient_ids), return_inverse=True)
     if len(patients) < 2:
         return 1.0
 
     def difference(exchanged: FloatArray, _: FloatArray, axis: int) -> FloatArray:
         swaps = np.moveaxis(np.atleast_2d(exchanged), axis, -1)[..., patient_of]
-        found = _score(metric, truth, scores, swaps) - _score(metric, truth, scores[::-1], swaps)
+        found = score(swaps) - score(1 - swaps)
         return found if exchanged.ndim > 1 else found[0]
 
     # a patient whose pair is (0, 1) keeps its predictions, one whose pair is (1, 0) has them exchanged

@@ -174,8 +174,18 @@ def print_metrics(console: Console, title: str, evaluation: dict[str, Any]) -> N
     )
 
 
-def print_target_metrics(console: Console, title: str, task: str, evaluation: dict[str, Any]) -> None:
-    """Print the metrics of labels, numbers or survival with their intervals, and a table per label or number."""
+def print_target_metrics(
+    console: Console, title: str, task: str, evaluation: dict[str, Any], compared: str = "within their test fold"
+) -> None:
+    """Print the metrics of labels, numbers or survival with their intervals, and a table per label or number.
+
+    Args:
+        console: where to.
+        title: above the table.
+        task: one of `mil.targets.TASKS`, but for classification.
+        evaluation: see `mil.scoring.evaluate_outcomes`.
+        compared: with whom the patients of survival are compared.
+    """
     from mil.targets import HEADLINES
 
     rows = []
@@ -198,7 +208,7 @@ def print_target_metrics(console: Console, title: str, task: str, evaluation: di
         say(
             console,
             f"{counted(evaluation['n_patients'], 'patient')}, {counted(evaluation['n_events'], 'event')}; patients are "
-            f"compared within their test fold",
+            f"compared {compared}",
         )
 
 

@@ -1,6 +1,6 @@
 """Cross-validated training: from a store and a cohort to out-of-fold metrics."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -154,7 +154,7 @@ def cross_validate(
     Raises:
         MilError, ExtractError: as in `train`.
     """
-    _check_target(config, cohort)
+    check_target(config, cohort)
     entry = choose_entry(store, config.backbone)
     device = resolve_device(config.device)
     if config.init is not None:
@@ -191,27 +191,17 @@ def cross_validate(
     )
 
 
-def _check_target(config: TrainConfig, cohort: Cohort) -> None:
-    """Refuse a configuration of another target than the cohort's."""
+def check_target(config: TrainConfig, cohort: Cohort) -> None:
+    """Refuse a configuration of another target than the cohort's.
+
+    Raises:
+        ConfigError: as said.
+    """
     named = target_columns(config.task, config.target or "")
     if config.task != cohort.task or (config.task != CLASSIFICATION and named != cohort.columns):
         raise ConfigError(
             f"got task={config.task} target={config.target} for a cohort of task {cohort.task}, target {cohort.target} "
             f"→ expected the same → read the cohort with task={config.task!r}, or set task={cohort.task}"
-        )
-
-
-def require_classification(tasks: Iterable[str], what: str) -> None:
-    """Refuse targets that are no class, where only classes are understood.
-
-    Raises:
-        ConfigError: as said.
-    """
-    other = [task for task in tasks if task != CLASSIFICATION]
-    if other:
-        raise ConfigError(
-            f"got task={other[0]} for {what} → expected task=classification, which it is made for → train with mil "
-            f"train, once for each setting"
         )
 
 

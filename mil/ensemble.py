@@ -1,4 +1,4 @@
-"""Ensembles: the mean of what several runs say, over heads, features, folds and seeds.
+"""Ensembles: the mean of what several runs of one target say, over heads, features, folds and seeds.
 
 A run's out-of-fold predictions already are an ensemble of its seeds; for a new slide it is one of all its replicas.
 Several runs are averaged with equal weights. Nothing is fitted, so that out-of-fold predictions stay honest; runs that
@@ -8,34 +8,32 @@ were picked by their test folds make the figures of their ensemble too good, and
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 
-from mil import statistics
 from mil.artefact import refuse_artefact
-from mil.cohort import Attrition, Cohort
+from mil.averaging import Average, Averaging, Scale
+from mil.cohort import Cohort
 from mil.errors import RunError, listed
 from mil.files import put_in_place, write_csv, write_json
+from mil.gains import gain_over, member_metrics
 from mil.looks import Look
-from mil.out_of_fold import (
-    OutOfFold,
-    aligned_probabilities,
-    out_of_fold_rows,
-    read_out_of_fold,
-    require_same_slides,
-)
+from mil.member_predictions import MemberPredictions
+from mil.out_of_fold import out_of_fold_rows
+from mil.run import ReplicaPredictions
+from mil.saved_run import read_predictions
+from mil.scoring import evaluate_outcomes
+from mil.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL
 
-Average = Literal["probabilities", "logits"]
 FloatArray = npt.NDArray[np.float64]
 ENSEMBLE = "ensemble.json"
 _FILES = frozenset({ENSEMBLE, "oof.csv", "metrics.json"})
-_SMALLEST = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +42,10 @@ class Ensemble:
 
     Attributes:
         folders: of the members, which stay where they are.
-        average: what is averaged: probabilities, or their logarithms (then scaled to sum to one).
         cohort: slides, patients and labels that all members share.
-        probabilities: float64 [n, C], out of fold.
+        probabilities: float64 [n, C], out of fold; for other targets than classes [n, values].
         metrics: the content of ``metrics.json``.
+        averaging: what is averaged: probabilities, their logarithms (then scaled to sum to one), numbers or risks.
 
     Example:
         >>> ensemble = make_ensemble(["runs/abmil", "runs/transmil"])       # doctest: +SKIP
@@ -55,10 +53,10 @@ class Ensemble:
     """
 
     folders: tuple[Path, ...]
-    average: Average
     cohort: Cohort
     probabilities: FloatArray
     metrics: dict[str, Any]
+    averaging: Averaging
 
     def save(self, folder: str | Path) -> Path:
         """Write ``oof.csv``, ``metrics.json`` and ``ensemble.json``; the look at the test folds is counted.
@@ -75,9 +73,10 @@ class Ensemble:
         partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
         try:
             partial.mkdir(parents=True)
-            members = {"average": self.average, "members": [str(path) for path in self.folders]}
-            write_json(partial / ENSEMBLE, members)
-            write_csv(partial / "oof.csv", out_of_fold_rows(self.cohort, self.probabilities))
+            members = {"members": [str(path) for path in self.folders]}
+            write_json(partial / ENSEMBLE, asdict(self.averaging) | members)
+            record = {"task": self.cohort.task, "columns": list(self.cohort.columns)}
+            write_csv(partial / "oof.csv", out_of_fold_rows(self.cohort, self.probabilities, record))
             write_json(partial / "metrics.json", metrics)
             look.append()
             put_in_place(partial, folder)
@@ -90,46 +89,53 @@ def make_ensemble(folders: Sequence[str | Path], average: Average = "probabiliti
     """Average the out-of-fold predictions of runs of the same slides.
 
     Every prediction comes from a replica that saw neither the slide nor its patient, whatever the folds of its run.
+    Of survival runs need the same folds, as patients are compared within a fold alone, and risks are averaged in units
+    of their spread among the validation slides of each run and fold, see `mil.averaging`.
 
     Raises:
-        RunError: fewer than two runs, one run twice, a run that cannot be read, a packed model, or runs of other
-            slides, patients, labels or classes.
+        RunError: fewer than two runs, one run twice, a run that cannot be read, a packed model or an ensemble, runs of
+            other slides, patients, labels, tasks or columns, or an average that the task does not have.
     """
     paths = tuple(Path(folder).absolute() for folder in folders)
     if len(set(paths)) < len(paths) or len(paths) < 2:
         raise RunError(f"got {listed(map(str, paths))} → expected two or more different runs → name each once")
     for path in paths:
         refuse_artefact(path, "runs, which are averaged before they are packed")
-    runs = [read_out_of_fold(path) for path in paths]
-    require_same_slides(zip(map(str, paths), runs, strict=True))
-    first = runs[0]
-    n = len(first.slide_ids)
-    cohort = Cohort(
-        first.slide_ids, first.patient_ids, first.labels, first.class_names, first.metrics["target"], Attrition(n, n)
-    )
-    probabilities = combine([aligned_probabilities(run, first) for run in runs], average)
-    return Ensemble(paths, average, cohort, probabilities, _metrics(paths, runs, cohort, probabilities, average))
+        if is_ensemble(path):
+            raise RunError(f"got the ensemble {path} → expected runs of mil train → name its members instead")
+    runs = [read_predictions(path) for path in paths]
+    _require_same_slides(paths, runs)
+    said = MemberPredictions.aligned(runs, average)
+    _check_average(average, said.cohort.task)
+    cohort, probabilities = said.tested()
+    scales = tuple(map(Scale.of, runs)) if cohort.task == SURVIVAL else ()
+    averaging = Averaging(average, cohort.task, scales)
+    return Ensemble(paths, cohort, probabilities, _metrics(paths, said), averaging)
 
 
-def combine(members: Sequence[FloatArray], average: Average = "probabilities") -> FloatArray:
-    """The mean of several predictions [n, C], rows summing to one.
-
-    ``logits`` takes the mean of log p, which is the geometric mean: one member that rules a class out decides.
-
-    >>> combine([np.array([[0.9, 0.1]]), np.array([[0.5, 0.5]])]).round(3).tolist()
-    [[0.7, 0.3]]
-    """
-    means: FloatArray
-    if average == "probabilities":
-        means = np.mean(members, axis=0)
-    else:
-        means = np.exp(np.mean([np.log(np.maximum(each, _SMALLEST)) for each in members], axis=0))
-    total: FloatArray = means / means.sum(axis=1, keepdims=True)
-    return total
+def _require_same_slides(paths: Sequence[Path], runs: Sequence[ReplicaPredictions]) -> None:
+    """Every run must have tested what the first has; patients and labels are compared when they are aligned."""
+    first = set(runs[0].tested()[0].slide_ids)
+    for path, run in zip(paths, runs, strict=True):
+        differing = sorted(first ^ set(run.tested()[0].slide_ids))
+        if differing:
+            raise RunError(
+                f"got {paths[0]} and {path}, of which one alone tested {listed(differing)} → expected runs of the same "
+                f"slides, patients and labels → train both with one label table and target, on stores with the same "
+                f"slides"
+            )
 
 
-def read_ensemble(folder: Path) -> tuple[tuple[Path, ...], Average]:
-    """The members of a saved ensemble, and what is averaged.
+def _check_average(average: Average, task: str) -> None:
+    if average == "logits" and task not in (CLASSIFICATION, MULTI_LABEL):
+        raise RunError(
+            f"got average=logits for runs of task {task} → expected probabilities to take the logarithm of, of which "
+            f"{task} has none → leave --average out"
+        )
+
+
+def read_ensemble(folder: Path) -> tuple[tuple[Path, ...], Averaging]:
+    """The members of a saved ensemble, and how they are averaged.
 
     Raises:
         RunError: there is none, or a member has gone.
@@ -137,7 +143,8 @@ def read_ensemble(folder: Path) -> tuple[tuple[Path, ...], Average]:
     try:
         plain = json.loads((folder / ENSEMBLE).read_text(encoding="utf-8"))
         members = tuple(Path(each) for each in plain["members"])
-        average: Average = plain["average"]
+        scales = tuple(Scale(**each) for each in plain.get("scales", ()))
+        averaging = Averaging(plain["average"], plain.get("task", CLASSIFICATION), scales)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"got {folder} as ensemble → its {ENSEMBLE} cannot be read → make it again") from error
     gone = [str(path) for path in members if not (path / "metrics.json").is_file()]
@@ -145,7 +152,7 @@ def read_ensemble(folder: Path) -> tuple[tuple[Path, ...], Average]:
         raise RunError(
             f"got the ensemble {folder} → its member {listed(gone)} has gone → bring it back, or make another"
         )
-    return members, average
+    return members, averaging
 
 
 def is_ensemble(folder: Path) -> bool:
@@ -154,39 +161,38 @@ def is_ensemble(folder: Path) -> bool:
 
 
 def over_members(
-    members: Sequence[Path], average: Average, predict: Callable[[Path], tuple[tuple[str, ...], FloatArray]]
+    members: Sequence[Path], averaging: Averaging, predict: Callable[[Path], tuple[tuple[str, ...], FloatArray]]
 ) -> tuple[tuple[str, ...], FloatArray]:
-    """Slide ids and probabilities [n, C] of an ensemble for new slides, from those of each member."""
+    """Slide ids and predictions [n, values] of an ensemble for new slides, from those of each member."""
     found = [predict(member) for member in members]
     ids = found[0][0]
     for member, (other, _) in zip(members, found, strict=True):
         if other != ids:
             raise RunError(f"got other slides for {member} than for {members[0]} → name the slides, or extract all")
-    return ids, combine([values for _, values in found], average)
+    return ids, averaging.of([values for _, values in found])
 
 
-def _metrics(
-    paths: Sequence[Path], runs: Sequence[OutOfFold], cohort: Cohort, probabilities: FloatArray, average: Average
-) -> dict[str, Any]:
-    found = statistics.evaluate(cohort.labels, probabilities, cohort.patient_ids, cohort.class_names)
-    members = []
-    for path, run in zip(paths, runs, strict=True):
-        difference = statistics.paired_difference(
-            cohort.labels, probabilities, aligned_probabilities(run, runs[0]), cohort.patient_ids
-        )
-        scores = {name: run.metrics["out_of_fold"][name] for name in ("macro_f1", "auroc")}
-        members.append({"run": str(path), "head": run.metrics["head"], "entry": run.metrics["entry"]} | scores)
-        members[-1]["gain_macro_f1"] = difference._asdict()
+def _metrics(paths: Sequence[Path], said: MemberPredictions) -> dict[str, Any]:
+    cohort, together = said.cohort, said.outcomes()
+    found = evaluate_outcomes(together)
+    facts = [json.loads((path / "metrics.json").read_text(encoding="utf-8")) for path in paths]
+    members = [
+        {"run": str(path), "head": run["head"], "entry": run["entry"]}
+        | {name: run["out_of_fold"][name] for name in member_metrics(cohort.task)}
+        | gain_over(together, MemberPredictions((member,)).outcomes())
+        for path, run, member in zip(paths, facts, said.members, strict=True)
+    ]
     return {
         "target": cohort.target,
-        "class_names": list(cohort.class_names),
-        "head": "ensemble of " + ", ".join(run.metrics["head"] for run in runs),
-        "entry": ", ".join(dict.fromkeys(run.metrics["entry"] for run in runs)),
+        "task": cohort.task,
+        "class_names": list(cohort.class_names) if cohort.values is None else [],
+        "head": "ensemble of " + ", ".join(run["head"] for run in facts),
+        "entry": ", ".join(dict.fromkeys(run["entry"] for run in facts)),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "average": average,
+        "average": said.average,
         "members": members,
-        "n_replicas": sum(run.metrics["n_replicas"] for run in runs),
-        "synthetic": any(run.metrics["synthetic"] for run in runs),
+        "n_replicas": sum(run["n_replicas"] for run in facts),
+        "synthetic": any(run["synthetic"] for run in facts),
         "warnings": list(found["warnings"]),
         "looks": 1,
         "out_of_fold": found,

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from extract.store import Store, open_store
-from mil import statistics
 from mil.answering import abstention_of
 from mil.artefact import check_new_folder
 from mil.calibration import evaluate_calibration
@@ -22,10 +21,14 @@ from mil.crossval import is_synthetic
 from mil.errors import CohortError, RunError, did_you_mean, listed
 from mil.files import Row, probability_text, put_in_place, write_csv, write_json
 from mil.inference import available_slides, predict
+from mil.label_calibration import evaluate_label_calibration
 from mil.looks import Look
 from mil.model import model_folders, model_records
+from mil.out_of_fold import truth_cells, truth_names
+from mil.outcomes import Outcomes
 from mil.predictions import Predictions
-from mil.targets import CLASSIFICATION
+from mil.scoring import evaluate_outcomes
+from mil.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL, target_columns
 from mil.training_cohort import Lineage, TrainingCohort, read_lineage
 from mil.training_cohort import overlap as overlap_with
 
@@ -81,20 +84,30 @@ class ExternalEvaluation:
 
     def _rows(self) -> Iterator[Row]:
         cohort, found = self.cohort, self.predictions
-        names = [f"p_{name}" for name in found.class_names]
-        yield ("slide_id", "patient_id", "target", "predicted", *names, "confidence", "abstained", "trained_on")
+        classes = cohort.values is None
+        names = [f"p_{name}" for name in found.class_names] if classes else found.value_names
+        predicted, sure = (("predicted",), ("confidence", "abstained")) if classes else ((), ())
+        yield ("slide_id", "patient_id", *truth_names(cohort), *predicted, *names, *sure, "trained_on")
         for at, slide_id in enumerate(cohort.slide_ids):
-            values = [probability_text(value) for value in (*found.probabilities[at], found.confidence[at])]
-            flags = [str(bool(flag)).lower() for flag in (found.abstained[at], self.trained_on[at])]
-            truth = cohort.class_names[cohort.labels[at]]
-            yield (slide_id, cohort.patient_ids[at], truth, found.predicted[at], *values, *flags)
+            who = (slide_id, cohort.patient_ids[at], *truth_cells(cohort, at))
+            said = [probability_text(value) for value in found.probabilities[at]]
+            known = _flag(self.trained_on[at])
+            if classes:
+                confidence = probability_text(found.confidence[at])
+                yield (*who, found.predicted[at], *said, confidence, _flag(found.abstained[at]), known)
+            else:
+                yield (*who, *said, known)
+
+
+def _flag(value: object) -> str:
+    return str(bool(value)).lower()
 
 
 def evaluate_external(
     run_folder: str | Path,
     store: Store | str | Path,
     labels: str | Path,
-    target: str,
+    target: str | None = None,
     entry: str | None = None,
     device: str = "auto",
     *,
@@ -109,18 +122,19 @@ def evaluate_external(
         run_folder: written by ``mil train``, ``mil pack`` or ``mil ensemble``.
         store: holds features of the recipe that the model was trained on.
         labels: label table, see `mil.read_cohort`.
-        target: its column of labels, spelled as the model's classes.
+        target: its column of labels, spelled as the model's classes; by default that of the model. Of other targets
+            its columns, separated by commas: those of the model in any order, or others in the model's order.
         entry: the features entry; by default the one whose recipe fits.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         slide_column: column of the slide ids.
         patient_column: column of the patient ids.
-        classes: the labels to keep; by default all.
+        classes: the labels to keep; by default all. Of classes only.
         overlap: what becomes of slides that were trained on, or whose patient was: ``refuse``, ``drop`` leaves them
             out, ``mark`` keeps them and says so with the result. Slides are known by their file's name, patients by
             their id. Trainings that the weights started from count too.
 
     Raises:
-        CohortError: a label table that cannot be used, or labels that the model does not know.
+        CohortError: a label table that cannot be used or lacks a column, or labels that the model does not know.
         RunError: slides that were trained on, unless they are dropped or marked; or none is left.
         MilError, ExtractError: as in `mil.predict`.
     """
@@ -128,18 +142,20 @@ def evaluate_external(
     reader = open_store(store) if isinstance(store, str | Path) else store
     _check_choice(overlap)
     records = model_records(folder)
-    _refuse_other_tasks(records, folder)
-    table = read_cohort(labels, target, slide_column, patient_column, classes, for_training=False)
-    _refuse_unknown_classes(table, records[0], labels)
-    joined = _in_order_of(
-        records[0].class_names, join_store(table, available_slides(reader, records, entry), for_training=False)
-    )
+    first = records[0]
+    wanted, renamed = _own_columns(first, target)
+    task = first.task["task"]
+    table = read_cohort(labels, wanted, slide_column, patient_column, classes, for_training=False, task=task)
+    joined = join_store(table, available_slides(reader, records, entry), for_training=False)
+    if task == CLASSIFICATION:
+        _refuse_unknown_classes(table, first, labels)
+        joined = _in_order_of(first.class_names, joined)
     lineages = [read_lineage(each) for each in model_folders(folder)]
     trainings = [each for lineage in lineages for each in lineage.cohorts]
     cohort, trained_on, dropped = _settle(joined, trainings, overlap)
     predictions = predict(folder, reader, entry, cohort.slide_ids, device)
     metrics = _metrics(records, cohort, predictions, trained_on, dropped)
-    metrics["warnings"] = [*_unknown_starts(lineages), *metrics["warnings"]]
+    metrics["warnings"] = [*_unknown_starts(lineages), *renamed, *metrics["warnings"]]
     metrics |= {"model": str(folder), "synthetic": is_synthetic(reader, cohort.slide_ids)}
     return ExternalEvaluation(cohort, predictions, trained_on, metrics)
 
@@ -152,13 +168,27 @@ def _check_choice(overlap: str) -> None:
         )
 
 
-def _refuse_other_tasks(records: Sequence[CheckpointRecord], folder: Path) -> None:
-    other = [record.task["task"] for record in records if record.task["task"] != CLASSIFICATION]
-    if other:
-        raise RunError(
-            f"got {folder}, trained for {other[0]} → expected classification, which is evaluated on other cohorts → "
-            f"apply it with mil predict and compare with the table"
+def _own_columns(record: CheckpointRecord, target: str | None) -> tuple[str, list[str]]:
+    """The columns of the table in the order of the model's, and a warning where they have other names.
+
+    Raises:
+        CohortError: not as many as the model has, or one of the model's names in another's place.
+    """
+    task = record.task["task"]
+    if target is None or task == CLASSIFICATION:
+        return target or record.target, []
+    own, given = target_columns(task, record.target), target_columns(task, target)
+    # time and event have an order; others are matched by name
+    if task != SURVIVAL and set(given) == set(own):
+        return record.target, []
+    moved = [name for name, here in zip(given, own, strict=False) if name in own and name != here]
+    if len(given) != len(own) or moved:
+        raise CohortError(
+            f"got target {target!r} for a model of {task} {record.target!r} → expected these columns, or as many "
+            f"others in this order → name them so, or leave --target out"
         )
+    pairs = [f"{here!r} as {name!r}" for here, name in zip(given, own, strict=True) if here != name]
+    return target, [f"columns of other names were read: {', '.join(pairs)}"] if pairs else []
 
 
 def _refuse_unknown_classes(cohort: Cohort, record: CheckpointRecord, labels: str | Path) -> None:
@@ -223,9 +253,9 @@ def _metrics(
     dropped: Sequence[str],
 ) -> dict[str, Any]:
     """The content of ``metrics.json``."""
-    scores = statistics.evaluate(cohort.labels, found.probabilities, cohort.patient_ids, cohort.class_names)
-    calibration = evaluate_calibration(cohort.labels, found.probabilities, cohort.patient_ids, cohort.class_names)
-    warnings = list(dict.fromkeys([*_warn_of_one_class(cohort), *scores["warnings"], *calibration["warnings"]]))
+    scores = evaluate_outcomes(_outcomes(cohort, found))
+    own, cautions = _of_probabilities(cohort, found)
+    warnings = list(dict.fromkeys([*_warn_of_one_class(cohort), *scores["warnings"], *cautions]))
     n_trained = int(trained_on.sum())
     if n_trained:
         warnings.insert(
@@ -238,7 +268,8 @@ def _metrics(
     return {
         "target": cohort.target,
         "trained_target": records[0].target,
-        "class_names": list(cohort.class_names),
+        "task": cohort.task,
+        "class_names": list(cohort.class_names) if cohort.values is None else [],
         "head": ", ".join(record.head for record in records),
         "entry": found.entry,
         "n_replicas": len(found.replicas),
@@ -249,14 +280,31 @@ def _metrics(
         "warnings": warnings,
         "looks": 1,
         "external": scores,
-        "calibration": calibration,
-        "abstention": abstention_of(cohort.labels, found.probabilities, found.abstain_below),
+        **own,
     }
+
+
+def _outcomes(cohort: Cohort, found: Predictions) -> Outcomes:
+    """One model says all of this, so that patients are compared with all others for survival."""
+    return Outcomes(cohort, found.probabilities, (0,) * len(cohort) if cohort.task == SURVIVAL else ())
+
+
+def _of_probabilities(cohort: Cohort, found: Predictions) -> tuple[dict[str, Any], list[str]]:
+    """What only probabilities have, calibration and (of classes) abstention, and what to be warned of there."""
+    said, patients = found.probabilities, cohort.patient_ids
+    if cohort.values is None:
+        calibration = evaluate_calibration(cohort.labels, said, patients, cohort.class_names)
+        abstention = abstention_of(cohort.labels, said, found.abstain_below)
+        return {"calibration": calibration, "abstention": abstention}, calibration["warnings"]
+    labels = None
+    if cohort.task == MULTI_LABEL:
+        labels = evaluate_label_calibration(cohort.values, said, patients, cohort.columns)
+    return {"calibration": labels, "abstention": None}, []
 
 
 def _warn_of_one_class(cohort: Cohort) -> list[str]:
     present = np.unique(cohort.labels)
-    if len(present) > 1:
+    if cohort.values is not None or len(present) > 1:
         return []
     return [
         f"all {len(cohort)} slides are of class {cohort.class_names[present[0]]!r}: how well it is told from others "

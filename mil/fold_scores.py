@@ -2,18 +2,16 @@
 
 import csv
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from mil import metrics
 from mil.errors import RunError
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from mil.out_of_fold import stated_cohort, stated_said, truth_names
+from mil.outcomes import Outcomes, mean_outcomes
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,49 +20,57 @@ class FoldScore:
 
     Attributes:
         replica: its name.
-        seed: of the replica, as written.
+        fold: of the replica, as written.
+        seed: likewise.
         test: slides of the test part.
         validation: slides of the validation part.
         n_train: slides of the training part.
-        labels: [m] of the test part.
-        probabilities: [m, C].
+        outcomes: of the test part, by slide id.
     """
 
     replica: str
+    fold: str
     seed: str
     test: frozenset[str]
     validation: frozenset[str]
     n_train: int
-    labels: IntArray
-    probabilities: FloatArray
+    outcomes: Outcomes
 
     def score(self, metric: str) -> float:
-        """A summary metric of the test part; NaN where it is undefined."""
-        if metric == "auroc":
-            return float(metrics.auroc(self.labels, self.probabilities)[0])
-        n_classes = self.probabilities.shape[1]
-        matrix = metrics.confusion(self.labels, self.probabilities.argmax(axis=1), n_classes)
-        return float(getattr(metrics, metric)(matrix)[0])
+        """A headline metric of the test part; NaN where it is undefined."""
+        return float(self.outcomes.scores()[metric][0])
 
 
-def read_fold_scores(folder: Path, class_names: Sequence[str]) -> list[FoldScore]:
+def read_fold_scores(folder: Path, metrics: Mapping[str, Any]) -> list[FoldScore]:
     """The replicas of a run folder, each with what it said of its test part.
+
+    Args:
+        folder: of a run or a sweep.
+        metrics: its ``metrics.json``, or another of the same target, whose order of classes is taken.
 
     Raises:
         RunError: the file is missing, or does not hold what `mil train` writes.
     """
     try:
-        with open(folder / "predictions.csv", encoding="utf-8", newline="") as file:
+        with open(folder / "predictions.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
             by_replica: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
             for row in csv.DictReader(file):
                 by_replica[row["replica"]].append(row)
-        return [_fold_score(name, rows, tuple(class_names)) for name, rows in by_replica.items()]
+        return [_fold_score(name, rows, metrics) for name, rows in by_replica.items()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = error.strerror if isinstance(error, OSError) else f"{type(error).__name__} {error}"
         raise RunError(
             f"got {folder} as run folder → its predictions.csv cannot be read ({what}) → give the --out folder of a "
             f"finished mil train"
         ) from error
+
+
+def by_fold(scores: Sequence[FoldScore]) -> Outcomes:
+    """What a run for survival says out of fold: the mean over the seeds of every fold."""
+    found: defaultdict[str, list[Outcomes]] = defaultdict(list)
+    for each in scores:
+        found[each.fold].append(each.outcomes)
+    return Outcomes.of_folds(mean_outcomes(parts) for parts in found.values())
 
 
 def mean_over_seeds(scores: Sequence[FoldScore], metric: str) -> dict[frozenset[str], float]:
@@ -95,8 +101,8 @@ def differing_folds(first: Sequence[FoldScore], other: Sequence[FoldScore]) -> s
     return f"{len(differ)} of {len(other)} validation parts are others" if differ else None
 
 
-def _fold_score(name: str, rows: Sequence[dict[str, str]], class_names: tuple[str, ...]) -> FoldScore:
-    parts: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
+def _fold_score(name: str, rows: Sequence[Mapping[str, str]], metrics: Mapping[str, Any]) -> FoldScore:
+    parts: defaultdict[str, list[Mapping[str, str]]] = defaultdict(list)
     for row in rows:
         parts[row["split"]].append(row)
     tested = sorted(parts["test"], key=lambda row: row["slide_id"])
@@ -104,10 +110,24 @@ def _fold_score(name: str, rows: Sequence[dict[str, str]], class_names: tuple[st
         raise ValueError(f"replica {name} has {len(tested)} test and {len(parts['train'])} training slides")
     return FoldScore(
         replica=name,
+        fold=rows[0]["fold"],
         seed=rows[0]["seed"],
         test=frozenset(row["slide_id"] for row in tested),
         validation=frozenset(row["slide_id"] for row in parts["validation"]),
         n_train=len(parts["train"]),
-        labels=np.array([class_names.index(row["target"]) for row in tested], dtype=np.int64),
-        probabilities=np.array([[float(row[f"p_{each}"]) for each in class_names] for row in tested]),
+        outcomes=outcomes_of(tested, metrics),
     )
+
+
+def outcomes_of(rows: Sequence[Mapping[str, str]], metrics: Mapping[str, Any]) -> Outcomes:
+    """Rows of a table of a run.
+
+    Raises:
+        ValueError, KeyError, TypeError: they are not what `mil train` writes.
+    """
+    truth = truth_names(stated_cohort(metrics))
+    cells = [(row["slide_id"], row["patient_id"], [row[name] for name in truth]) for row in rows]
+    cohort = stated_cohort(metrics, cells)
+    names = stated_said(cohort)
+    said = np.array([[float(row[name]) for name in names] for row in rows], dtype=np.float64)
+    return Outcomes(cohort, said.reshape(len(rows), len(names)))

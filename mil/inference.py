@@ -83,7 +83,7 @@ def predict(
     members = read_members(folder)
     if members is not None:
         _refuse_choice_of_ensemble(replicas, attention)
-    found = load_model(folder, replicas, any_task=True) if members is None else members
+    found = load_model(folder, replicas) if members is None else members
     if slide_ids is None:
         records = [found.record] if isinstance(found, Model) else model_records(folder)
         slide_ids, failed = _with_tiles(reader, records, entry)
@@ -143,15 +143,17 @@ def _predict_ensemble(
 
     def member(path: Path) -> tuple[tuple[str, ...], FloatArray]:
         found.append(_predict_model(load_model(path), store, entry, slide_ids, device, attention=False))
-        # members may have been trained on another order of the same classes
-        order = [found[-1].class_names.index(name) for name in found[0].class_names]
+        # members may have been trained on another order of the same classes or columns
+        first, last = (each.class_names or each.value_names for each in (found[0], found[-1]))
+        order = [last.index(name) for name in first]
         return found[-1].slide_ids, found[-1].probabilities[:, order]
 
-    ids, mean = over_members(members.folders, members.average, member)
+    ids, mean = over_members(members.folders, members.averaging, member)
     pairs = zip(members.folders, found, strict=True)
     return Predictions(
         slide_ids=ids,
         class_names=found[0].class_names,
+        value_names=found[0].value_names,
         probabilities=mean,
         replicas=tuple(f"{path.name}/{name}" for path, each in pairs for name in each.replicas),
         entry=", ".join(dict.fromkeys(each.entry for each in found)),
@@ -208,7 +210,8 @@ def _average(
 ) -> tuple[FloatArray, dict[str, npt.NDArray[np.float32]] | None]:
     """Mean probability [n, C] over replicas, each at its temperature, and their mean attention by slide.
 
-    For other targets than classes the mean [n, values] of what `mil.tasks.decode` gives.
+    For other targets than classes the mean [n, values] of what `mil.tasks.decode` gives: risks are averaged as they
+    are, since every replica says one of every slide.
     """
     means: list[Tensor] = []
     maps: dict[str, npt.NDArray[np.float32]] = {}

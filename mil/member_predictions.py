@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from mil.averaging import Average, combine, standardise_risks
 from mil.cohort import Cohort
-from mil.ensemble import Average, combine
 from mil.errors import RunError, listed
+from mil.outcomes import Outcomes
 from mil.run import ReplicaPredictions
+from mil.targets import CLASSIFICATION, SURVIVAL
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
@@ -18,11 +20,11 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class MemberPredictions:
-    """Members of the same n slides and classes, in one order.
+    """Members of the same n slides and targets, in one order.
 
     Attributes:
-        members: of each the predictions of its replicas.
-        average: what is averaged over members; over the replicas of a member it is always probabilities.
+        members: of each the predictions of its replicas; of several the risks are on one scale, see `mil.averaging`.
+        average: what is averaged over members; over the replicas of a member it is always what they say.
     """
 
     members: tuple[ReplicaPredictions, ...]
@@ -33,15 +35,25 @@ class MemberPredictions:
         """Put slides and classes of all members into the order of the first; slides that one lacks are left out.
 
         Raises:
-            RunError: other patients or labels for the same slide.
+            RunError: other targets, or other patients or labels for the same slide; members for survival that were
+                tested in other folds, or whose risks do not vary.
         """
         first, *others = (member.cohort.slide_ids for member in members)
         shared = [slide_id for slide_id in first if all(slide_id in each for each in map(set, others))]
-        names = members[0].cohort.class_names
-        found = tuple(_reordered(member, shared, names) for member in members)
+        for member in members[1:]:
+            _require_same_target(members[0].cohort, member.cohort)
+        found = tuple(_reordered(member, shared, members[0].cohort) for member in members)
         for member in found[1:]:
             _require_same_labels(found[0], member)
-        return cls(found, average)
+        aligned = cls(found, average)
+        if aligned.cohort.task != SURVIVAL or len(found) == 1:
+            return aligned
+        if not aligned.share_folds():
+            raise RunError(
+                "got members for survival that were tested in different folds → expected the same folds, as patients "
+                "are compared within a fold alone → train the members with the same folds and split_seed"
+            )
+        return cls(tuple(map(standardise_risks, found)), average)
 
     @property
     def cohort(self) -> Cohort:
@@ -71,7 +83,7 @@ class MemberPredictions:
         return int(np.any([(member.parts == part).any(axis=0) for member in self.members], axis=0).sum())
 
     def mean_over(self, part: str, fold: int | None = None) -> tuple[IntArray, FloatArray]:
-        """The slides that every member had in a part, as rows of the cohort, and their probabilities [rows, C].
+        """The slides that every member had in a part, as rows of the cohort, and what is said of them [rows, values].
 
         A member says the mean of its replicas that had the slide in that part; of one fold, if that is given.
 
@@ -86,32 +98,57 @@ class MemberPredictions:
                 f"share → expected some to choose a threshold by → give --abstain-below instead"
             )
         means = [_mean(member, each, rows) for member, each in zip(self.members, weights, strict=True)]
-        return rows, means[0] if len(means) == 1 else combine(means, self.average)
+        return rows, means[0] if len(means) == 1 else combine(means, self.average, self.cohort.task)
 
-    def tested(self) -> tuple[IntArray, FloatArray, list[str], tuple[str, ...]]:
-        """Labels, out-of-fold probabilities, patients and class names, as scoring wants them."""
+    def tested(self) -> tuple[Cohort, FloatArray]:
+        """The slides that every member tested, and what is said of them out of fold [tested, values]."""
         rows, values = self.mean_over("test")
-        cohort = self.cohort
-        return cohort.labels[rows], values, [cohort.patient_ids[row] for row in rows], cohort.class_names
+        return self.cohort.subset(rows), values
+
+    def outcomes(self) -> Outcomes:
+        """The same beside the truth, as scoring wants it: of survival by fold, as patients are compared within one."""
+        if self.cohort.task != SURVIVAL:
+            return Outcomes(*self.tested())
+        found = [self.mean_over("test", fold) for fold in self.folds.tolist() if self.tests(fold).any()]
+        return Outcomes.of_folds(Outcomes(self.cohort.subset(rows), values) for rows, values in found)
 
 
-def _reordered(said: ReplicaPredictions, slide_ids: Sequence[str], names: tuple[str, ...]) -> ReplicaPredictions:
-    cohort = said.cohort
-    at = {slide_id: row for row, slide_id in enumerate(cohort.slide_ids)}
+def _require_same_target(first: Cohort, other: Cohort) -> None:
+    alike = other.task == first.task
+    if alike and first.task != CLASSIFICATION:
+        # time and event have an order; others are matched by name
+        alike = first.columns == other.columns if first.task == SURVIVAL else set(first.columns) == set(other.columns)
+    if not alike:
+        raise RunError(
+            f"got members of task {first.task}, target {first.target}, and of task {other.task}, target "
+            f"{other.target} → expected one task and the same columns → average runs of one target"
+        )
+
+
+def _reordered(said: ReplicaPredictions, slide_ids: Sequence[str], wanted: Cohort) -> ReplicaPredictions:
+    """The slides in this order, and classes or columns in the order of another cohort."""
+    at = {slide_id: row for row, slide_id in enumerate(said.cohort.slide_ids)}
     rows = [at[slide_id] for slide_id in slide_ids]
-    columns = [cohort.class_names.index(name) for name in names]
-    subset = cohort.subset(rows)
-    labels = np.array([names.index(cohort.class_names[label]) for label in subset.labels], dtype=np.int64)
-    return ReplicaPredictions(
-        replace(subset, class_names=names, labels=labels),
-        said.replicas,
-        said.parts[:, rows],
-        said.probabilities[:, rows][:, :, columns],
-    )
+    cohort, parts, values = said.cohort.subset(rows), said.parts[:, rows], said.probabilities[:, rows]
+    if cohort.values is None:
+        names = wanted.class_names
+        labels = np.array([names.index(cohort.class_names[label]) for label in cohort.labels], dtype=np.int64)
+        order = [cohort.class_names.index(name) for name in names]
+        cohort = replace(cohort, class_names=names, labels=labels)
+        return ReplicaPredictions(cohort, said.replicas, parts, values[:, :, order])
+    if cohort.task == SURVIVAL or cohort.columns == wanted.columns:
+        return replace(said, cohort=cohort, parts=parts, probabilities=values)
+    order = [cohort.columns.index(name) for name in wanted.columns]
+    cohort = replace(cohort, target=wanted.target, values=cohort.values[:, order])
+    tasks = tuple({**task, "columns": list(wanted.columns)} for task in said.tasks)
+    return ReplicaPredictions(cohort, said.replicas, parts, values[:, :, order], tasks)
 
 
 def _require_same_labels(first: ReplicaPredictions, other: ReplicaPredictions) -> None:
-    pairs = [zip(each.cohort.patient_ids, each.cohort.labels.tolist(), strict=True) for each in (first, other)]
+    # unknown labels are NaN, which equals nothing; their text does
+    pairs = [
+        zip(each.cohort.patient_ids, map(str, each.cohort.targets.tolist()), strict=True) for each in (first, other)
+    ]
     differing = [slide_id for slide_id, one, two in zip(first.cohort.slide_ids, *pairs, strict=True) if one != two]
     if differing:
         raise RunError(

@@ -9,10 +9,10 @@ from typing import NamedTuple
 from aggregators import Aggregator
 from extract.store import difference
 from mil.artefact import is_artefact, read_artefact
+from mil.averaging import Averaging
 from mil.checkpoint import CheckpointRecord, load_checkpoint
-from mil.ensemble import Average, is_ensemble, read_ensemble
+from mil.ensemble import is_ensemble, read_ensemble
 from mil.errors import CheckpointError, RunError, did_you_mean, listed
-from mil.targets import CLASSIFICATION
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,8 +21,8 @@ class Model:
 
     Attributes:
         heads: R heads in evaluation mode, on the CPU.
-        records: [R], of classes and recipes that all share.
-        temperatures: [R]; logits are divided by them. 1 in a run, where nothing is calibrated.
+        records: [R], of targets and recipes that all share.
+        temperatures: [R]; logits are divided by them. 1 in a run, and of numbers and risks.
         abstain_below: the confidence below which the model abstains, or None.
     """
 
@@ -47,12 +47,12 @@ class Members(NamedTuple):
 
     Attributes:
         folders: of the members, each a run or an artefact.
-        average: what is averaged.
+        averaging: how.
         abstain_below: the confidence of the average below which the ensemble abstains, or None.
     """
 
     folders: tuple[Path, ...]
-    average: Average
+    averaging: Averaging
     abstain_below: float | None = None
 
 
@@ -69,7 +69,7 @@ def read_members(folder: Path) -> Members | None:
     artefact = read_artefact(folder)
     if not artefact.members:
         return None
-    return Members(artefact.members, artefact.record["average"], artefact.abstain_below)
+    return Members(artefact.members, artefact.averaging, artefact.abstain_below)
 
 
 def model_folders(folder: Path) -> tuple[Path, ...]:
@@ -86,19 +86,18 @@ def model_records(folder: Path) -> list[CheckpointRecord]:
     """
     members = read_members(folder)
     if members is None:
-        return [load_model(folder, any_task=True).record]
+        return [load_model(folder).record]
     records = [load_model(member).record for member in members.folders]
     names = [f"{member.name}/{record.replica}" for member, record in zip(members.folders, records, strict=True)]
     return [replace(record, replica=name) for record, name in zip(records, names, strict=True)]
 
 
-def load_model(folder: Path, replicas: Sequence[str] | None = None, any_task: bool = False) -> Model:
+def load_model(folder: Path, replicas: Sequence[str] | None = None) -> Model:
     """Heads and records of a run or an artefact, in the order of their fold and seed; every file is verified.
 
     Args:
         folder: written by `mil train` or `mil pack`.
         replicas: names of those to load, by default all.
-        any_task: also models of labels, numbers and survival.
 
     Raises:
         RunError: no run or model there, an ensemble, a checkpoint is missing or foreign, or an unknown replica.
@@ -121,8 +120,6 @@ def load_model(folder: Path, replicas: Sequence[str] | None = None, any_task: bo
     loaded.sort(key=lambda pair: (pair[1].fold, pair[1].seed))
     heads, records = (tuple(each) for each in zip(*loaded, strict=True))
     _check_alike(records, folder)
-    if not any_task:
-        _require_classes(records[0], folder)
     if artefact is None:
         return Model(heads, records, (1.0,) * len(heads))
     temperatures = tuple(artefact.temperatures[record.replica] for record in records)
@@ -157,17 +154,9 @@ def _replicas_of_run(folder: Path) -> tuple[str, ...]:
 def _check_alike(records: Sequence[CheckpointRecord], folder: Path) -> None:
     first = records[0]
     for record in records:
-        if record.class_names != first.class_names or difference(record.feature_recipe, first.feature_recipe):
+        targets = [(each.class_names, each.task["task"], each.task.get("columns")) for each in (record, first)]
+        if targets[0] != targets[1] or difference(record.feature_recipe, first.feature_recipe):
             raise CheckpointError(
-                f"got replicas {first.replica} and {record.replica} of different classes or features in {folder} → "
+                f"got replicas {first.replica} and {record.replica} of different targets or features in {folder} → "
                 f"expected those of one run → do not copy checkpoints between runs"
             )
-
-
-def _require_classes(record: CheckpointRecord, folder: Path) -> None:
-    task = record.task["task"]
-    if task != CLASSIFICATION:
-        raise RunError(
-            f"got {folder}, trained for {task} → expected classification, which this is made for → apply it with mil "
-            f"predict, or read what it said out of fold in {folder / 'oof.csv'}"
-        )

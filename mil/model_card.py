@@ -3,6 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mil import target_card
+from mil.gains import gain_name, member_metrics
+from mil.metric_names import metric_name
+from mil.target_card import NOUNS, both
+from mil.targets import CLASSIFICATION, HEADLINES, MULTI_LABEL
+
 NOT_A_DEVICE = (
     "This is research software. It is **not a medical device**: it is neither approved nor validated for diagnosis, "
     "treatment or any decision about a patient."
@@ -11,11 +17,14 @@ SYNTHETIC = (
     "> **SYNTHETIC DATA.** The slides were drawn by a program. This model shows that the software works and says "
     "nothing about tumours."
 )
+_OTHER_KINDS = (
+    "It knows the classes above and nothing else; a slide of any other kind is given one of them, perhaps with great "
+    "confidence."
+)
 _AVERAGES = {
     "probabilities": "the mean probability",
     "logits": "the geometric mean of the probabilities, scaled to sum to one,",
 }
-_METRICS = {"macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "accuracy": "accuracy"}
 _CALIBRATION = {"brier": "Brier score (0 to 2)", "nll": "negative log-likelihood", "ece": "calibration error (ECE)"}
 
 
@@ -45,16 +54,26 @@ def _opening(record: Mapping[str, Any]) -> Iterator[str]:
     if record["synthetic"]:
         yield SYNTHETIC
         yield ""
-    names = ", ".join(f"`{name}`" for name in record["class_names"])
-    said = f"the mean probability of {len(record['replicas'])} replicas"
+    task = _task(record)
+    said = f"the mean {NOUNS.get(task, 'probability')} of {len(record['replicas'])} replicas"
     if "members" in record:
-        said = f"{_AVERAGES[record['average']]} of {len(record['members'])} members, each the mean of its replicas"
-    yield (
-        f"Predicts **{_plain(record['target'])}** of a whole-slide image as one of {names}, from embeddings of its "
-        f"tissue tiles. The prediction is {said}."
-    )
+        average = _AVERAGES[record["average"]] if task == CLASSIFICATION else target_card.average_in_words(record)
+        said = f"{average} of {len(record['members'])} members, each the mean of its replicas"
+    yield f"{_predicted(record)}, from embeddings of its tissue tiles. The prediction is {said}."
     yield ""
     yield NOT_A_DEVICE
+
+
+def _task(record: Mapping[str, Any]) -> str:
+    """What was packed before there were other tasks is of classes."""
+    return str(record.get("task", CLASSIFICATION))
+
+
+def _predicted(record: Mapping[str, Any]) -> str:
+    if _task(record) != CLASSIFICATION:
+        return _plain(target_card.what_it_predicts(record))
+    names = ", ".join(f"`{name}`" for name in record["class_names"])
+    return f"Predicts **{_plain(record['target'])}** of a whole-slide image as one of {names}"
 
 
 def _data(record: Mapping[str, Any]) -> Iterator[str]:
@@ -67,8 +86,11 @@ def _data(record: Mapping[str, Any]) -> Iterator[str]:
         f"replica, {parts['validation']} validated one, {parts['test']} tested one."
     )
     yield ""
-    rows = [(name, each["slides"], each["patients"]) for name, each in data["classes"].items()]
-    yield from _table(("class", "slides", "patients"), rows)
+    if _task(record) == CLASSIFICATION:
+        rows = [(name, each["slides"], each["patients"]) for name, each in data["classes"].items()]
+        yield from _table(("class", "slides", "patients"), rows)
+    else:
+        yield from _table(*target_card.data_table(data, _task(record)))
     yield ""
     if "attrition" not in data:
         yield "Where the rows of the label table and the slides of the store went is in the card of each member."
@@ -111,8 +133,11 @@ def _members(record: Mapping[str, Any]) -> Iterator[str]:
     """The members of an ensemble, in the place of a recipe."""
     yield "## Members"
     yield ""
-    columns = ("member", "weight", "replicas", "head", "backbone", "features", "macro-F1", "AUROC", "gain in macro-F1")
-    yield from _table(columns, map(_member_row, record["members"]))
+    task = _task(record)
+    names = member_metrics(task)
+    titles = [metric_name(task, name) for name in names]
+    columns = ("member", "weight", "replicas", "head", "backbone", "features", *titles, f"gain in {titles[0]}")
+    yield from _table(columns, (_member_row(member, names, member[gain_name(task)]) for member in record["members"]))
     yield ""
     yield (
         f"Figures are out of fold, of each member alone; the gain is that of the ensemble over it, on the same slides. "
@@ -124,8 +149,7 @@ def _members(record: Mapping[str, Any]) -> Iterator[str]:
     yield "Features of another backbone, other weights or another scale are refused, for each member."
 
 
-def _member_row(member: Mapping[str, Any]) -> tuple[object, ...]:
-    gain = member["gain_macro_f1"] | {"value": member["gain_macro_f1"]["difference"]}
+def _member_row(member: Mapping[str, Any], names: Sequence[str], gain: Mapping[str, Any]) -> tuple[object, ...]:
     backbone = f"{member['backbone']['name']} {member['backbone']['weights_sha256'][:12]}"
     return (
         member["name"],
@@ -134,9 +158,8 @@ def _member_row(member: Mapping[str, Any]) -> tuple[object, ...]:
         f"{member['head']} {_settings(member['head_keywords'])}",
         backbone,
         f"entry {member['entry']}, recipe {member['feature_fingerprint'][:12]}",
-        _both(member["macro_f1"]),
-        _both(member["auroc"]),
-        _both(gain),
+        *(both(member[name]) for name in names),
+        both({"value": gain["difference"], **gain}),
     )
 
 
@@ -152,17 +175,13 @@ def _metrics(record: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     columns = ("metric", "value", "interval") + (("before calibration",) if before else ())
     rows = []
-    for key, title in _METRICS.items():
+    for key in HEADLINES[_task(record)]:
         last = (_value(before[key]["value"]),) if before else ()
+        title = metric_name(_task(record), key)
         rows.append((title, _value(found[key]["value"]), _interval(found[key]), *last))
     yield from _table(columns, rows)
     yield ""
-    classes = [
-        (name, each["support"], _both(each["recall"]), _both(each["precision"]), _both(each["auroc"]))
-        for name, each in found["classes"].items()
-    ]
-    yield from _table(("class", "slides", "recall", "precision", "AUROC against the others"), classes)
-    yield ""
+    yield from _by_target(record)
     looks = record["looks"]
     times = "once" if looks == 1 else f"{looks} times"
     yield (
@@ -172,13 +191,41 @@ def _metrics(record: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
+def _by_target(record: Mapping[str, Any]) -> Iterator[str]:
+    """The figures of every class, label or number; of survival whom they rest on."""
+    found = record["out_of_fold"]
+    if _task(record) == CLASSIFICATION:
+        classes = [
+            (name, each["support"], both(each["recall"]), both(each["precision"]), both(each["auroc"]))
+            for name, each in found["classes"].items()
+        ]
+        yield from _table(("class", "slides", "recall", "precision", "AUROC against the others"), classes)
+        yield ""
+    elif (table := target_card.result_table(record)) is not None:
+        yield from _table(*table)
+        yield ""
+    elif "n_events" in found:
+        yield f"{found['n_events']} patients had the event. Patients are compared within the fold that tests them."
+        yield ""
+
+
 def _calibration(record: Mapping[str, Any]) -> Iterator[str]:
     found = record["calibration"]
-    after, before = found["out_of_fold"], found["uncalibrated"]
     yield "## Calibration"
     yield ""
+    if found is None:
+        yield target_card.no_calibration(_task(record))
+        return
     yield f"Method: {found['method']}. Out of fold, lower is better:"
     yield ""
+    if _task(record) == MULTI_LABEL:
+        yield from _table(*target_card.calibration_table(found))
+    else:
+        yield from _class_calibration(found)
+
+
+def _class_calibration(found: Mapping[str, Any]) -> Iterator[str]:
+    after, before = found["out_of_fold"], found["uncalibrated"]
     rows = []
     for key, title in _CALIBRATION.items():
         values = [each[key] if key == "ece" else each[key]["value"] for each in (after, before) if each is not None]
@@ -228,15 +275,12 @@ def _limits(record: Mapping[str, Any]) -> Iterator[str]:
         "- All figures come from cross-validation within one cohort. Other scanners, stains, sites and populations may "
         "give others: run `mil evaluate` on labelled slides of your own first."
     )
-    yield (
-        "- It knows the classes above and nothing else; a slide of any other kind is given one of them, perhaps with "
-        "great confidence."
-    )
+    yield "- " + (_OTHER_KINDS if _task(record) == CLASSIFICATION else target_card.own_limit(record))
     if "members" not in record:
         yield "- Attention shows what the head looked at. It is no proof of why."
     yield (
         "- The mean of all replicas predicts new slides, and the mean of fewer gave the figures above: expect new "
-        "probabilities to be a little less extreme."
+        "predictions to be a little less extreme."
     )
     for warning in record["warnings"]:
         yield f"- {_plain(warning)}"
@@ -282,7 +326,3 @@ def _value(value: float | None) -> str:
 def _interval(entry: Mapping[str, float | None]) -> str:
     low, high = entry["low"], entry["high"]
     return "–" if low is None or high is None else f"{low:.3f} to {high:.3f}"
-
-
-def _both(entry: Mapping[str, float | None]) -> str:
-    return f"{_value(entry['value'])} ({_interval(entry)})"

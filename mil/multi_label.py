@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mil.bootstrap import Spread
-from mil.errors import EvaluationError
 from mil.metrics import binary_auroc, confusion, f1, mean_defined, one_vs_all, recall, weightings
+from mil.slide_values import check_values, describe_resampling
+from mil.targets import MULTI_LABEL, find_strata
 
 FloatArray = npt.NDArray[np.float64]
 SUMMARY = {"macro_auroc": "auroc", "macro_f1": "f1", "macro_balanced_accuracy": "balanced_accuracy"}
@@ -51,6 +52,26 @@ def score(truth: FloatArray, chances: FloatArray, weights: npt.ArrayLike | None 
     return {"auroc": label_aurocs(truth, chances, every)} | {name: np.stack(v, axis=1) for name, v in found.items()}
 
 
+def summarise(
+    truth: FloatArray, chances: FloatArray, weights: npt.ArrayLike | None = None, only: str | None = None
+) -> dict[str, FloatArray]:
+    """The means over labels of `SUMMARY`, each [B]; arguments as in `label_aurocs`, and the one that is needed."""
+    if only == "macro_auroc":
+        # a test asks for it thousands of times, and the others would take most of the time
+        return {only: mean_defined(label_aurocs(truth, chances, weights))}
+    return _means(score(truth, chances, weights))
+
+
+def _means(found: dict[str, FloatArray]) -> dict[str, FloatArray]:
+    return {name: mean_defined(found[of]) for name, of in SUMMARY.items()}
+
+
+def count_fewest(truth: FloatArray, patient_ids: Sequence[str]) -> list[int]:
+    """Of every label the patients that have it or those that lack it, whichever are fewer; [L]."""
+    patients = np.array(patient_ids)
+    return [min(len(np.unique(patients[column == answer])) for answer in (0, 1)) for column in truth.T]
+
+
 def evaluate_multi_label(
     truth: npt.ArrayLike,
     chances: npt.ArrayLike,
@@ -59,6 +80,8 @@ def evaluate_multi_label(
     replicates: int = 2000,
     seed: int = 0,
     confidence: float = 0.95,
+    interval: str = "percentile",
+    stratified: bool = False,
 ) -> dict[str, Any]:
     """Every metric with its interval over resampled patients, ready for `metrics.json`.
 
@@ -70,6 +93,8 @@ def evaluate_multi_label(
         replicates: number of bootstrap resamples.
         seed: of the resamples.
         confidence: of the intervals.
+        interval: "percentile" or "bca", see `mil.bootstrap`.
+        stratified: draw patients among those with the same rarest label.
 
     Returns:
         `n_slides`, `n_patients`, `replicates`, `confidence`; `macro_auroc`, `macro_f1`, `macro_balanced_accuracy`
@@ -79,21 +104,15 @@ def evaluate_multi_label(
     Raises:
         EvaluationError: shapes that do not fit.
     """
-    values, said = (np.asarray(each, dtype=np.float64) for each in (truth, chances))
-    if values.shape != (len(patient_ids), len(columns)) or said.shape != values.shape or not len(values):
-        raise EvaluationError(
-            f"got labels {values.shape} and probabilities {said.shape} for {len(patient_ids)} patients and "
-            f"{len(columns)} labels → expected [n, L] of one n, above 0 → give what one run predicted"
-        )
+    values, said = check_values(truth, chances, patient_ids, columns, "labels")
 
     def statistic(weights: FloatArray) -> dict[str, FloatArray]:
         found = score(values, said, weights)
-        means = {name: mean_defined(found[of]) for name, of in SUMMARY.items()}
-        return means | {f"of_{name}": each for name, each in found.items()}
+        return _means(found) | {f"of_{name}": each for name, each in found.items()}
 
-    spread = Spread.of(statistic, patient_ids, replicates, seed, confidence, "percentile", None)
-    patients = np.array(patient_ids)
-    fewest = [min(len(np.unique(patients[values[:, at] == answer])) for answer in (0, 1)) for at in range(len(columns))]
+    strata = find_strata(MULTI_LABEL, columns, values, patient_ids)[0] if stratified else None
+    spread = Spread.of(statistic, patient_ids, replicates, seed, confidence, interval, strata)
+    patients, fewest = np.array(patient_ids), count_fewest(values, patient_ids)
     targets = {
         column: {
             "known": int(np.isfinite(values[:, at]).sum()),
@@ -106,8 +125,7 @@ def evaluate_multi_label(
     return {
         "n_slides": len(values),
         "n_patients": len(set(patient_ids)),
-        "replicates": replicates,
-        "confidence": confidence,
+        **describe_resampling(replicates, confidence, interval, stratified),
         **{name: spread.entry(name, min(fewest) >= 2) for name in SUMMARY},
         "targets": targets,
         "warnings": [

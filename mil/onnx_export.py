@@ -29,6 +29,8 @@ from mil.errors import MissingExtraError, RunError, listed
 from mil.files import put_in_place, write_atomically, write_json
 from mil.inference import available_slides, fitting_entry
 from mil.model import load_model, read_members
+from mil.targets import MULTI_LABEL, REGRESSION, SURVIVAL
+from mil.tasks import Record, value_names
 
 TOLERANCE = 1e-4
 BAG_SIZES = (1, 2, 7, 64, 500)
@@ -48,10 +50,12 @@ class OnnxParity:
         file: name of the ``.onnx`` file.
         sha256: of the file.
         outputs: names of the outputs: ``logits`` [1, C] and, where the head has it, ``attention`` [n, branches].
-        temperature: divides the logits before the softmax; 1 in a run that was not packed.
+        temperature: divides the logits of classes and labels; 1 in a run, and of numbers and risks.
         largest_difference: over all outputs and bags.
         bags: sizes of the bags that were compared.
         real_bags: how many of them are slides of a store; the others are random.
+        task: what the logits mean, see `mil.tasks.Task.record`: of numbers the mean and deviation that make values of
+            them, of survival the loss and the edges of the intervals of time.
     """
 
     replica: str
@@ -62,6 +66,7 @@ class OnnxParity:
     largest_difference: float
     bags: tuple[int, ...]
     real_bags: int
+    task: Mapping[str, Any]
 
 
 def export_onnx(
@@ -111,7 +116,8 @@ def export_onnx(
         files[name] = content
         digest = sha256(content).hexdigest()
         sizes = tuple(len(bag) for bag in bags)
-        found.append(OnnxParity(record.replica, name, digest, outputs, temperature, largest, sizes, len(real)))
+        facts = (record.replica, name, digest, outputs, temperature, largest, sizes, len(real), dict(record.task))
+        found.append(OnnxParity(*facts))
     _write_folder(out, files, _description(model.record, found))
     return found
 
@@ -259,14 +265,35 @@ def _description(record: CheckpointRecord, found: Sequence[OnnxParity]) -> dict[
     return {
         "input": {"name": "instances", "dtype": "float32", "shape": ["n", record.in_dim]},
         "target": record.target,
+        "task": record.task["task"],
+        "columns": list(record.task.get("columns", [record.target])),
         "class_names": list(record.class_names),
-        "probabilities": "mean over the files of softmax(logits / temperature)",
+        "value_names": list(
+            value_names(record.task) if record.outputs else (f"p_{name}" for name in record.class_names)
+        ),
+        "values": f"mean over the files of {_formula(record.task)}",
         "feature_recipe": dict(record.feature_recipe),
         "tile_recipe": dict(record.tile_recipe),
         "tolerance": TOLERANCE,
         "versions": package_versions() | _versions(),
         "files": [asdict(each) for each in found],
     }
+
+
+def _formula(task: Record) -> str:
+    """How a file's logits become what `mil.predict` says, see `mil.tasks.decode`."""
+    if task["task"] == MULTI_LABEL:
+        return "sigmoid(logits / temperature)"
+    if task["task"] == REGRESSION:
+        return "logits * deviation + mean, both by column, of the file's task"
+    if task["task"] == SURVIVAL and task["loss"] == "cox":
+        return "logits, the log hazard: higher for those who are expected to die sooner"
+    if task["task"] == SURVIVAL:
+        return (
+            "-sum(cumprod(1 - sigmoid(logits))) over the intervals of time, minus the expected number of intervals "
+            "survived: higher for those who are expected to die sooner"
+        )
+    return "softmax(logits / temperature)"
 
 
 def _versions() -> dict[str, str]:

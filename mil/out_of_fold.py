@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mil.cohort import Cohort
-from mil.errors import RunError, listed
+from mil.cohort import Attrition, Cohort
+from mil.errors import RunError
 from mil.files import Row, probability_text
-from mil.targets import CLASSIFICATION
+from mil.targets import CLASSIFICATION, find_strata, target_columns
 from mil.tasks import Record, value_names
 
 FloatArray = npt.NDArray[np.float64]
@@ -110,33 +110,30 @@ def read_out_of_fold(folder: Path) -> OutOfFold:
     return OutOfFold(columns[0], columns[1], labels, names, values.reshape(len(table), len(names)), metrics)
 
 
-def require_same_slides(runs: Iterable[tuple[str, OutOfFold]]) -> None:
-    """Refuse runs that cannot be compared slide by slide.
+def stated_cohort(metrics: Mapping[str, Any], rows: Sequence[tuple[str, str, Sequence[str]]] = ()) -> Cohort:
+    """The slides of a run as its tables hold them.
+
+    Args:
+        metrics: the run's ``metrics.json``.
+        rows: slide id, patient id and the cells of the truth, see `truth_names`.
 
     Raises:
-        RunError: other slides, patients, labels or classes.
+        ValueError, KeyError: they are not what `mil train` writes.
     """
-    (first_name, first), *others = runs
-    expected = _identity(first)
-    for name, run in others:
-        differing = sorted({row[0] for row in set(_identity(run)) ^ set(expected)})
-        if differing:
-            raise RunError(
-                f"got {first_name} and {name}, which differ in slide, patient or label of {listed(differing)} → "
-                f"expected runs of the same slides, patients and labels → train both with one label table and target, "
-                f"on stores with the same slides"
-            )
+    task, target = metrics.get("task", CLASSIFICATION), metrics["target"]
+    slide_ids, patients = tuple(row[0] for row in rows), tuple(row[1] for row in rows)
+    attrition = Attrition(len(rows), len(rows))
+    if task == CLASSIFICATION:
+        names = tuple(metrics["class_names"])
+        labels = np.array([names.index(cells[0]) for _, _, cells in rows], dtype=np.int64)
+        return Cohort(slide_ids, patients, labels, names, target, attrition)
+    columns = target_columns(task, target)
+    cells = [[float(cell) if cell else np.nan for cell in cells] for _, _, cells in rows]
+    values = np.array(cells, dtype=np.float64).reshape(len(rows), len(columns))
+    strata, names = find_strata(task, columns, values, patients)
+    return Cohort(slide_ids, patients, strata, names, target, attrition, task, values)
 
 
-def _identity(run: OutOfFold) -> list[tuple[str, str, str]]:
-    names = [run.class_names[label] for label in run.labels.tolist()]
-    return sorted(zip(run.slide_ids, run.patient_ids, names, strict=True))
-
-
-def aligned_probabilities(run: OutOfFold, first: OutOfFold) -> FloatArray:
-    """What a run said [n, C], with slides and classes in the order of another run of the same ones."""
-    at = {slide_id: row for row, slide_id in enumerate(run.slide_ids)}
-    rows = [at[slide_id] for slide_id in first.slide_ids]
-    columns = [run.class_names.index(name) for name in first.class_names]
-    aligned: FloatArray = run.probabilities[np.ix_(rows, columns)]
-    return aligned
+def stated_said(cohort: Cohort) -> tuple[str, ...]:
+    """Columns of a run's tables that hold what it says."""
+    return said_names(cohort, {"task": cohort.task, "columns": list(cohort.columns)})

@@ -5,8 +5,8 @@ An ensemble is packed member by member, each calibrated by itself; what is chose
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from extract.store import difference, fingerprint
-from mil import statistics
 from mil.answering import Wish, choose_abstention
 from mil.artefact import (
     CARD,
@@ -26,20 +25,28 @@ from mil.artefact import (
     seal,
     write_artefact,
 )
+from mil.averaging import Scale
 from mil.calibration import evaluate_calibration
 from mil.checkpoint import CheckpointRecord, package_versions
-from mil.cohort import Cohort
 from mil.ensemble import is_ensemble, read_ensemble
 from mil.errors import RunError
+from mil.gains import gain_over, member_metrics
+from mil.label_calibration import evaluate_label_calibration
 from mil.member_predictions import MemberPredictions
 from mil.model import load_model
 from mil.model_card import write_card
-from mil.out_of_fold import read_out_of_fold
+from mil.out_of_fold import said_names
 from mil.run import ReplicaPredictions
-from mil.saved_run import read_predictions
+from mil.saved_run import read_predictions, read_values
+from mil.scoring import evaluate_outcomes
 from mil.splits import PARTS
+from mil.target_counts import count_classes, describe_targets
+from mil.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL
 from mil.temperature import scale_temperatures
 from mil.training_cohort import COHORT, read_lineage
+
+CALIBRATED = (CLASSIFICATION, MULTI_LABEL)
+"""Tasks that give probabilities, which temperatures can make more honest."""
 
 
 def pack(
@@ -61,6 +68,9 @@ def pack(
     Of an ensemble, every member is packed so, and figures and threshold are those of the members' average. The last
     two wishes need members of the same folds: what validates in one is else tested in another.
 
+    The labels of a replica share its temperature. Numbers and risks have none, and no target but classes is abstained
+    from.
+
     Args:
         run_folder: written by ``mil train`` or ``mil ensemble``.
         out: folder to write; must be new or empty.
@@ -70,9 +80,9 @@ def pack(
         calibrate: scale by temperatures.
 
     Raises:
-        RunError: no run there, ``out`` is taken, an impossible threshold, or more than one of them; an ensemble whose
-            members have changed since it was made, can read no common store, or had other folds where a threshold is
-            to be chosen.
+        RunError: no run there, ``out`` is taken, an impossible threshold, more than one of them, or one where there are
+            no classes; an ensemble whose members have changed since it was made, can read no common store, or had
+            other folds where a threshold is to be chosen.
         CheckpointError: a damaged checkpoint.
         EvaluationError: a replica without validation slides, which leaves nothing to calibrate by.
 
@@ -86,6 +96,8 @@ def pack(
     check_new_folder(out)
     wish.check()
     refuse_artefact(folder)
+    if wish != Wish():
+        wish.check_task(_read_metrics(folder).get("task", CLASSIFICATION))
     record, files = (_pack_ensemble if is_ensemble(folder) else _pack_single)(folder, wish, calibrate)
     return write_artefact(out, record, files | {CARD: write_card(record).encode()})
 
@@ -115,6 +127,7 @@ def _pack_run(folder: Path, calibrate: bool) -> _PackedRun:
     model = load_model(folder)
     metrics = _read_metrics(folder)
     said = read_predictions(folder)
+    calibrate = calibrate and said.cohort.task in CALIBRATED
     scaled = scale_temperatures(said) if calibrate else None
     used = said if scaled is None else scaled.predictions
     by_name = dict.fromkeys(model.names, 1.0)
@@ -124,6 +137,7 @@ def _pack_run(folder: Path, calibrate: bool) -> _PackedRun:
     record = _record(model.record, metrics, said) | {
         "replicas": [
             {"name": each.replica, "fold": each.fold, "seed": each.seed, "temperature": by_name[each.replica]}
+            | ({"task": dict(each.task)} if each.outputs else {})
             for each in model.records
         ],
         **_scores(MemberPredictions((said,)), MemberPredictions((used,)), metrics, calibrate),
@@ -135,12 +149,12 @@ def _pack_run(folder: Path, calibrate: bool) -> _PackedRun:
 
 
 def _pack_ensemble(folder: Path, wish: Wish, calibrate: bool) -> tuple[dict[str, Any], dict[str, bytes]]:
-    paths, average = read_ensemble(folder)
+    paths, averaging = read_ensemble(folder)
     metrics = _read_metrics(folder)
     packed = [_pack_run(path, calibrate) for path in paths]
     _require_one_tiling([each.record for each in packed])
-    said = MemberPredictions.aligned([each.said for each in packed], average)
-    used = MemberPredictions.aligned([each.used for each in packed], average)
+    said = MemberPredictions.aligned([each.said for each in packed], averaging.average)
+    used = MemberPredictions.aligned([each.used for each in packed], averaging.average)
     _require_unchanged(folder, said)
     names = [f"{at}-{each.record['head']}" for at, each in enumerate(packed, start=1)]
     files = dict[str, bytes]()
@@ -149,7 +163,7 @@ def _pack_ensemble(folder: Path, wish: Wish, calibrate: bool) -> tuple[dict[str,
         content = seal(alone, each.files | {CARD: write_card(alone).encode()})
         files |= {f"{MEMBERS}/{name}/{path}": value for path, value in content.items()}
     record = _ensemble_record(names, packed, used, metrics) | {
-        **_scores(said, used, metrics, calibrate),
+        **_scores(said, used, metrics, calibrate and used.cohort.task in CALIBRATED),
         "abstention": choose_abstention(used, wish),
     }
     return record, files
@@ -169,8 +183,7 @@ def _ensemble_record(
     return {
         "kind": ENSEMBLE,
         "average": used.average,
-        "target": first["target"],
-        "class_names": list(used.cohort.class_names),
+        **{key: first[key] for key in ("target", "task", "columns", "class_names")},
         "head": "an ensemble of " + ", ".join(part.record["head"] for part in packed),
         "members": _members(names, packed, used),
         "replicas": replicas,
@@ -189,17 +202,17 @@ def _ensemble_record(
 
 def _members(names: Sequence[str], packed: Sequence[_PackedRun], used: MemberPredictions) -> list[dict[str, Any]]:
     """What the ensemble says of each member: recipe, weight, figures, and what the average gains over it."""
-    labels, together, patients, _ = used.tested()
+    together = used.outcomes()
     found = []
     for name, part, said in zip(names, packed, used.members, strict=True):
-        _, alone, *_ = MemberPredictions((said,)).tested()
-        gain = statistics.paired_difference(labels, together, alone, patients)
+        gain = gain_over(together, MemberPredictions((said,)).outcomes())
         copied = ("head", "head_keywords", "entry", "backbone", "feature_fingerprint", "tile_fingerprint", "trained")
         found.append(
             {"name": name, "weight": 1 / len(packed), "n_replicas": len(part.record["replicas"])}
             | {key: part.record[key] for key in copied}
-            | {key: part.record["out_of_fold"][key] for key in ("macro_f1", "auroc")}
-            | {"gain_macro_f1": gain._asdict()}
+            | {key: part.record["out_of_fold"][key] for key in member_metrics(used.cohort.task)}
+            | gain
+            | ({"scale": asdict(Scale.of(part.used))} if used.cohort.task == SURVIVAL else {})
         )
     return found
 
@@ -218,14 +231,10 @@ def _require_one_tiling(records: Sequence[Mapping[str, Any]]) -> None:
 
 def _require_unchanged(folder: Path, said: MemberPredictions) -> None:
     """Refuse members that were trained again after the ensemble was made."""
-    then, now = read_out_of_fold(folder), said.tested()
-    rows, _ = said.mean_over("test")
-    tested = {said.cohort.slide_ids[row]: values for row, values in zip(rows, now[1], strict=True)}
-    order = [then.class_names.index(name) for name in now[3] if name in then.class_names]
-    same = set(tested) == set(then.slide_ids) and len(order) == len(then.class_names)
-    if not same or not np.allclose(
-        [tested[slide_id] for slide_id in then.slide_ids], then.probabilities[:, order], rtol=0, atol=1e-6
-    ):
+    cohort, values = said.tested()
+    ids, then = read_values(folder / "oof.csv", said_names(cohort, said.members[0].task))
+    now = dict(zip(cohort.slide_ids, values, strict=True))
+    if set(now) != set(ids) or not np.allclose([now[slide_id] for slide_id in ids], then, rtol=1e-6, atol=1e-6):
         raise RunError(
             f"got the ensemble {folder}, whose members predict otherwise than when it was made → expected the same "
             f"runs → make it again with mil ensemble"
@@ -238,17 +247,25 @@ def _scores(
     """Calibration and out-of-fold metrics."""
     return {
         "calibration": _calibration(said, used, calibrate),
-        "out_of_fold": statistics.evaluate(*used.tested()),
+        "out_of_fold": evaluate_outcomes(used.outcomes()),
         "out_of_fold_uncalibrated": metrics["out_of_fold"] if calibrate else None,
     }
 
 
-def _calibration(said: MemberPredictions, used: MemberPredictions, calibrate: bool) -> dict[str, Any]:
-    """How honest the out-of-fold probabilities are, before and after."""
+def _calibration(said: MemberPredictions, used: MemberPredictions, calibrate: bool) -> dict[str, Any] | None:
+    """How honest the out-of-fold probabilities are, before and after; of labels by label. None where there are none."""
+    if used.cohort.task not in CALIBRATED:
+        return None
+
+    def short(found: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: found[name] for name in ("brier", "nll", "ece", "ece_if_calibrated")}
 
     def measure(each: MemberPredictions) -> dict[str, Any]:
-        found = evaluate_calibration(*each.tested())
-        return {name: found[name] for name in ("brier", "nll", "ece", "ece_if_calibrated")}
+        cohort, values = each.tested()
+        if cohort.values is None:
+            return short(evaluate_calibration(cohort.labels, values, cohort.patient_ids, cohort.class_names))
+        labels = evaluate_label_calibration(cohort.values, values, cohort.patient_ids, cohort.columns)
+        return {column: short(found) for column, found in labels.items()}
 
     method = "temperature scaling, one per replica, fitted on its validation part" if calibrate else "none"
     return {"method": method, "out_of_fold": measure(used), "uncalibrated": measure(said) if calibrate else None}
@@ -261,6 +278,8 @@ def _record(record: CheckpointRecord, metrics: Mapping[str, Any], said: ReplicaP
     return {
         "kind": "run",
         "target": record.target,
+        "task": said.cohort.task,
+        "columns": list(said.cohort.columns),
         "class_names": list(record.class_names),
         "head": record.head,
         "head_keywords": dict(record.keywords),
@@ -286,23 +305,17 @@ def _record(record: CheckpointRecord, metrics: Mapping[str, Any], said: ReplicaP
 def _data(said: MemberPredictions) -> dict[str, Any]:
     """Counts of slides and patients."""
     cohort = said.cohort
+    counts = {"classes": count_classes(cohort)} if cohort.values is None else {"targets": describe_targets(cohort)}
     return {
         "n_slides": len(cohort),
         "n_patients": len(set(cohort.patient_ids)),
-        "classes": _class_counts(cohort),
+        **counts,
         "parts": {part: said.held(part) for part in PARTS},
     }
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _class_counts(cohort: Cohort) -> dict[str, dict[str, int]]:
-    """Slides and patients of every class."""
-    slides = Counter(cohort.labels.tolist())
-    patients = Counter(label for _, label in set(zip(cohort.patient_ids, cohort.labels.tolist(), strict=True)))
-    return {name: {"slides": slides[at], "patients": patients[at]} for at, name in enumerate(cohort.class_names)}
 
 
 def _read_metrics(folder: Path) -> dict[str, Any]:

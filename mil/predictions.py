@@ -82,7 +82,7 @@ class Predictions:
         """Write one label per slide, as challenges want it.
 
         A challenge knows no abstention: slides from which the model abstains get their label all the same, and are to
-        be read from `abstained_ids`, or from the column of `write_csv`.
+        be read from `abstained_ids`, or from the column of `write_csv`. A model of one number writes it for a label.
 
         Args:
             path: CSV to write.
@@ -90,16 +90,21 @@ class Predictions:
             label_map: what to write for each class; by default its name.
 
         Raises:
-            RunError: not two different column names, or a map that misses a class or names one that is not there.
+            RunError: not two different column names, a map that misses a class or names one that is not there, or a
+                model of neither classes nor one number.
         """
         self.check_submission(columns, label_map)
+        if self.value_names:
+            values = map(probability_text, self.probabilities[:, 0].tolist())
+            write_csv(Path(path), [tuple(columns), *zip(self.slide_ids, values, strict=True)])
+            return
         names = label_map or {name: name for name in self.class_names}
         rows = [(slide_id, names[name]) for slide_id, name in zip(self.slide_ids, self.predicted, strict=True)]
         write_csv(Path(path), [tuple(columns), *rows])
 
     def check_submission(self, columns: Sequence[str], label_map: Mapping[str, str] | None) -> None:
         """Refuse what `write_submission` would; same arguments and errors."""
-        check_submission(self.class_names, columns, label_map)
+        check_submission(self.class_names, self.value_names, columns, label_map)
 
     def write_attention(self, folder: str | Path, store: Store) -> list[Path]:
         """Write one npz per slide: attention [n, branches], coords int32 [n, 2] and tile_l0, both in level-0 px.
@@ -143,17 +148,31 @@ class Predictions:
             yield (slide_id, self.predicted[at], *values, *abstained)
 
 
-def check_submission(class_names: Sequence[str], columns: Sequence[str], label_map: Mapping[str, str] | None) -> None:
-    """Refuse headers and label maps that no submission can be written with.
+def check_submission(
+    class_names: Sequence[str],
+    value_names: Sequence[str],
+    columns: Sequence[str],
+    label_map: Mapping[str, str] | None,
+) -> None:
+    """Refuse models, headers and label maps that no submission can be written with.
+
+    Args:
+        class_names: of the model.
+        value_names: of a model of no classes, see `Predictions`.
+        columns: headers.
+        label_map: what to write for each class.
 
     Raises:
         RunError: see `Predictions.write_submission`.
     """
-    if not class_names:
+    one_number = len(value_names) == 1 and value_names[0].startswith("predicted_")
+    if not class_names and not one_number:
         raise RunError(
-            "got a model that gives no classes → expected one of classes, as a submission holds a label per slide → "
-            "leave --format submission out"
+            f"got a model of {listed(value_names)} for a submission, which holds one label or number per slide → "
+            f"expected a model of classes, or of one number → leave --format submission out"
         )
+    if one_number and label_map is not None:
+        raise RunError("got a label map for a model of a number → expected none, as it has no classes → leave it out")
     if len(columns) != 2 or len(set(columns)) < 2 or not all(columns):
         raise RunError(
             f"got the columns {listed(columns)} → expected two different names, of the slide id and the label → give "

@@ -12,12 +12,12 @@ from scipy.stats import rankdata
 
 from mil.bootstrap import Spread
 from mil.errors import EvaluationError
+from mil.metric_names import OF_A_UNIT
 from mil.metrics import mean_defined, weightings
+from mil.slide_values import check_values, describe_resampling
+from mil.targets import REGRESSION, find_strata
 
 FloatArray = npt.NDArray[np.float64]
-OF_A_UNIT = ("mae", "rmse")
-"""Metrics in the unit of a target, of which several targets have no common mean."""
-NONE = {"value": None, "low": None, "high": None}
 METRICS = ("r2", "pearson", "spearman", "mae", "rmse")
 
 
@@ -74,6 +74,25 @@ def _noise(values: FloatArray) -> FloatArray:
     return noise
 
 
+def summarise(
+    truth: FloatArray, predicted: FloatArray, weights: npt.ArrayLike | None = None, only: str | None = None
+) -> dict[str, FloatArray]:
+    """The mean over targets of every metric, each [B]; NaN for several targets in a unit of their own.
+
+    Arguments as in `score`, and the one that is needed.
+    """
+    if only in ("r2", *OF_A_UNIT):
+        # a test asks for it thousands of times, and correlations would take most of the time
+        return _means(_score(truth, predicted, weightings(weights, len(truth))))
+    return _means(score(truth, predicted, weights))
+
+
+def _means(found: dict[str, FloatArray]) -> dict[str, FloatArray]:
+    means = {name: mean_defined(each) for name, each in found.items()}
+    several = found["r2"].shape[1] > 1
+    return means | {name: np.full_like(means[name], np.nan) for name in OF_A_UNIT if several}
+
+
 def evaluate_regression(
     truth: npt.ArrayLike,
     predicted: npt.ArrayLike,
@@ -82,6 +101,8 @@ def evaluate_regression(
     replicates: int = 2000,
     seed: int = 0,
     confidence: float = 0.95,
+    interval: str = "percentile",
+    stratified: bool = False,
 ) -> dict[str, Any]:
     """Every metric with its interval over resampled patients, ready for `metrics.json`.
 
@@ -93,6 +114,8 @@ def evaluate_regression(
         replicates: number of bootstrap resamples.
         seed: of the resamples.
         confidence: of the intervals.
+        interval: "percentile" or "bca", see `mil.bootstrap`.
+        stratified: draw patients among those in the same quarter of the first target.
 
     Returns:
         `n_slides`, `n_patients`, `replicates`, `confidence`; the mean over targets of every metric as {value, low,
@@ -101,29 +124,22 @@ def evaluate_regression(
     Raises:
         EvaluationError: shapes that do not fit, or values that are not finite.
     """
-    values, said = (np.asarray(each, dtype=np.float64) for each in (truth, predicted))
-    if values.shape != (len(patient_ids), len(columns)) or said.shape != values.shape or not len(values):
-        raise EvaluationError(
-            f"got values {values.shape} and predictions {said.shape} for {len(patient_ids)} patients and "
-            f"{len(columns)} targets → expected [n, K] of one n, above 0 → give what one run predicted"
-        )
-    if not np.isfinite(values).all() or not np.isfinite(said).all():
+    values, said = check_values(truth, predicted, patient_ids, columns, "targets")
+    if not np.isfinite(values).all():
         raise EvaluationError("got values that are not finite → expected numbers → leave out slides without a target")
 
     def statistic(weights: FloatArray) -> dict[str, FloatArray]:
         found = score(values, said, weights)
-        means = {name: mean_defined(each) for name, each in found.items()}
-        return means | {f"of_{name}": each for name, each in found.items()}
+        return _means(found) | {f"of_{name}": each for name, each in found.items()}
 
-    spread = Spread.of(statistic, patient_ids, replicates, seed, confidence, "percentile", None)
+    strata = find_strata(REGRESSION, columns, values, patient_ids)[0] if stratified else None
+    spread = Spread.of(statistic, patient_ids, replicates, seed, confidence, interval, strata)
     enough = len(set(patient_ids)) >= 2
     return {
         "n_slides": len(values),
         "n_patients": len(set(patient_ids)),
-        "replicates": replicates,
-        "confidence": confidence,
-        **{name: spread.entry(name, enough) for name in METRICS if name not in OF_A_UNIT or len(columns) == 1},
-        **{name: dict(NONE) for name in OF_A_UNIT if len(columns) > 1},
+        **describe_resampling(replicates, confidence, interval, stratified),
+        **{name: spread.entry(name, enough) for name in METRICS},
         "targets": {
             column: {name: spread.entry(f"of_{name}", enough, at) for name in METRICS}
             for at, column in enumerate(columns)

@@ -22,13 +22,17 @@ from mil.calibration import evaluate_calibration
 from mil.ensemble import is_ensemble
 from mil.errors import RunError, listed
 from mil.files import Row, put_in_place, write_csv, write_json
-from mil.out_of_fold import OutOfFold, read_out_of_fold
+from mil.outcomes import Outcomes
 from mil.run import ReplicaPredictions
+from mil.saved_outcomes import SavedOutcomes, read_outcomes
 from mil.saved_run import read_predictions
-from mil.statistics import CLASS_METRICS, SUMMARY_METRICS, evaluate
+from mil.scoring import evaluate_outcomes
+from mil.statistics import CLASS_METRICS
+from mil.targets import CLASSIFICATION, HEADLINES
 from mil.thresholds import check_targets, operate, operate_one_vs_rest
 
 SCORES, SCORES_CSV, OPERATING_CSV, ABSTENTION_CSV = "scores.json", "scores.csv", "operating.csv", "abstention.csv"
+_ENDS = ("value", "low", "high")
 
 
 @dataclass(frozen=True)
@@ -65,9 +69,10 @@ class ScoredRun:
     Attributes:
         name: of its folder.
         facts: ``target``, ``head``, ``entry``, ``looks`` and ``synthetic``, as in its ``metrics.json``.
-        metrics: see `mil.statistics.evaluate`.
-        calibration: see `mil.calibration.evaluate_calibration`.
-        abstention: see `mil.abstention.evaluate_abstention`.
+        task: one of `mil.targets.TASKS`.
+        metrics: see `mil.scoring.evaluate_outcomes`.
+        calibration: see `mil.calibration.evaluate_calibration`; None for other targets than classes.
+        abstention: see `mil.abstention.evaluate_abstention`; likewise.
         operating: for every class that was asked for {class, chosen_by, thresholds, sensitivity, specificity,
             warnings}; thresholds are by replica, rates {value, low, high}.
         warnings: what a reader must know, those of the run's split included.
@@ -75,9 +80,10 @@ class ScoredRun:
 
     name: str
     facts: dict[str, Any]
+    task: str
     metrics: dict[str, Any]
-    calibration: dict[str, Any]
-    abstention: dict[str, Any]
+    calibration: dict[str, Any] | None
+    abstention: dict[str, Any] | None
     operating: tuple[dict[str, Any], ...]
     warnings: tuple[str, ...]
 
@@ -96,7 +102,7 @@ class Scores:
     resampling: Resampling
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``scores.json``, ``scores.csv``, ``abstention.csv`` and, where asked for, ``operating.csv``.
+        """Write ``scores.json``, ``scores.csv``, of classes ``abstention.csv`` and, if asked for, ``operating.csv``.
 
         Raises:
             RunError: ``folder`` exists and is not empty.
@@ -109,7 +115,8 @@ class Scores:
             plain = {"resampling": asdict(self.resampling), "runs": [asdict(run) for run in self.runs]}
             write_json(partial / SCORES, plain)
             write_csv(partial / SCORES_CSV, _score_rows(self.runs))
-            write_csv(partial / ABSTENTION_CSV, _abstention_rows(self.runs))
+            if any(run.abstention for run in self.runs):
+                write_csv(partial / ABSTENTION_CSV, _abstention_rows(self.runs))
             if any(run.operating for run in self.runs):
                 write_csv(partial / OPERATING_CSV, _operating_rows(self.runs))
             put_in_place(partial, folder)
@@ -118,15 +125,18 @@ class Scores:
         return folder
 
     def draw(self, folder: str | Path) -> None:
-        """Write ``figures/abstention.svg`` and ``.png`` into a folder that `save` wrote.
+        """Write ``figures/abstention.svg`` and ``.png`` into a folder that `save` wrote; nothing without classes.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
+        curves = {run.name: run.abstention["curve"] for run in self.runs if run.abstention is not None}
+        if not curves:
+            return
         from mil.curve_figures import abstention_plot
         from mil.plotting import write_figure
 
-        figure = abstention_plot({run.name: run.abstention["curve"] for run in self.runs})
+        figure = abstention_plot(curves)
         figures = Path(folder) / "figures"
         figures.mkdir(exist_ok=True)
         synthetic = any(run.facts["synthetic"] for run in self.runs)
@@ -146,8 +156,8 @@ def score_runs(
         operating: what thresholds are to reach, chosen on validation parts; None leaves operating points out.
 
     Raises:
-        RunError: no folder, one given twice, one that is no finished run or lacks a file, a target that is no class,
-            or an ensemble or a sweep that operating points are asked of.
+        RunError: no folder, one given twice, one that is no finished run or lacks a file, or an ensemble, a sweep or
+            a run of another target than classes that operating points are asked of.
         EvaluationError: a class that a run does not have.
     """
     paths = [Path(folder).absolute() for folder in folders]
@@ -165,12 +175,18 @@ def score_runs(
     return Scores(tuple(runs), resampling)
 
 
-def _read(folder: Path, operating: bool) -> tuple[OutOfFold, ReplicaPredictions | None]:
+def _read(folder: Path, operating: bool) -> tuple[SavedOutcomes, ReplicaPredictions | None]:
     """Out-of-fold predictions, and those of every replica where operating points are asked for."""
     refuse_artefact(folder)
-    found = read_out_of_fold(folder)
+    found = read_outcomes(folder)
     if not operating:
         return found, None
+    task = found.outcomes.cohort.task
+    if task != CLASSIFICATION:
+        raise RunError(
+            f"got {folder}, a run of task {task}, for operating points → expected a run of classes, whose thresholds "
+            f"they are → leave --sensitivity, --specificity and --youden out"
+        )
     what = "an ensemble" if is_ensemble(folder) else "a sweep" if "sweep" in found.metrics else None
     if what is not None:
         raise RunError(
@@ -182,17 +198,15 @@ def _read(folder: Path, operating: bool) -> tuple[OutOfFold, ReplicaPredictions 
 
 def _score(
     name: str,
-    found: OutOfFold,
+    found: SavedOutcomes,
     predictions: ReplicaPredictions | None,
     resampling: Resampling,
     target: OperatingTarget | None,
 ) -> ScoredRun:
-    slides = (found.labels, found.probabilities, found.patient_ids, found.class_names)
-    how = asdict(resampling)
-    metrics = evaluate(*slides, **how)
-    calibration = evaluate_calibration(*slides, **how)
+    metrics = evaluate_outcomes(found.outcomes, resampling)
+    calibration, abstention = _of_classes(found.outcomes, resampling)
     operating = _operate(predictions, target, resampling) if predictions is not None and target is not None else []
-    warnings = [*_of_split(found.metrics), *metrics["warnings"], *calibration["warnings"]]
+    warnings = [*_of_split(found.metrics), *metrics["warnings"], *(calibration or {"warnings": []})["warnings"]]
     warnings += [text for point in operating for text in point["warnings"]]
     return ScoredRun(
         name=name,
@@ -201,12 +215,22 @@ def _score(
             "looks": int(found.metrics.get("looks", 1)),
             "synthetic": bool(found.metrics.get("synthetic")),
         },
+        task=found.outcomes.cohort.task,
         metrics=metrics,
         calibration=calibration,
-        abstention=evaluate_abstention(*slides, **how),
+        abstention=abstention,
         operating=tuple(operating),
         warnings=tuple(dict.fromkeys(warnings)),
     )
+
+
+def _of_classes(outcomes: Outcomes, resampling: Resampling) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Calibration and abstention, which only classes have."""
+    cohort, how = outcomes.cohort, asdict(resampling)
+    if cohort.task != CLASSIFICATION:
+        return None, None
+    slides = (cohort.labels, outcomes.said, cohort.patient_ids, cohort.class_names)
+    return evaluate_calibration(*slides, **how), evaluate_abstention(*slides, **how)
 
 
 def _operate(predictions: ReplicaPredictions, target: OperatingTarget, resampling: Resampling) -> list[dict[str, Any]]:
@@ -238,20 +262,29 @@ def _of_split(metrics: dict[str, Any]) -> list[str]:
 
 
 def _score_rows(runs: Sequence[ScoredRun]) -> Iterator[Row]:
-    """One figure a row: summaries, then the classes."""
-    yield ("run", "class", "metric", "value", "low", "high")
+    """One figure a row: summaries, then the classes, labels or numbers."""
+    yield ("run", "class" if any(run.task == CLASSIFICATION for run in runs) else "target", "metric", *_ENDS)
     for run in runs:
-        for name in SUMMARY_METRICS:
+        for name in HEADLINES[run.task]:
             yield (run.name, "", name, *_cells(run.metrics[name]))
-        for name in ("brier", "nll"):
-            yield (run.name, "", name, *_cells(run.calibration[name]))
-        yield (run.name, "", "ece", _cell(run.calibration["ece"]), "", "")
-        yield (run.name, "", "abstention_area", *_cells(run.abstention["area"]))
-        for row in run.abstention["coverages"]:
-            yield (run.name, "", f"accuracy_at_coverage_{row['asked']:g}", *_cells(row["accuracy"]))
-        for class_name, values in run.metrics["classes"].items():
-            for name in CLASS_METRICS:
-                yield (run.name, class_name, name, *_cells(values[name]))
+        if run.calibration is not None and run.abstention is not None:
+            yield from _class_rows(run, run.calibration, run.abstention)
+        for column, values in run.metrics.get("targets", {}).items():
+            for name, entry in values.items():
+                if isinstance(entry, dict):
+                    yield (run.name, column, name, *_cells(entry))
+
+
+def _class_rows(run: ScoredRun, calibration: dict[str, Any], abstention: dict[str, Any]) -> Iterator[Row]:
+    for name in ("brier", "nll"):
+        yield (run.name, "", name, *_cells(calibration[name]))
+    yield (run.name, "", "ece", _cell(calibration["ece"]), "", "")
+    yield (run.name, "", "abstention_area", *_cells(abstention["area"]))
+    for row in abstention["coverages"]:
+        yield (run.name, "", f"accuracy_at_coverage_{row['asked']:g}", *_cells(row["accuracy"]))
+    for class_name, values in run.metrics["classes"].items():
+        for name in CLASS_METRICS:
+            yield (run.name, class_name, name, *_cells(values[name]))
 
 
 def _operating_rows(runs: Sequence[ScoredRun]) -> Iterator[Row]:
@@ -270,7 +303,7 @@ def _abstention_rows(runs: Sequence[ScoredRun]) -> Iterator[Row]:
     names = ("coverage", "confidence", "accuracy", "balanced_accuracy")
     yield ("run", *names)
     for run in runs:
-        for step in run.abstention["curve"]:
+        for step in run.abstention["curve"] if run.abstention is not None else []:
             yield (run.name, *(_cell(step[name]) for name in names))
 
 

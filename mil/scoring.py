@@ -1,15 +1,18 @@
 """What a finished training scored out of fold, by the kind of its target; the content of ``metrics.json``."""
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mil import statistics
+from mil.bootstrap import USUAL_RESAMPLING, Resampling
 from mil.metrics import auroc, balanced_accuracy, confusion, macro_f1
 from mil.multi_label import evaluate_multi_label
 from mil.multi_label import score as score_labels
+from mil.outcomes import Outcomes
 from mil.regression import evaluate_regression
 from mil.regression import score as score_numbers
 from mil.run import ReplicaPredictions
@@ -20,16 +23,22 @@ FloatArray = npt.NDArray[np.float64]
 
 
 def evaluate_out_of_fold(predictions: ReplicaPredictions) -> dict[str, Any]:
-    """Every metric of the test parts with its interval, see `mil.statistics.evaluate` and its likes of other tasks."""
-    cohort, said = predictions.tested()
+    """Every metric of the test parts with its interval, see `evaluate_outcomes`."""
+    return evaluate_outcomes(Outcomes.of(predictions))
+
+
+def evaluate_outcomes(outcomes: Outcomes, resampling: Resampling = USUAL_RESAMPLING) -> dict[str, Any]:
+    """Every metric with its interval, see `mil.statistics.evaluate` and its likes of other tasks."""
+    cohort, said, how = outcomes.cohort, outcomes.said, asdict(resampling)
     patients, values = cohort.patient_ids, cohort.values
     if values is None:
-        return statistics.evaluate(cohort.labels, said, patients, cohort.class_names)
+        return statistics.evaluate(cohort.labels, said, patients, cohort.class_names, **how)
     if cohort.task == MULTI_LABEL:
-        return evaluate_multi_label(values, said, patients, cohort.columns)
+        return evaluate_multi_label(values, said, patients, cohort.columns, **how)
     if cohort.task == REGRESSION:
-        return evaluate_regression(values, said, patients, cohort.columns)
-    return _evaluate_survival(predictions)
+        return evaluate_regression(values, said, patients, cohort.columns, **how)
+    n_slides = len(set(cohort.slide_ids))
+    return evaluate_survival(values, said[:, 0], patients, outcomes.folds, n_slides=n_slides, **how)
 
 
 def score_replica(predictions: ReplicaPredictions, at: int) -> dict[str, float | None]:
@@ -55,21 +64,6 @@ def score_replica(predictions: ReplicaPredictions, at: int) -> dict[str, float |
         who = by_patient(cohort.values, said[:, 0], cohort.patient_ids)
         found = {"concordance": concordance(who.times, who.events, who.risks)[0]}
     return {name: None if math.isnan(value) else float(value) for name, value in found.items()}
-
-
-def _evaluate_survival(predictions: ReplicaPredictions) -> dict[str, Any]:
-    """Every fold's models on the slides that it tests: patients are compared within a fold only."""
-    fold_of = np.array([replica.fold for replica in predictions.replicas])
-    values, risks = list[FloatArray](), list[FloatArray]()
-    patients, folds = list[str](), list[str]()
-    for fold in np.unique(fold_of).tolist():
-        cohort, said = predictions.tested(fold_of == fold)
-        values.append(np.asarray(cohort.values))
-        risks.append(said[:, 0])
-        patients += cohort.patient_ids
-        folds += [str(fold)] * len(cohort)
-    n_slides = len(predictions.tested()[0])
-    return evaluate_survival(np.concatenate(values), np.concatenate(risks), patients, folds, n_slides=n_slides)
 
 
 def _mean(values: FloatArray) -> float:

@@ -12,6 +12,8 @@ import numpy.typing as npt
 from mil.bootstrap import Spread
 from mil.errors import EvaluationError
 from mil.metrics import weightings
+from mil.slide_values import describe_resampling
+from mil.targets import SURVIVAL, find_strata
 
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
@@ -96,6 +98,35 @@ class Patients(NamedTuple):
     groups: list[str]
 
 
+class PatientRows(NamedTuple):
+    """Which slides are of one patient and group; P rows by sorted id and group.
+
+    Attributes:
+        ids: [P].
+        groups: [P].
+        first: [P], a slide of each.
+        of_slide: [n], the row of every slide.
+    """
+
+    ids: list[str]
+    groups: list[str]
+    first: npt.NDArray[np.int64]
+    of_slide: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, patient_ids: Sequence[str], groups: Sequence[object] | None = None) -> "PatientRows":
+        """Those of n slides with these patients and groups, [n] each."""
+        named = [str(group) for group in groups] if groups is not None else [""] * len(patient_ids)
+        pairs = np.array(list(zip(patient_ids, named, strict=True)), dtype=np.str_).reshape(-1, 2)
+        rows, first, of_slide = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
+        return cls(rows[:, 0].tolist(), rows[:, 1].tolist(), first, of_slide.ravel())
+
+    def mean(self, values: FloatArray) -> FloatArray:
+        """Mean over the slides of each row, [n] -> [P]."""
+        mean: FloatArray = np.bincount(self.of_slide, values) / np.bincount(self.of_slide)
+        return mean
+
+
 def by_patient(
     values: FloatArray, risks: FloatArray, patient_ids: Sequence[str], groups: Sequence[object] | None = None
 ) -> Patients:
@@ -107,12 +138,9 @@ def by_patient(
         patient_ids: [n].
         groups: [n].
     """
-    named = [str(group) for group in groups] if groups is not None else [""] * len(patient_ids)
-    pairs = np.array(list(zip(patient_ids, named, strict=True)), dtype=np.str_).reshape(-1, 2)
-    rows, first, of_slide = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
-    of_slide = of_slide.ravel()
-    mean = np.bincount(of_slide, risks) / np.bincount(of_slide)
-    return Patients(rows[:, 0].tolist(), values[first, 0], values[first, 1] == 1, mean, rows[:, 1].tolist())
+    rows = PatientRows.of(patient_ids, groups)
+    times, events = values[rows.first, 0], values[rows.first, 1] == 1
+    return Patients(rows.ids, times, events, rows.mean(risks), rows.groups)
 
 
 def high_risk(patients: Patients) -> BoolArray:
@@ -125,6 +153,11 @@ def high_risk(patients: Patients) -> BoolArray:
     return high
 
 
+def count_events(patient_ids: Sequence[str], events: BoolArray) -> int:
+    """Patients with the event; arguments [n]."""
+    return len({patient for patient, event in zip(patient_ids, events.tolist(), strict=True) if event})
+
+
 def evaluate_survival(
     values: npt.ArrayLike,
     risks: npt.ArrayLike,
@@ -134,6 +167,8 @@ def evaluate_survival(
     seed: int = 0,
     confidence: float = 0.95,
     n_slides: int | None = None,
+    interval: str = "percentile",
+    stratified: bool = False,
 ) -> dict[str, Any]:
     """Concordance with its interval over resampled patients, ready for `metrics.json`.
 
@@ -147,6 +182,8 @@ def evaluate_survival(
         seed: of the resamples.
         confidence: of the intervals.
         n_slides: how many slides there are, where some stand there several times; n by default.
+        interval: "percentile" or "bca", see `mil.bootstrap`.
+        stratified: draw patients among those who died as early or late, or did not, see `mil.targets.find_strata`.
 
     Returns:
         `n_slides`, `n_patients`, `n_events` (patients), `replicates`, `confidence`, `concordance` as {value, low,
@@ -167,15 +204,16 @@ def evaluate_survival(
     def statistic(weights: FloatArray) -> dict[str, FloatArray]:
         return {"concordance": concordance(patients.times, patients.events, patients.risks, weights, patients.groups)}
 
-    spread = Spread.of(statistic, patients.ids, replicates, seed, confidence, "percentile", None)
-    n_events = len({patient for patient, event in zip(patients.ids, patients.events, strict=True) if event})
+    truth = np.stack([patients.times, patients.events], axis=1)
+    strata = find_strata(SURVIVAL, ("time", "event"), truth, patients.ids)[0] if stratified else None
+    spread = Spread.of(statistic, patients.ids, replicates, seed, confidence, interval, strata)
+    n_events = count_events(patients.ids, patients.events)
     few = f"{n_events} patient(s) have the event: the interval is too narrow to be trusted"
     return {
         "n_slides": n_slides or len(known),
         "n_patients": len(set(patients.ids)),
         "n_events": n_events,
-        "replicates": replicates,
-        "confidence": confidence,
+        **describe_resampling(replicates, confidence, interval, stratified),
         "concordance": spread.entry("concordance", n_events >= 2),
         "warnings": [few] if n_events < FEW_EVENTS else [],
     }

@@ -11,12 +11,11 @@ import yaml  # type: ignore[import-untyped]
 
 from mil.config import GROUPS, HeadConfig, TrainConfig, compose_config, read_config_file
 from mil.errors import ConfigError, did_you_mean
+from mil.metric_names import selection_metrics
 from mil.space import Dimension, draw_settings, grid, override_text, parse_space, space_of, typed, value_name
+from mil.targets import target_columns
 
 METHODS = ("grid", "random", "tpe")
-SELECT = {"auroc": True, "macro_f1": True, "balanced_accuracy": True, "log_loss": False}
-"""What settings can be chosen by, and whether more is better."""
-
 DEFAULT_TRIALS = 20
 _SECTION = ("space", "method", "trials", "select", "seed", "overrides", "values")
 
@@ -73,7 +72,7 @@ class SweepConfig:
         space: the dimensions.
         method: ``grid`` trains every combination, ``random`` some drawn ones, ``tpe`` searches by what it has seen.
         trials: settings per fold; None for a grid.
-        select: what settings are chosen by, on validation parts; a key of `SELECT`.
+        select: what settings are chosen by, on validation parts; see `mil.metric_names.selection_metrics`.
         seed: of random draws and of the search.
         sources: the values that all settings share.
         checked: the first setting of all, and every other value once beside the first of the others.
@@ -175,7 +174,8 @@ def compose_sweep(
         )
     picked = {name: section[name] if chosen.get(name) is None else chosen[name] for name in _SECTION[1:5]}
     method, trials = _method(picked["method"], picked["trials"], complete)
-    select = _one_of("select", picked["select"] or "auroc", list(SELECT))
+    metrics = _selection_metrics(checked[0])
+    select = _one_of("select", picked["select"] or metrics[0], metrics)
     seed = _whole("seed", picked["seed"] or 0, 0)
     return SweepConfig(complete, method, trials, select, seed, sources, checked)
 
@@ -238,6 +238,12 @@ def _method(method: Any, trials: Any, space: Sequence[Dimension]) -> tuple[str, 
             f"--method random or tpe"
         )
     return method, None
+
+
+def _selection_metrics(train: TrainConfig) -> tuple[str, ...]:
+    """What settings can be chosen by; a target that is not named yet is one column."""
+    n_columns = len(target_columns(train.task, train.target)) if train.target else 1
+    return selection_metrics(train.task, n_columns)
 
 
 def _refuse_both_ways(space: Sequence[Dimension], values: Mapping[str, Any]) -> None:

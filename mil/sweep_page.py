@@ -4,19 +4,14 @@ import base64
 from pathlib import Path
 
 from mil.files import write_atomically
+from mil.metric_names import selection_name, tie_breaker
 from mil.page import load_template
 from mil.plotting import write_figure
 from mil.space import value_name
 from mil.sweep_figures import sensitivity_plot
 from mil.sweeping import PROCEDURE, Sweep
+from mil.targets import HEADLINES
 
-METRIC_NAMES = {
-    "auroc": "AUROC",
-    "macro_f1": "macro-F1",
-    "balanced_accuracy": "balanced accuracy",
-    "accuracy": "accuracy",
-    "log_loss": "log-loss",
-}
 MOST_SETTINGS = 50
 """Settings in the page's table; the CSV file has all."""
 
@@ -29,15 +24,18 @@ def write_sweep_page(folder: Path, found: Sweep) -> Path:
     """
     template = load_template("sweep.html", "the page of a sweep", value_name=value_name, number=_number)
     note = "synthetic data" if found.metrics["synthetic"] else ""
-    figure = sensitivity_plot(found.sensitivities, METRIC_NAMES[found.config.select])
+    task = found.cohort.task
+    score = selection_name(task, found.config.select)
+    figure = sensitivity_plot(found.sensitivities, score)
     (folder / "figures").mkdir(exist_ok=True)
     svg = write_figure(folder / "figures", "sensitivity", figure, note)
     page = template.render(
         found=found,
         metrics=found.metrics,
         nested=found.metrics["out_of_fold"],
-        names=METRIC_NAMES,
-        score=METRIC_NAMES[found.config.select],
+        names=HEADLINES[task],
+        score=score,
+        loss=selection_name(task, tie_breaker(task)),
         procedure=PROCEDURE,
         averages=found.averages[:MOST_SETTINGS],
         figure=f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}",

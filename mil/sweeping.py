@@ -15,27 +15,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from extract.store import Store, open_store
-from mil import statistics
 from mil.bags import choose_entry, needs_coords, open_bags, place_bags
 from mil.checkpoint import package_versions
 from mil.cohort import Cohort, join_store, read_cohort
 from mil.config import TrainConfig
-from mil.crossval import is_synthetic, require_classification, split_plan
+from mil.crossval import check_target, is_synthetic, split_plan
 from mil.early import missing_inputs
 from mil.errors import RunError, SplitError
 from mil.evaluation import resolve_device
 from mil.files import Row, write_atomically, write_csv
 from mil.looks import Look
+from mil.metric_names import LOWER_IS_BETTER, tie_breaker
 from mil.out_folders import check_sweep_folder
 from mil.out_of_fold import out_of_fold_rows
+from mil.outcomes import Outcomes
 from mil.run import ReplicaPredictions
+from mil.scoring import evaluate_out_of_fold
 from mil.sensitivity import Sensitivity, sensitivities
 from mil.space import Dimension, override_text, value_name
 from mil.split_plan import split_cohort
 from mil.splits import Splits, write_splits
-from mil.sweep_config import CHOSEN, SELECT, Setting, SweepConfig, compose_sweep
+from mil.sweep_config import CHOSEN, Setting, SweepConfig, compose_sweep
+from mil.targets import CLASSIFICATION, SURVIVAL
 from mil.tpe import TpeStudy, forget_studies, require_optuna
 from mil.trials import (
     COMPLETE,
@@ -47,7 +51,7 @@ from mil.trials import (
     best_trial,
     describe_failures,
     rank_of,
-    validation_metrics,
+    score_validation,
 )
 from mil.unfinished import discard_unfinished
 
@@ -56,6 +60,7 @@ PROCEDURE = (
     "predicted by the setting that the fold's own validation parts chose. They are the figures of no single setting."
 )
 UNFINISHED, STUDY = "unfinished", "study.log"
+FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,13 +70,13 @@ class SettingAverage:
     Attributes:
         setting: which.
         score: mean over folds of the mean validation score over seeds.
-        log_loss: the same of the log-loss, which decides between equal scores.
+        loss: the same of the loss, which decides between equal scores; of classes it is the log-loss.
         n_chosen: folds that chose it.
     """
 
     setting: Setting
     score: float
-    log_loss: float
+    loss: float
     n_chosen: int
 
 
@@ -137,7 +142,8 @@ def sweep(
         out: folder of the sweep; one that was stopped goes on from what it holds. None keeps nothing.
         method: ``grid``, ``random`` or ``tpe``; None takes a grid where all dimensions are lists, and tpe else.
         trials: settings per fold, for random and tpe; None takes 20.
-        select: ``auroc`` (the default), ``macro_f1``, ``balanced_accuracy`` or ``log_loss``.
+        select: a metric of the task, by default its first: of classes ``auroc`` (the default), ``macro_f1``,
+            ``balanced_accuracy`` or ``log_loss``; of others see `mil.targets.HEADLINES`.
         seed: of random draws and of the search.
         progress: called as replicas and epochs are done.
         **options: any other field of `TrainConfig`, for all settings: ``folds=5, seeds=3, epochs=20``.
@@ -151,7 +157,7 @@ def sweep(
     Example:
         >>> mil.sweep(store, cohort, {"optimizer.lr": [1e-4, 1e-3]}, out="sweeps/lr")       # doctest: +SKIP
     """
-    values = {"store": str(store.path), "target": cohort.target} | options
+    values = {"store": str(store.path), "target": cohort.target, "task": cohort.task} | options
     config = compose_sweep(values=values, space=space, method=method, trials=trials, select=select, seed=seed)
     if out is not None:
         return _sweep(store, cohort, config, Path(out).absolute(), progress)
@@ -175,7 +181,8 @@ def run_sweep(config: SweepConfig, out: str | Path, progress: OnSweepProgress | 
 
 def _sweep(store: Store, cohort: Cohort, config: SweepConfig, folder: Path, progress: OnSweepProgress | None) -> Sweep:
     # what can be refused is refused before the hours of training
-    require_classification((config.train.task, cohort.task), "mil sweep")
+    for each in config.checked:
+        check_target(each, cohort)
     settings = config.settings() if config.method != "tpe" else None
     if settings is None:
         require_optuna()
@@ -203,7 +210,9 @@ def _sweep(store: Store, cohort: Cohort, config: SweepConfig, folder: Path, prog
         chosen=tuple(chosen),
         averages=tuple(averages),
         sensitivities=tuple(sensitivities(config.space, trials, config.select)),
-        predictions=ReplicaPredictions(data.cohort, tuple(each.replica for each in tested), parts, scores),
+        predictions=ReplicaPredictions(
+            data.cohort, tuple(each.replica for each in tested), parts, scores, tuple(each.task for each in tested)
+        ),
         metrics={},
         folder=folder,
     )
@@ -230,26 +239,33 @@ def _check_select(data: SweepData, select: str) -> list[str]:
     """Refuse a metric that a fold cannot choose by; warn of validation parts that cannot tell it.
 
     Raises:
-        SplitError: no validation part of a fold has the classes for the metric.
+        SplitError: no validation part of a fold has the classes, labels, numbers or events for the metric.
     """
-    n_classes = len(data.cohort.class_names)
-    warnings = []
+    cohort, warnings = data.cohort, []
+    lack = "hold one class each" if cohort.values is None else "lack answers, numbers or events that differ"
+    instead = "give --select log_loss, raise" if cohort.values is None else "raise"
     for fold in range(data.splits.n_folds):
         undefined = []
         for seed in data.splits.seeds:
-            labels = data.cohort.labels[data.splits.parts(fold, seed) == "validation"]
-            even = np.full((len(labels), n_classes), 1 / n_classes)
-            if validation_metrics(labels, even)[select] is None:
+            within = cohort.subset(np.flatnonzero(data.splits.parts(fold, seed) == "validation"))
+            if score_validation(Outcomes(within, _any_said(within)))[select] is None:
                 undefined.append(seed)
         if len(undefined) == len(data.splits.seeds):
             raise SplitError(
-                f"got select {select}, which the validation parts of fold {fold} cannot tell, since they hold one "
-                f"class each → give --select log_loss, raise validation_fraction, or lower folds"
+                f"got select {select}, which the validation parts of fold {fold} cannot tell, since they {lack} → "
+                f"{instead} validation_fraction, or lower folds"
             )
         if undefined:
             seeds = ", ".join(map(str, undefined))
-            warnings.append(f"fold {fold} chose without seed {seeds}: one class in the validation part, no {select}")
+            what = "one class" if cohort.values is None else "too little"
+            warnings.append(f"fold {fold} chose without seed {seeds}: {what} in the validation part, no {select}")
     return warnings
+
+
+def _any_said(cohort: Cohort) -> FloatArray:
+    """Predictions that differ, [n, values], as some metrics need."""
+    n_values = {CLASSIFICATION: len(cohort.class_names), SURVIVAL: 1}.get(cohort.task, len(cohort.columns))
+    return np.random.default_rng(0).random((len(cohort), n_values))
 
 
 def _count(config: SweepConfig, settings: Sequence[Setting] | None, splits: Splits) -> int:
@@ -284,7 +300,7 @@ def _search(trainer: TrialTrainer, config: SweepConfig, file: Path) -> list[Tria
     trials: list[Trial] = []
     for fold in range(trainer.data.splits.n_folds):
         seed = int(np.random.default_rng((config.seed, fold)).integers(2**31))
-        study = TpeStudy(config.space, f"fold{fold}", file, seed, SELECT[config.select])
+        study = TpeStudy(config.space, f"fold{fold}", file, seed, config.select not in LOWER_IS_BETTER)
         known: dict[str, Trial] = {}
         for number in range(config.trials or 0):
             trial = _next_trial(trainer, study, config, fold, number, known)
@@ -368,7 +384,7 @@ def _average(
         if config.method == "tpe":
             trainer.train(setting, pairs, f"chosen setting in the other folds: {setting.title}")
         own = [trainer.trial(fold, 0, setting, splits.seeds) for fold in range(splits.n_folds)]
-        scores, losses = ([trial.mean(metric) for trial in own] for metric in (config.select, "log_loss"))
+        scores, losses = [trial.mean(config.select) for trial in own], [trial.loss for trial in own]
         n_chosen = sum((key, fold) in kept for fold in range(splits.n_folds))
         known = [(score, loss) for score, loss in zip(scores, losses, strict=True) if None not in (score, loss)]
         if len(known) == splits.n_folds:
@@ -379,7 +395,7 @@ def _average(
             "got no setting that could be trained in every fold → expected one at least → sweep other values, such as "
             "lower learning rates, with a new --out"
         )
-    return sorted(found, key=lambda each: rank_of(each.score, each.log_loss, config.select))
+    return sorted(found, key=lambda each: rank_of(each.score, each.loss, config.select))
 
 
 # ------------------------------------------------------------------------------------------------------------ results
@@ -398,8 +414,8 @@ def _warn_of_edges(space: Sequence[Dimension], best: Setting) -> Iterator[str]:
 def _metrics(found: Sweep, entry: str, warnings: Sequence[str]) -> dict[str, Any]:
     """The content of ``metrics.json``; the test parts are scored here, once."""
     config = found.config
-    cohort, scores = found.predictions.tested()
-    out_of_fold = statistics.evaluate(cohort.labels, scores, cohort.patient_ids, cohort.class_names)
+    cohort = found.cohort
+    out_of_fold = evaluate_out_of_fold(found.predictions)
     validation = [trial.mean(config.select) for trial in found.chosen]
     section = {
         "method": config.method,
@@ -418,7 +434,8 @@ def _metrics(found: Sweep, entry: str, warnings: Sequence[str]) -> dict[str, Any
     }
     return {
         "target": cohort.target,
-        "class_names": list(cohort.class_names),
+        "task": cohort.task,
+        "class_names": list(cohort.class_names) if cohort.values is None else [],
         "head": f"sweep of {', '.join(dimension.key for dimension in config.space)}",
         "entry": entry,
         "n_replicas": len(found.predictions.replicas),
@@ -443,7 +460,7 @@ def _write(folder: Path, found: Sweep, entry: str) -> Sweep:
     write_csv(folder / "settings.csv", _setting_rows(found))
     write_atomically(folder / "best.yaml", best_yaml(found).encode())
     write_csv(folder / "predictions.csv", found.predictions.rows())
-    write_csv(folder / "oof.csv", out_of_fold_rows(*found.predictions.tested()))
+    write_csv(folder / "oof.csv", out_of_fold_rows(*found.predictions.tested(), found.predictions.task))
     look.append()
     text = json.dumps(found.metrics, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(folder / "metrics.json", text.encode())
@@ -476,11 +493,12 @@ def _trial_rows(found: Sweep) -> Iterator[Row]:
     select, seeds = found.config.select, found.splits.seeds
     keys = [dimension.key for dimension in found.config.space]
     seed_columns = [f"{select}_seed{seed}" for seed in seeds]
-    yield ("fold", "trial", *keys, "state", f"mean_{select}", *seed_columns, "mean_log_loss", "seconds", "reason")
+    loss = f"mean_{tie_breaker(found.cohort.task)}"
+    yield ("fold", "trial", *keys, "state", f"mean_{select}", *seed_columns, loss, "seconds", "reason")
     for trial in found.trials:
         scores = [_number(score.metrics.get(select)) for score in trial.scores]
         scores += [""] * (len(seeds) - len(scores))
-        means = [_number(trial.mean(metric)) for metric in (select, "log_loss")]
+        means = [_number(trial.mean(select)), _number(trial.loss)]
         where = (trial.fold, trial.number, *_cells(trial.setting), trial.state)
         yield (*where, means[0], *scores, means[1], f"{trial.seconds:.3f}", trial.reason)
 
@@ -495,6 +513,7 @@ def _chosen_rows(found: Sweep) -> Iterator[Row]:
 def _setting_rows(found: Sweep) -> Iterator[Row]:
     """Settings that were trained in all folds, the best first."""
     keys = [dimension.key for dimension in found.config.space]
-    yield (*keys, f"mean_validation_{found.config.select}", "mean_validation_log_loss", "folds_that_chose_it")
+    loss = f"mean_validation_{tie_breaker(found.cohort.task)}"
+    yield (*keys, f"mean_validation_{found.config.select}", loss, "folds_that_chose_it")
     for each in found.averages:
-        yield (*_cells(each.setting), _number(each.score), _number(each.log_loss), each.n_chosen)
+        yield (*_cells(each.setting), _number(each.score), _number(each.loss), each.n_chosen)

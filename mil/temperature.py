@@ -1,4 +1,7 @@
-"""Temperature scaling: one number per replica, fitted on its validation part, that makes its probabilities honest."""
+"""Temperature scaling: one number per replica, fitted on its validation part, that makes its probabilities honest.
+
+The labels of a multi-label head share the temperature of the replica. Numbers and risks are no probabilities.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -10,6 +13,7 @@ from scipy.special import softmax
 from mil.errors import EvaluationError
 from mil.run import ReplicaPredictions
 from mil.statistics import FEW_PATIENTS
+from mil.targets import MULTI_LABEL
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -56,6 +60,25 @@ def fit_temperature(probabilities: FloatArray, labels: IntArray) -> float:
     return 1 / float(brentq(slope, 1 / HIGHEST, 1 / LOWEST))
 
 
+def fit_label_temperature(chances: FloatArray, truth: FloatArray) -> float:
+    """The temperature of lowest binary cross-entropy over all known labels of all slides, see `fit_temperature`.
+
+    Args:
+        chances: [n, L] probability of yes, of slides that the head was not trained on.
+        truth: [n, L] of 0, 1 and NaN (unknown).
+
+    Raises:
+        EvaluationError: no known label.
+    """
+    known = np.isfinite(truth)
+    return fit_temperature(_no_and_yes(chances[known]), truth[known].astype(np.int64))
+
+
+def apply_label_temperature(chances: FloatArray, temperature: float) -> FloatArray:
+    """sigmoid(logit p / T) of probabilities of yes [...]."""
+    return apply_temperature(_no_and_yes(chances), temperature)[..., 1]
+
+
 def apply_temperature(probabilities: FloatArray, temperature: float) -> FloatArray:
     """softmax(log p / T) of probabilities [..., C]: the same order of classes, flatter for T > 1."""
     scaled: FloatArray = softmax(_logits(probabilities) / temperature, axis=-1)
@@ -89,6 +112,9 @@ class TemperatureScaling:
 def scale_temperatures(predictions: ReplicaPredictions) -> TemperatureScaling:
     """Fit a temperature on the validation part of every replica and apply it to all its probabilities.
 
+    Args:
+        predictions: of classes, or of labels, which share one temperature. Numbers and risks have none.
+
     Raises:
         EvaluationError: a replica without validation slides.
 
@@ -97,13 +123,15 @@ def scale_temperatures(predictions: ReplicaPredictions) -> TemperatureScaling:
         >>> scaled.out_of_fold().shape                        # doctest: +SKIP
         (106, 2)
     """
-    labels = predictions.cohort.labels
+    targets, labels = predictions.cohort.targets, predictions.cohort.task == MULTI_LABEL
+    fit, apply = (fit_label_temperature, apply_label_temperature) if labels else (fit_temperature, apply_temperature)
     temperatures = []
     for parts, values in zip(predictions.parts, predictions.probabilities, strict=True):
         validates = parts == "validation"
-        temperatures.append(fit_temperature(values[validates], labels[validates]))
-    scaled = np.stack([apply_temperature(p, t) for p, t in zip(predictions.probabilities, temperatures, strict=True)])
-    warnings = (*_warn_of_bounds(temperatures), *warn_of_validation(predictions))
+        temperatures.append(fit(values[validates], targets[validates]))
+    scaled = np.stack([apply(p, t) for p, t in zip(predictions.probabilities, temperatures, strict=True)])
+    cautions = warn_of_labels(predictions) if labels else warn_of_validation(predictions)
+    warnings = (*_warn_of_bounds(temperatures), *cautions)
     return TemperatureScaling(replace(predictions, probabilities=scaled), tuple(temperatures), warnings)
 
 
@@ -119,6 +147,22 @@ def warn_of_validation(predictions: ReplicaPredictions) -> list[str]:
             messages.append(
                 f"class {name!r} has fewer than {FEW_PATIENTS} patients ({min(counts)} at least) in the validation "
                 f"parts of {few} of {len(counts)} replicas: what is chosen there is unsure"
+            )
+    return messages
+
+
+def warn_of_labels(predictions: ReplicaPredictions) -> list[str]:
+    """As `warn_of_validation`, of the labels that too few validation patients have, or lack."""
+    cohort, messages = predictions.cohort, []
+    values, patients = np.asarray(cohort.values), np.array(cohort.patient_ids)
+    for column, known in zip(cohort.columns, values.T, strict=True):
+        held = [[(known == answer) & (parts == "validation") for answer in (0, 1)] for parts in predictions.parts]
+        counts = [min(len(np.unique(patients[each])) for each in sides) for sides in held]
+        few = sum(count < FEW_PATIENTS for count in counts)
+        if few:
+            messages.append(
+                f"label {column!r} has fewer than {FEW_PATIENTS} patients on one side ({min(counts)} at least) in the "
+                f"validation parts of {few} of {len(counts)} replicas: what is chosen there is unsure"
             )
     return messages
 
@@ -142,3 +186,9 @@ def _warn_of_bounds(temperatures: list[float]) -> list[str]:
 def _logits(probabilities: FloatArray) -> FloatArray:
     logits: FloatArray = np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
     return logits
+
+
+def _no_and_yes(chances: FloatArray) -> FloatArray:
+    """Probabilities [...] of yes as those of two classes [..., 2]; tables hold nine digits, which cannot say more."""
+    yes = chances.clip(1e-9, 1 - 1e-9)
+    return np.stack([1 - yes, yes], axis=-1)

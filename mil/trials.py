@@ -17,13 +17,15 @@ import torch
 from mil.bags import Bags
 from mil.cohort import Cohort
 from mil.config import TrainConfig
-from mil.errors import TrainingDivergedError
+from mil.errors import ConfigError, TrainingDivergedError
 from mil.evaluation import bag_logits
-from mil.losses import probabilities
+from mil.metric_names import LOWER_IS_BETTER, tie_breaker
 from mil.metrics import auroc, balanced_accuracy, confusion, macro_f1
+from mil.outcomes import Outcomes
 from mil.replicas import Progress, train_replicas
 from mil.splits import Splits
-from mil.sweep_config import SELECT, Setting
+from mil.sweep_config import Setting
+from mil.tasks import count_outputs, decode
 from mil.training import Replica, SavedEpoch, TrainedReplica
 from mil.unfinished import UnfinishedTraining, discard_unfinished, training_key
 
@@ -38,7 +40,7 @@ class SeedScore:
     """How one replica did on its validation part.
 
     Attributes:
-        metrics: by key of `mil.sweep_config.SELECT`; None where undefined.
+        metrics: by name, those of `mil.metric_names.selection_metrics` and `tie_breaker`; None where undefined.
         seconds: of its training.
         reason: why there is no score, or empty.
     """
@@ -84,28 +86,33 @@ class Trial:
         values = [value for value in known if value is not None]
         return float(np.mean(values)) if values and self.state != FAILED else None
 
+    @property
+    def loss(self) -> float | None:
+        """Mean loss, which decides between equal scores."""
+        return self.mean("log_loss") if self.mean("loss") is None else self.mean("loss")
+
 
 def best_trial(trials: Sequence[Trial], metric: str) -> Trial | None:
-    """The complete trial of the best mean; of equal ones that of the lower log-loss, then the earlier.
+    """The complete trial of the best mean; of equal ones that of the lower loss, then the earlier.
 
-    Small validation parts give many settings the same area under the curve, which log-loss tells apart.
+    Small validation parts give many settings the same area under the curve, which the loss tells apart.
     """
     return min(
         (trial for trial in trials if trial.state == COMPLETE and trial.mean(metric) is not None),
-        key=lambda trial: (*rank_of(trial.mean(metric), trial.mean("log_loss"), metric), trial.number),
+        key=lambda trial: (*rank_of(trial.mean(metric), trial.loss, metric), trial.number),
         default=None,
     )
 
 
-def rank_of(score: float | None, log_loss: float | None, metric: str) -> tuple[float, float]:
+def rank_of(score: float | None, loss: float | None, metric: str) -> tuple[float, float]:
     """What settings are sorted by; the lowest is the best, the absent are last."""
     if score is None:
         return math.inf, math.inf
-    return -score if SELECT[metric] else score, math.inf if log_loss is None else log_loss
+    return score if metric in LOWER_IS_BETTER else -score, math.inf if loss is None else loss
 
 
 def validation_metrics(labels: npt.NDArray[np.int64], scores: FloatArray) -> dict[str, float | None]:
-    """What settings can be chosen by, of a validation part: labels [m] and probabilities [m, C]."""
+    """What settings for classes can be chosen by, of a validation part: labels [m] and probabilities [m, C]."""
     matrix = confusion(labels, scores.argmax(axis=1), scores.shape[1])
     truth = scores[np.arange(len(labels)), labels]
     found = {
@@ -115,6 +122,21 @@ def validation_metrics(labels: npt.NDArray[np.int64], scores: FloatArray) -> dic
         "log_loss": float(-np.log(np.maximum(truth, _SMALLEST)).mean()),
     }
     return {name: None if math.isnan(value) else value for name, value in found.items()}
+
+
+def score_validation(outcomes: Outcomes, loss: float | None = None) -> dict[str, float | None]:
+    """What settings can be chosen by, whatever the task.
+
+    Args:
+        outcomes: what a replica says of its validation part.
+        loss: of the epoch that the replica kept; classes have a log-loss of their own, free of class weights.
+    """
+    cohort = outcomes.cohort
+    if cohort.values is None:
+        return validation_metrics(cohort.labels, outcomes.said)
+    found = {name: float(value[0]) for name, value in outcomes.scores().items()}
+    scores = {name: None if math.isnan(value) else value for name, value in found.items()}
+    return scores | {tie_breaker(cohort.task): loss if loss is not None and math.isfinite(loss) else None}
 
 
 # ---------------------------------------------------------------------------------------------------- what is kept
@@ -259,7 +281,7 @@ class TrialTrainer:
         key = self.key(setting.config)
         try:
             self._replicas(setting, pairs, lambda progress: self._progress(key, progress, what))
-        except (TrainingDivergedError, MemoryError, torch.OutOfMemoryError) as error:
+        except (TrainingDivergedError, ConfigError, MemoryError, torch.OutOfMemoryError) as error:
             rest = [pair for pair in pairs if self._ledger.get(key, *pair) is None]
             if len(pairs) == 1:
                 self._ledger.add(key, *pairs[0], SeedScore(reason=str(error).partition("\n")[0]))
@@ -274,10 +296,17 @@ class TrialTrainer:
         data = self.data
         replicas = [Replica(fold, seed, setting.config) for fold, seed in pairs]
         parts = [data.splits.parts(fold, seed) for fold, seed in pairs]
-        n_classes, patients = len(data.cohort.class_names), data.cohort.patient_ids
-        labels = data.cohort.labels
+        cohort, n_outputs = data.cohort, count_outputs(setting.config, data.cohort)
         return train_replicas(
-            data.bags, labels, replicas, parts, n_classes, data.device, progress, self._sealed, patients
+            data.bags,
+            cohort.targets,
+            replicas,
+            parts,
+            n_outputs,
+            data.device,
+            progress,
+            self._sealed,
+            cohort.patient_ids,
         )
 
     def _progress(self, key: str, progress: Progress, what: str) -> None:
@@ -287,8 +316,10 @@ class TrialTrainer:
             epoch = f" epoch {progress.record.epoch}" if progress.record is not None else ""
             self._report(SweepProgress(self._done, self._total, f"{what}, {replica.name}{epoch}"))
             return
-        within = self.data.splits.parts(replica.fold, replica.seed) == "validation"
-        found = validation_metrics(self.data.cohort.labels[within], trained.probabilities[within])
+        within = np.flatnonzero(self.data.splits.parts(replica.fold, replica.seed) == "validation")
+        said = Outcomes(self.data.cohort.subset(within), trained.probabilities[within])
+        loss = next(each.validation_loss for each in trained.history if each.epoch == trained.best_epoch)
+        found = score_validation(said, loss)
         self._ledger.add(key, replica.fold, replica.seed, SeedScore(found, round(trained.seconds, 3)))
         self.skip(1, what)
 
@@ -322,7 +353,7 @@ class TrialTrainer:
         opened = []
         for each in replicas:
             logits = bag_logits([each.head.to(self.data.device)], self.data.bags, everything, self.data.device)[0]
-            opened.append(replace(each, probabilities=probabilities(logits).numpy(), head=each.head.cpu()))
+            opened.append(replace(each, probabilities=decode(each.task, logits).numpy(), head=each.head.cpu()))
         return opened
 
 

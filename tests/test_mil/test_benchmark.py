@@ -28,6 +28,7 @@ from mil.comparison import holm
 from mil.config import compose_config
 from mil.crossval import train
 from mil.errors import BagError, ConfigError, RunError
+from mil.outcomes import Outcomes
 from mil.splits import make_splits
 from mil.unfinished import kept_replicas
 from tests.test_mil.small import FEATURES, MemoryStore, make_cohort, make_store
@@ -68,7 +69,7 @@ def test_heads_and_baselines_are_ranked(board: Board) -> None:
         "mean instance, 5 nearest neighbours",
     }
     assert [row.rank for row in board.rows] == list(range(1, 7))
-    scores = [row.macro_f1.value for row in board.rows]
+    scores = [row.headline.value for row in board.rows]
     assert scores == sorted(scores, reverse=True)
 
 
@@ -76,8 +77,8 @@ def test_a_cell_is_the_same_training_as_mil_train(board: Board, store: MemorySto
     run = train(store, COHORT, head="max", **OPTIONS)
     (row,) = (row for row in board.rows if row.name == "max")
     expected = run.metrics["out_of_fold"]["macro_f1"]
-    assert row.macro_f1.value == pytest.approx(expected["value"])
-    assert row.macro_f1.low == pytest.approx(expected["low"])
+    assert row.scores["macro_f1"].value == pytest.approx(expected["value"])
+    assert row.scores["macro_f1"].low == pytest.approx(expected["low"])
     metrics = json.loads((folder / row.folder / "metrics.json").read_text())
     assert metrics["out_of_fold"]["confusion"] == run.metrics["out_of_fold"]["confusion"]
     assert row.cost is not None
@@ -90,7 +91,7 @@ def test_the_folder_holds_what_it_promises(board: Board, folder: Path) -> None:
     assert names >= {"config.yaml", "splits.csv", "leaderboard.csv", "leaderboard.html", "runs"}
     rows = _rows(folder)
     assert [row["name"] for row in rows] == [row.name for row in board.rows]
-    assert float(rows[0]["macro_f1"]) == pytest.approx(board.rows[0].macro_f1.value, abs=1e-5)
+    assert float(rows[0]["macro_f1"]) == pytest.approx(board.rows[0].headline.value, abs=1e-5)
     assert not (folder / "unfinished").exists() or not list((folder / "unfinished").rglob("*.replica"))
 
 
@@ -102,12 +103,12 @@ def test_baselines_are_scikit_learns_on_the_same_folds(store: MemoryStore) -> No
         test = splits.test_fold == fold
         model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
         expected = model.fit(means[~test], COHORT.labels[~test]).predict_proba(means[test])
-        logistic = found["mean instance, logistic regression"].probabilities[test]
+        logistic = found["mean instance, logistic regression"].outcomes.said[test]
         np.testing.assert_allclose(logistic, expected, atol=1e-5)
         share = np.bincount(COHORT.labels[~test]) / (~test).sum()
-        np.testing.assert_allclose(found["majority class"].probabilities[test], np.tile(share, (test.sum(), 1)))
+        np.testing.assert_allclose(found["majority class"].outcomes.said[test], np.tile(share, (test.sum(), 1)))
     for each in found.values():
-        np.testing.assert_allclose(each.probabilities.sum(axis=1), 1)
+        np.testing.assert_allclose(each.outcomes.said.sum(axis=1), 1)
 
 
 def _ranked(entrants: list[Entrant], cohort: Cohort) -> tuple[BoardRow, ...]:
@@ -120,7 +121,7 @@ def test_verdicts_need_an_interval_above_zero_and_a_small_corrected_p() -> None:
     rng = np.random.default_rng(0)
     truth = np.eye(2)[cohort.labels]
     noise = rng.dirichlet([1, 1], len(cohort))
-    poor, good = 0.9 * noise + 0.1 * truth, 0.5 * noise + 0.5 * truth
+    poor, good = (Outcomes(cohort, (1 - skill) * noise + skill * truth) for skill in (0.1, 0.5))
     entrants = [
         Entrant("mean", "e", "head", poor),
         Entrant("good", "e", "head", good),
@@ -141,11 +142,11 @@ def test_verdicts_need_an_interval_above_zero_and_a_small_corrected_p() -> None:
 def test_heads_are_compared_on_their_own_features() -> None:
     cohort = make_cohort(n_patients=20)
     rng = np.random.default_rng(1)
-    a, b, c = (rng.dirichlet([1, 1], len(cohort)) for _ in range(3))
+    a, b, c = (Outcomes(cohort, rng.dirichlet([1, 1], len(cohort))) for _ in range(3))
     entrants = [Entrant("mean", "e", "head", a), Entrant("mean", "f", "head", b), Entrant("max", "f", "head", c)]
     rows = {(row.name, row.entry): row for row in _ranked(entrants, cohort)}
     assert rows["mean", "e"].verdict == rows["mean", "f"].verdict == "reference"
-    difference = rows["max", "f"].macro_f1.value - rows["mean", "f"].macro_f1.value
+    difference = rows["max", "f"].headline.value - rows["mean", "f"].headline.value
     assert rows["max", "f"].difference.value == pytest.approx(difference)
 
 
@@ -306,7 +307,7 @@ def test_the_page_holds_the_one_script_that_its_policy_admits(board: Board, tmp_
 
 def test_one_seed_has_no_spread(board: Board, tmp_path: Path) -> None:
     row = next(row for row in board.rows if row.name == "max")
-    one = Entrant("max", row.entry, "head", np.full((len(COHORT), 2), 0.5), (0.4333,))
+    one = Entrant("max", row.entry, "head", Outcomes(COHORT, np.full((len(COHORT), 2), 0.5)), (0.4333,))
     assert score(one, None, COHORT).seed_low is None
     assert score(replace(one, seed_scores=(0.4333, 0.5)), None, COHORT).seed_low == 0.4333
     write_page(tmp_path / "page.html", replace(board, rows=(replace(row, seed_low=None, seed_high=None),)))

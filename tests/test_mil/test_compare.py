@@ -29,6 +29,7 @@ from mil.training import Replica
 from tests.test_mil.small import fast_config, make_cohort, make_store
 
 COHORT = make_cohort(40)
+FACTS = {"target": "subtype", "class_names": list(COHORT.class_names)}
 
 
 def write_run(
@@ -89,7 +90,7 @@ def test_figures_are_those_of_the_tests(runs: list[Path], metric: str) -> None:
 
 def test_the_t_test_pairs_test_folds_and_averages_seeds(runs: list[Path]) -> None:
     row = compare_runs(runs[:2], "macro_f1", replicates=50).rows[1]
-    scores = [read_fold_scores(folder, COHORT.class_names) for folder in runs[:2]]
+    scores = [read_fold_scores(folder, FACTS) for folder in runs[:2]]
     folds = [mean_over_seeds(each, "macro_f1") for each in scores]
     assert len(folds[0]) == 4
     assert len(scores[0]) == 8
@@ -103,7 +104,7 @@ def test_fold_scores_are_those_of_the_training(tmp_path: Path) -> None:
     options = {"folds": 3, "seeds": 2, "epochs": 2, "device": "cpu"}
     run = train(make_store(cohort), cohort, head="mean", **options).save(tmp_path / "one")
     train(make_store(cohort), cohort, head="max", **options).save(tmp_path / "two")
-    scores = read_fold_scores(tmp_path / "one", cohort.class_names)
+    scores = read_fold_scores(tmp_path / "one", run.metrics)
     for each, expected in zip(scores, run.metrics["per_replica"], strict=True):
         assert each.replica == expected["replica"]
         assert each.n_train == expected["training_bags"]
@@ -170,7 +171,7 @@ def test_more_seeds_on_the_same_folds_are_no_other_folds(runs: list[Path], tmp_p
     comparison = compare_runs([runs[0], more], replicates=50)
     assert comparison.rows[1].p_t_test is not None
     assert comparison.warnings == ()
-    first = read_fold_scores(runs[0], COHORT.class_names)
+    first = read_fold_scores(runs[0], FACTS)
     moved = [replace(each, validation=frozenset()) if each.seed == "0" else each for each in first]
     assert differing_folds(first, moved) == "4 of 8 validation parts are others"
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mil.ensemble import combine
+from mil.averaging import combine
 from mil.errors import RunError
 from mil.member_predictions import MemberPredictions
 from mil.run import ReplicaPredictions
@@ -40,14 +40,15 @@ def test_slides_and_classes_come_into_the_order_of_the_first() -> None:
     np.testing.assert_array_equal(found.members[1].probabilities, other.probabilities[:, :5])
     np.testing.assert_array_equal(found.members[1].parts, other.parts[:, :5])
     np.testing.assert_array_equal(found.members[1].cohort.labels, COHORT.labels[:5])
-    labels, values, patients, names = found.tested()
+    cohort, values = found.tested()
     np.testing.assert_allclose(values, combine([one.probabilities[0, :2], other.probabilities[0, :2]]))
-    assert (labels.tolist(), patients, names) == ([0, 1], ["p0", "p1"], COHORT.class_names)
+    assert (cohort.labels.tolist(), cohort.patient_ids) == ([0, 1], ("p0", "p1"))
+    assert cohort.class_names == COHORT.class_names
 
 
 def test_a_run_alone_says_its_own_mean() -> None:
     run = said(np.concatenate([PARTS, PARTS[:, ::-1]]), 0)
-    _, values, *_ = MemberPredictions((run,)).tested()
+    _, values = MemberPredictions((run,)).tested()
     np.testing.assert_array_equal(values, run.out_of_fold()[[0, 1, 4, 5]])
 
 

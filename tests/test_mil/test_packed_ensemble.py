@@ -12,8 +12,9 @@ from extract.store import TileRecipe
 from mil import statistics
 from mil.answering import choose_coverage
 from mil.artefact import Artefact, read_artefact
+from mil.averaging import combine
 from mil.crossval import train
-from mil.ensemble import combine, make_ensemble
+from mil.ensemble import make_ensemble
 from mil.errors import CheckpointError, RunError
 from mil.external import evaluate_external
 from mil.files import write_csv

@@ -184,7 +184,7 @@ def test_wrong_folders_are_refused_by_name(run: Path, trained: list[Path], tmp_p
     assert score_runs([sweep], FEW).runs[0].name == "sweep"
     with pytest.raises(RunError, match=r"sweep, a sweep, for operating points"):
         score_runs([sweep], FEW, OperatingTarget())
-    with pytest.raises(RunError, match=r"run of task survival → expected a run of classes"):
+    with pytest.raises(RunError, match=r"survival as run folder .* cannot be read \(CohortError got target 'subtype'"):
         score_runs([write_run(tmp_path / "survival", task="survival")])
     for name in ("metrics.json", "oof.csv", "predictions.csv"):
         torn = shutil.copytree(run, tmp_path / f"without {name}")
