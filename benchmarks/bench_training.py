@@ -44,14 +44,15 @@ GRID = (2e-4, 1e-3, 4e-3)
 MARGIN = 0.01
 TRAINING_SHARE = 0.6
 # learning rates are chosen on a cohort drawn from the first seed and compared on those of the others, which nothing was
-# ever chosen on: recipes were settled on cohorts 1 to 8
-TUNING_SEED, COHORT_SEEDS = 1, (11, 12, 13)
+# ever chosen on: recipes were settled on cohorts 1 to 8, after others had been compared on 11 and 12
+TUNING_SEED, COHORT_SEEDS = 1, (21, 22)
 _LINEAR = {"name": "abmil", "embed_dim": None, "gated": False, "dropout": 0.0}
-_BRANCHES = {**_LINEAR, "branches": 4}
+# a low temperature lets attention choose before it has learned much, several branches let it choose several things
+_SHARP = {**_LINEAR, "attention_dim": 32, "branches": 8, "temperature": 0.15}
 _TOP = {"name": "topk", "k": 16, "weighting": "softmax"}
 RECIPES = (
     Recipe("tessera ABMIL, budget 512", {"head": _LINEAR, "instance_budget": 512, "batch_bags": 2}),
-    Recipe("tessera ABMIL of 4 branches, budget 512", {"head": _BRANCHES, "instance_budget": 512, "batch_bags": 2}),
+    Recipe("tessera ABMIL of 8 sharp branches, budget 512", {"head": _SHARP, "instance_budget": 512, "batch_bags": 2}),
     Recipe("tessera top-k, budget 512", {"head": _TOP, "instance_budget": 512, "batch_bags": 1}),
 )
 
@@ -252,7 +253,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--torchmil-epochs", type=int, default=10)
     parser.add_argument("--transformer-epochs", type=int, default=6)
     parser.add_argument("--transformer-width", type=int, default=64, help="torchmil's default is 512")
-    parser.add_argument("--our-epochs", type=int, default=6)
+    parser.add_argument("--our-epochs", type=int, default=4)
     parser.add_argument("--extras", action="store_true", help="cost of the options of a training instead")
     parser.add_argument("--device", default="cpu", help="on cuda, many replicas are compared instead")
     parser.add_argument("--store", type=Path, help="of GlaS, for its quality rows")
