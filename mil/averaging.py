@@ -21,6 +21,7 @@ from mil.targets import CLASSIFICATION, MULTI_LABEL
 Average = Literal["probabilities", "logits"]
 FloatArray = npt.NDArray[np.float64]
 _SMALLEST = 1e-12
+_ROUNDING = 1e-9
 
 
 def combine(
@@ -77,10 +78,12 @@ class Scale:
                 centres.append(float(validated.mean()))
                 variances.append(float(validated.var()))
         deviation = math.sqrt(np.mean(variances)) if variances else 0.0
-        if not deviation > 0:
+        # tables hold nine digits: what is less is rounding, and no spread
+        if not deviation > _ROUNDING * max(map(abs, centres), default=0.0):
             raise RunError(
-                f"got a run whose risks are the same for all {'' if fold is None else f'of fold {fold} '}validation "
-                f"slides → expected some that differ, which tell its scale from that of others → leave it out"
+                f"got a run of {said.replicas[0].config.head.name} whose risks are the same for all "
+                f"{'' if fold is None else f'of fold {fold} '}validation slides → expected some that differ, which "
+                f"tell its scale from that of others → leave it out"
             )
         return cls(float(np.mean(centres)), deviation)
 

@@ -1,5 +1,6 @@
 """A leaderboard: how heads and baselines did on one cohort, and which of them beat mean pooling."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from mil.pairs import Pair
 from mil.saved_outcomes import read_outcomes
 from mil.saved_run import read_predictions
 from mil.scoring import evaluate_outcomes
+from mil.statistics import PairedDifference
 from mil.targets import CLASSIFICATION, HEADLINES
 
 REFERENCE = "mean"
@@ -29,6 +31,11 @@ class Interval:
     value: float | None
     low: float | None
     high: float | None
+
+    @classmethod
+    def of(cls, found: PairedDifference) -> "Interval":
+        """A difference; NaN is none."""
+        return NOTHING if math.isnan(found.difference) else cls(*found)
 
     def flat(self, name: str) -> dict[str, object]:
         """Three columns of a table."""
@@ -254,7 +261,7 @@ def score(entrant: Entrant, reference: Entrant | None, cohort: Cohort) -> BoardR
     if reference is None or reference.outcomes is None:
         return row
     pair = Pair(entrant.outcomes, reference.outcomes, metrics[0])
-    row = replace(row, difference=Interval(*pair.difference()))
+    row = replace(row, difference=Interval.of(pair.difference()))
     return row if entrant.kind == "baseline" else replace(row, p=pair.p())
 
 

@@ -23,7 +23,7 @@ from mil import (
     cli_store,
     cli_sweep,
 )
-from mil.console import counted, say, say_start
+from mil.console import TargetOption, TaskOption, counted, say, say_start
 
 app = typer.Typer(
     name="mil",
@@ -94,18 +94,8 @@ def train(
     labels: Annotated[
         Path | None, typer.Option(help="Label table (CSV); required without --config.", show_default=False)
     ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(help="Column to predict, or several: er,pr,her2; required without --config.", show_default=False),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="What the target is: classification (default), multilabel, regression, or survival (--target "
-            "time,event).",
-            show_default=False,
-        ),
-    ] = None,
+    target: TargetOption = None,
+    task: TaskOption = None,
     out: Annotated[Path, typer.Option(help="Folder for the results; must be new or empty.")],
     slide_column: Annotated[str | None, typer.Option(help="Column of slide ids.", show_default=False)] = None,
     patient_column: Annotated[str | None, typer.Option(help="Column of patient ids.", show_default=False)] = None,

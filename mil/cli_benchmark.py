@@ -7,7 +7,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mil.console import counted, counted_replicas, print_table, say, say_start, stacked_interval
+from mil.console import (
+    TargetOption,
+    TaskOption,
+    counted,
+    counted_replicas,
+    print_table,
+    say,
+    say_start,
+    stacked_interval,
+)
 
 
 def benchmark(
@@ -25,9 +34,8 @@ def benchmark(
     labels: Annotated[
         Path | None, typer.Option(help="Label table (CSV); required without --config.", show_default=False)
     ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="Column to predict; required without --config.", show_default=False)
-    ] = None,
+    target: TargetOption = None,
+    task: TaskOption = None,
     out: Annotated[Path, typer.Option(help="Folder of the board; one that was stopped is gone on with.")],
     slide_column: Annotated[str | None, typer.Option(help="Column of slide ids.", show_default=False)] = None,
     patient_column: Annotated[str | None, typer.Option(help="Column of patient ids.", show_default=False)] = None,
@@ -48,7 +56,7 @@ def benchmark(
     from mil.early import check_board_names, check_inputs
     from mil.out_folders import check_board_folder
 
-    values: dict[str, Any] = {"labels": labels, "target": target}
+    values: dict[str, Any] = {"labels": labels, "target": target, "task": task}
     values |= {"slide_column": slide_column, "patient_column": patient_column}
     given: dict[str, Any] = {name: str(value) for name, value in values.items() if value is not None}
     if store:

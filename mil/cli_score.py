@@ -112,7 +112,7 @@ def _print_summary(console: Console, task: str, runs: list[Any], resampling: Any
     from mil.targets import HEADLINES
 
     names = [key for key in HEADLINES[task] if any(run.metrics[key]["value"] is not None for run in runs)]
-    # errors have digits before the point, and five such columns fit into 80 letters
+    # errors have digits before the point
     form = ".2f" if task == "regression" else ".3f"
     rows = [[run.name, *(stacked_interval(run.metrics[key], form) for key in names)] for run in runs]
     columns = [short_name(task, key) for key in names]

@@ -6,7 +6,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mil.console import counted, counted_replicas, print_metrics, print_table, print_target_metrics, say, say_start
+from mil.console import (
+    TargetOption,
+    TaskOption,
+    counted,
+    counted_replicas,
+    print_metrics,
+    print_table,
+    print_target_metrics,
+    say,
+    say_start,
+)
 
 _MOST_ROWS = 10
 
@@ -27,9 +37,8 @@ def sweep(
     labels: Annotated[
         Path | None, typer.Option(help="Label table (CSV); required without --config.", show_default=False)
     ] = None,
-    target: Annotated[
-        str | None, typer.Option(help="Column to predict; required without --config.", show_default=False)
-    ] = None,
+    target: TargetOption = None,
+    task: TaskOption = None,
     out: Annotated[Path, typer.Option(help="Folder for the results; a sweep that was stopped is gone on with.")],
     method: Annotated[
         str | None, typer.Option(help="grid, random or tpe; a grid if all are lists, else tpe.", show_default=False)
@@ -62,14 +71,17 @@ def sweep(
     """
     from mil.early import check_inputs
     from mil.out_folders import check_sweep_folder
+    from mil.space import parse_space
     from mil.sweep_config import compose_sweep
 
-    values: dict[str, Any] = {"store": store, "labels": labels, "target": target}
+    values: dict[str, Any] = {"store": store, "labels": labels, "target": target, "task": task}
     values |= {"slide_column": slide_column, "patient_column": patient_column}
     given = {name: str(value) for name, value in values.items() if value is not None}
     say_start("reading settings, labels and store, loading torch")
     check_sweep_folder(out.absolute())
-    check_inputs("a sweep", overrides or [], config, given)
+    # what is swept has no one value to check, and keys that cannot be swept are told here
+    _, plain = parse_space(overrides or [])
+    check_inputs("a sweep", plain, config, given)
     settings = compose_sweep(overrides or [], config, given, method=method, trials=trials, select=select, seed=seed)
     # torch and all that needs it, once nothing is left to be mistyped
     from mil.sweeping import run_sweep

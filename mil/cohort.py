@@ -112,9 +112,10 @@ class Cohort:
         return self.labels if self.values is None else self.values
 
     def digest(self) -> str:
-        """SHA-256 of target, slides, patients and labels, whatever their order."""
-        names = [self.class_names[label] for label in self.labels.tolist()]
-        said = names if self.values is None else [repr(row) for row in self.values.tolist()]
+        """SHA-256 of target, slides, patients and labels, whatever their order; numbers to nine digits, as tables."""
+        said = [self.class_names[label] for label in self.labels.tolist()]
+        if self.values is not None:
+            said = [repr([float(f"{value:.9g}") for value in row]) for row in self.values.tolist()]
         rows = sorted(zip(self.slide_ids, self.patient_ids, said, strict=True))
         what = self.target if self.values is None else [self.task, self.target]
         return sha256(json.dumps([what, rows]).encode()).hexdigest()

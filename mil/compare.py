@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from mil import statistics
 from mil.board import NOTHING, SIGNIFICANT, Interval
 from mil.bootstrap import Resampling
 from mil.comparison import corrected_t_test, holm
@@ -153,10 +152,18 @@ def compare_runs(
     cohort = reference.outcomes.cohort
     metric = metric or first_headline(cohort.task)
     _check_metric(metric, cohort.task, len(cohort.columns))
-    rows = [_row(run, reference, metric, replicates, seed) for run in runs]
+    scored = [evaluate_outcomes(run.outcomes, Resampling(replicates, seed)) for run in runs]
+    rows = [
+        _row(run, reference, Interval(**found[metric]), metric, replicates, seed)
+        for run, found in zip(runs, scored, strict=True)
+    ]
     adjusted = holm([row.p if row.p is not None else 1.0 for row in rows[1:]])
-    judged = [_judged(replace(row, p_holm=p), metric) for row, p in zip(rows[1:], adjusted, strict=True)]
-    warnings = _warn_of_patients(reference)
+    judged = [
+        _judged(replace(row, p_holm=None if row.p is None else p), metric)
+        for row, p in zip(rows[1:], adjusted, strict=True)
+    ]
+    # what there are too few patients for is a matter of the truth, which all share
+    warnings = list(scored[0]["warnings"])
     warnings += _warn_of_ensembles(runs) + [text for run in runs[1:] for text in _warn_of_folds(run, reference)]
     warnings += _warn_of_looks(runs)
     return RunComparison(
@@ -185,16 +192,17 @@ def _check_metric(metric: str, task: str, n_columns: int) -> None:
         )
 
 
-def _row(run: _RunToCompare, reference: _RunToCompare, metric: str, replicates: int, seed: int) -> ComparedRun:
-    scored = evaluate_outcomes(run.outcomes, Resampling(replicates, seed))
+def _row(
+    run: _RunToCompare, reference: _RunToCompare, value: Interval, metric: str, replicates: int, seed: int
+) -> ComparedRun:
     head, entry = (str(run.metrics.get(key, "")) for key in ("head", "entry"))
-    row = ComparedRun(run.name, head, entry, Interval(**scored[metric]))
+    row = ComparedRun(run.name, head, entry, value)
     if run is reference:
         return row
     pair = Pair(run.outcomes, reference.outcomes, metric, replicates, seed)
     return replace(
         row,
-        difference=Interval(*pair.difference()),
+        difference=Interval.of(pair.difference()),
         p=pair.p(),
         p_delong=_delong(run.outcomes, reference.outcomes),
         p_t_test=_t_test(run, reference, metric),
@@ -237,15 +245,6 @@ def _t_test(run: _RunToCompare, reference: _RunToCompare, metric: str) -> float 
     scores, expected = (mean_over_seeds(each.folds, metric) for each in (run, reference))
     differences = [scores[test] - expected[test] for test in sorted(scores.keys() & expected.keys(), key=sorted)]
     return corrected_t_test(differences, mean_test_to_train(run.folds)).p if len(differences) > 1 else None
-
-
-def _warn_of_patients(run: _RunToCompare) -> list[str]:
-    """What there are too few patients for."""
-    cohort = run.outcomes.cohort
-    if cohort.values is None:
-        return statistics.few_patients(cohort.class_names, cohort.labels, cohort.patient_ids)
-    # these warnings depend on the truth alone
-    return [str(text) for text in evaluate_outcomes(run.outcomes, Resampling(1))["warnings"]]
 
 
 def _warn_of_ensembles(runs: Sequence[_RunToCompare]) -> list[str]:

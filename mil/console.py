@@ -6,17 +6,32 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+TargetOption = Annotated[
+    str | None,
+    typer.Option(help="Column to predict, or several: er,pr,her2; required without --config.", show_default=False),
+]
+TaskOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What the target is: classification (default), multilabel, regression, or survival (--target time,event).",
+        show_default=False,
+    ),
+]
+"""What every command that trains is told of the target."""
 Estimate = Mapping[str, float | None]
 _PLAIN_EVERY_S = 10.0
+_LONGEST_WORD, _LONGEST_NAME = 12, 40
+"""A longer word may be broken over lines, and a longer name cut, where room is short."""
 _TEXT_COLUMNS = ("which", "reason", "licence")
 _WHOLE_COLUMNS = ("class", "name", "target")
 
@@ -142,17 +157,32 @@ def plain_reason(slide_id: str, reason: str) -> str:
 
 
 def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; every column but the first and those of reasons is right-aligned."""
+    """Print a table; every column but the first and those of reasons is right-aligned.
+
+    No figure is cut: a table that a narrow terminal cannot hold is wider than it.
+    """
     console.print(title, style="bold", markup=False, soft_wrap=True, highlight=False)
     table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    needed = 2 + len(columns)
     for i, column in enumerate(columns):
         left = i == 0 or column in _TEXT_COLUMNS
+        words = [part for row in rows for part in (row[i].split() if left else row[i].split("\n"))]
+        longest = max(map(cell_len, words), default=0)
+        whole = column in _WHOLE_COLUMNS
+        if left:
+            longest = min(longest, _LONGEST_NAME if whole else _LONGEST_WORD)
+        needed += max(longest, cell_len(column))
         table.add_column(
-            column, justify="left" if left else "right", overflow="fold", no_wrap=not left or column in _WHOLE_COLUMNS
+            column,
+            justify="left" if left else "right",
+            overflow="fold",
+            no_wrap=not left or whole,
+            min_width=longest,
         )
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    console.print(table, highlight=False)
+    table.width = needed if needed > console.width else None
+    console.print(table, highlight=False, crop=False)
 
 
 def print_metrics(console: Console, title: str, evaluation: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """Ensembles: the mean of what several runs of one target say, over heads, features, folds and seeds.
 
 A run's out-of-fold predictions already are an ensemble of its seeds; for a new slide it is one of all its replicas.
-Several runs are averaged with equal weights. Nothing is fitted, so that out-of-fold predictions stay honest; runs that
-were picked by their test folds make the figures of their ensemble too good, and only whoever picked can know that.
+Several runs are averaged with equal weights. Nothing is fitted but the scale of risks, to validation slides, so that
+out-of-fold predictions stay honest; runs that were picked by their test folds make the figures of their ensemble too
+good, and only whoever picked can know that.
 """
 
 import json
@@ -25,7 +26,7 @@ from mil.files import put_in_place, write_csv, write_json
 from mil.gains import gain_over, member_metrics
 from mil.looks import Look
 from mil.member_predictions import MemberPredictions
-from mil.out_of_fold import out_of_fold_rows
+from mil.out_of_fold import out_of_fold_rows, stated_task
 from mil.run import ReplicaPredictions
 from mil.saved_run import read_predictions
 from mil.scoring import evaluate_outcomes
@@ -75,8 +76,7 @@ class Ensemble:
             partial.mkdir(parents=True)
             members = {"members": [str(path) for path in self.folders]}
             write_json(partial / ENSEMBLE, asdict(self.averaging) | members)
-            record = {"task": self.cohort.task, "columns": list(self.cohort.columns)}
-            write_csv(partial / "oof.csv", out_of_fold_rows(self.cohort, self.probabilities, record))
+            write_csv(partial / "oof.csv", out_of_fold_rows(self.cohort, self.probabilities, stated_task(self.cohort)))
             write_json(partial / "metrics.json", metrics)
             look.append()
             put_in_place(partial, folder)

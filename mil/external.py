@@ -28,7 +28,7 @@ from mil.out_of_fold import truth_cells, truth_names
 from mil.outcomes import Outcomes
 from mil.predictions import Predictions
 from mil.scoring import evaluate_outcomes
-from mil.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL, target_columns
+from mil.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL, check_times, target_columns
 from mil.training_cohort import Lineage, TrainingCohort, read_lineage
 from mil.training_cohort import overlap as overlap_with
 
@@ -134,7 +134,8 @@ def evaluate_external(
             their id. Trainings that the weights started from count too.
 
     Raises:
-        CohortError: a label table that cannot be used or lacks a column, or labels that the model does not know.
+        CohortError: a label table that cannot be used or lacks a column, labels that the model does not know, or
+            several times or events of one patient.
         RunError: slides that were trained on, unless they are dropped or marked; or none is left.
         MilError, ExtractError: as in `mil.predict`.
     """
@@ -150,6 +151,8 @@ def evaluate_external(
     if task == CLASSIFICATION:
         _refuse_unknown_classes(table, first, labels)
         joined = _in_order_of(first.class_names, joined)
+    elif task == SURVIVAL:
+        check_times(str(labels), joined.columns, np.asarray(joined.values), np.array(joined.patient_ids))
     lineages = [read_lineage(each) for each in model_folders(folder)]
     trainings = [each for lineage in lineages for each in lineage.cohorts]
     cohort, trained_on, dropped = _settle(joined, trainings, overlap)

@@ -57,7 +57,7 @@ def read_fold_scores(folder: Path, metrics: Mapping[str, Any]) -> list[FoldScore
             for row in csv.DictReader(file):
                 by_replica[row["replica"]].append(row)
         return [_fold_score(name, rows, metrics) for name, rows in by_replica.items()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = error.strerror if isinstance(error, OSError) else f"{type(error).__name__} {error}"
         raise RunError(
             f"got {folder} as run folder → its predictions.csv cannot be read ({what}) → give the --out folder of a "

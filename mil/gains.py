@@ -1,5 +1,6 @@
 """What the average of several models gains over each of them, in the metric that their task is ranked by."""
 
+import math
 from typing import Any
 
 from mil.metric_names import first_headline
@@ -19,6 +20,11 @@ def gain_name(task: str) -> str:
 
 
 def gain_over(together: Outcomes, alone: Outcomes) -> dict[str, Any]:
-    """The first headline of an average minus that of a member, by `gain_name`, with its interval over patients."""
+    """The first headline of an average minus that of a member, by `gain_name`, with its interval over patients.
+
+    None where the headline is undefined, as concordance is of patients without an event.
+    """
     task = together.cohort.task
-    return {gain_name(task): Pair(together, alone, first_headline(task)).difference()._asdict()}
+    found = Pair(together, alone, first_headline(task)).difference()
+    defined = None if math.isnan(found.difference) else found.difference
+    return {gain_name(task): found._asdict() | {"difference": defined}}

@@ -11,7 +11,7 @@ from mil.cohort import Cohort
 from mil.errors import RunError, listed
 from mil.outcomes import Outcomes
 from mil.run import ReplicaPredictions
-from mil.targets import CLASSIFICATION, SURVIVAL
+from mil.targets import SURVIVAL
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
@@ -35,8 +35,8 @@ class MemberPredictions:
         """Put slides and classes of all members into the order of the first; slides that one lacks are left out.
 
         Raises:
-            RunError: other targets, or other patients or labels for the same slide; members for survival that were
-                tested in other folds, or whose risks do not vary.
+            RunError: other targets or classes, or other patients or labels for the same slide; members for survival
+                that were tested in other folds, or whose risks do not vary.
         """
         first, *others = (member.cohort.slide_ids for member in members)
         shared = [slide_id for slide_id in first if all(slide_id in each for each in map(set, others))]
@@ -114,14 +114,18 @@ class MemberPredictions:
 
 
 def _require_same_target(first: Cohort, other: Cohort) -> None:
-    alike = other.task == first.task
-    if alike and first.task != CLASSIFICATION:
-        # time and event have an order; others are matched by name
-        alike = first.columns == other.columns if first.task == SURVIVAL else set(first.columns) == set(other.columns)
-    if not alike:
+    names, others = (each.class_names if each.values is None else each.columns for each in (first, other))
+    # time and event have an order; others are matched by name
+    alike = names == others if first.task == SURVIVAL else set(names) == set(others)
+    if other.task != first.task or not alike:
+        told = [
+            f"of task {each.task}, target {each.target}"
+            + (f" (classes {listed(each.class_names)})" if each.values is None else "")
+            for each in (first, other)
+        ]
         raise RunError(
-            f"got members of task {first.task}, target {first.target}, and of task {other.task}, target "
-            f"{other.target} → expected one task and the same columns → average runs of one target"
+            f"got members {', and '.join(told)} → expected one task and the same columns or classes → average runs of "
+            f"one target"
         )
 
 

@@ -290,7 +290,9 @@ def _use(record: Mapping[str, Any]) -> Iterator[str]:
     yield "## Use"
     yield ""
     yield "    mil predict --run THIS_FOLDER SLIDES... --out predictions.csv"
-    yield "    mil evaluate --run THIS_FOLDER --store STORE --labels LABELS --target COLUMN --out FOLDER"
+    # other targets have several columns, which are those of the model where none is named
+    target = " --target COLUMN" if _task(record) == CLASSIFICATION else ""
+    yield f"    mil evaluate --run THIS_FOLDER --store STORE --labels LABELS{target} --out FOLDER"
     yield ""
     where = "of each member holds" if "members" in record else "holds"
     yield (

@@ -13,12 +13,12 @@ import numpy.typing as npt
 from mil.bootstrap import Spread
 from mil.metrics import binary_auroc, confusion, f1, mean_defined, one_vs_all, recall, weightings
 from mil.slide_values import check_values, describe_resampling
+from mil.statistics import FEW_PATIENTS, warn_of_strata
 from mil.targets import MULTI_LABEL, find_strata
 
 FloatArray = npt.NDArray[np.float64]
 SUMMARY = {"macro_auroc": "auroc", "macro_f1": "f1", "macro_balanced_accuracy": "balanced_accuracy"}
 LABEL_METRICS = ("auroc", "f1", "sensitivity", "specificity", "balanced_accuracy")
-FEW_PATIENTS = 5
 
 
 def label_aurocs(truth: FloatArray, scores: FloatArray, weights: npt.ArrayLike | None = None) -> FloatArray:
@@ -55,15 +55,20 @@ def score(truth: FloatArray, chances: FloatArray, weights: npt.ArrayLike | None 
 def summarise(
     truth: FloatArray, chances: FloatArray, weights: npt.ArrayLike | None = None, only: str | None = None
 ) -> dict[str, FloatArray]:
-    """The means over labels of `SUMMARY`, each [B]; arguments as in `label_aurocs`, and the one that is needed."""
+    """The means over labels of `SUMMARY`, each [B]; arguments as in `label_aurocs`, and the one that is needed.
+
+    NaN under a weighting that leaves a label without its yes or its no: the mean of the other labels is another figure.
+    """
     if only == "macro_auroc":
         # a test asks for it thousands of times, and the others would take most of the time
-        return {only: mean_defined(label_aurocs(truth, chances, weights))}
-    return _means(score(truth, chances, weights))
+        return _means(truth, {"auroc": label_aurocs(truth, chances, weights)})
+    return _means(truth, score(truth, chances, weights))
 
 
-def _means(found: dict[str, FloatArray]) -> dict[str, FloatArray]:
-    return {name: mean_defined(found[of]) for name, of in SUMMARY.items()}
+def _means(truth: FloatArray, found: dict[str, FloatArray]) -> dict[str, FloatArray]:
+    has_both = (truth == 0).any(axis=0) & (truth == 1).any(axis=0)
+    whole = np.isfinite(found["auroc"][:, has_both]).all(axis=1)
+    return {name: np.where(whole, mean_defined(found[of]), np.nan) for name, of in SUMMARY.items() if of in found}
 
 
 def count_fewest(truth: FloatArray, patient_ids: Sequence[str]) -> list[int]:
@@ -108,10 +113,11 @@ def evaluate_multi_label(
 
     def statistic(weights: FloatArray) -> dict[str, FloatArray]:
         found = score(values, said, weights)
-        return _means(found) | {f"of_{name}": each for name, each in found.items()}
+        return _means(values, found) | {f"of_{name}": each for name, each in found.items()}
 
-    strata = find_strata(MULTI_LABEL, columns, values, patient_ids)[0] if stratified else None
-    spread = Spread.of(statistic, patient_ids, replicates, seed, confidence, interval, strata)
+    strata, names = find_strata(MULTI_LABEL, columns, values, patient_ids)
+    how = (replicates, seed, confidence, interval, strata if stratified else None)
+    spread = Spread.of(statistic, patient_ids, *how)
     patients, fewest = np.array(patient_ids), count_fewest(values, patient_ids)
     targets = {
         column: {
@@ -129,9 +135,24 @@ def evaluate_multi_label(
         **{name: spread.entry(name, min(fewest) >= 2) for name in SUMMARY},
         "targets": targets,
         "warnings": [
-            f"label {column!r} has {count} patient(s) on one side: "
-            f"{'its intervals are too narrow to be trusted' if count >= 2 else 'no interval is given for it'}"
-            for column, count in zip(columns, fewest, strict=True)
-            if count < FEW_PATIENTS
+            *_warn(columns, fewest, spread.resampled["macro_auroc"]),
+            *(warn_of_strata(strata, patient_ids, names, "stratum") if stratified else ()),
         ],
     }
+
+
+def _warn(columns: Sequence[str], fewest: Sequence[int], resampled: FloatArray) -> list[str]:
+    """What a reader of the intervals must know."""
+    messages = [
+        f"label {column!r} has {count} patient(s) on one side: "
+        f"{'its intervals are too narrow to be trusted' if count >= 2 else 'no interval is given for it'}"
+        for column, count in zip(columns, fewest, strict=True)
+        if count < FEW_PATIENTS
+    ]
+    lacking, replicates = int(np.isnan(resampled).sum()), len(resampled)
+    if min(fewest) >= 2 and lacking > replicates / 100:
+        messages.append(
+            f"{lacking} of {replicates} bootstrap replicates lack an answer to a label: the intervals of means over "
+            f"labels are of the other {replicates - lacking}"
+        )
+    return messages

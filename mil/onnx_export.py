@@ -290,8 +290,8 @@ def _formula(task: Record) -> str:
         return "logits, the log hazard: higher for those who are expected to die sooner"
     if task["task"] == SURVIVAL:
         return (
-            "-sum(cumprod(1 - sigmoid(logits))) over the intervals of time, minus the expected number of intervals "
-            "survived: higher for those who are expected to die sooner"
+            "-sum(cumprod(1 - sigmoid(logits))) over the intervals of time, the expected number of intervals survived "
+            "with its sign turned: higher for those who are expected to die sooner"
         )
     return "softmax(logits / temperature)"
 

@@ -1,43 +1,17 @@
-"""Out-of-fold predictions as a run folder holds them (``oof.csv``): what comparisons between runs read."""
+"""Truth and prediction of slides as the tables of a run folder hold them (``oof.csv``, ``predictions.csv``)."""
 
-import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mil.cohort import Attrition, Cohort
-from mil.errors import RunError
 from mil.files import Row, probability_text
 from mil.targets import CLASSIFICATION, find_strata, target_columns
 from mil.tasks import Record, value_names
 
 FloatArray = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, eq=False)
-class OutOfFold:
-    """What a run said of n slides while it had not seen them.
-
-    Attributes:
-        slide_ids: [n].
-        patient_ids: [n].
-        labels: int64 [n].
-        class_names: [C].
-        probabilities: float64 [n, C], nine significant digits.
-        metrics: the run's ``metrics.json``.
-    """
-
-    slide_ids: tuple[str, ...]
-    patient_ids: tuple[str, ...]
-    labels: npt.NDArray[np.int64]
-    class_names: tuple[str, ...]
-    probabilities: FloatArray
-    metrics: dict[str, Any]
 
 
 def truth_names(cohort: Cohort) -> tuple[str, ...]:
@@ -70,46 +44,6 @@ def out_of_fold_rows(cohort: Cohort, probabilities: FloatArray, task: Record | N
         yield (slide_id, cohort.patient_ids[at], *truth_cells(cohort, at), *best, *values)
 
 
-def require_classes(metrics: dict[str, Any], folder: Path) -> None:
-    """Refuse a run whose target is not a class, where only classes are understood.
-
-    Raises:
-        RunError: it is not.
-    """
-    task = metrics.get("task", CLASSIFICATION)
-    if task != CLASSIFICATION:
-        raise RunError(
-            f"got {folder}, a run of task {task} → expected a run of classes, which this is made for → read its "
-            f"metrics.json, oof.csv and report.html, or apply it with mil predict"
-        )
-
-
-def read_out_of_fold(folder: Path) -> OutOfFold:
-    """The out-of-fold predictions of a run folder.
-
-    Raises:
-        RunError: a file is missing, or does not hold what `mil train` writes.
-    """
-    try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        require_classes(metrics, folder)
-        with open(folder / "oof.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            table = list(csv.DictReader(file))
-        names = tuple(metrics["class_names"])
-        labels = np.array([names.index(row["target"]) for row in table], dtype=np.int64)
-        values = np.array([[float(row[f"p_{name}"]) for name in names] for row in table])
-        columns = [tuple(row[name] for row in table) for name in ("slide_id", "patient_id")]
-    except RunError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = error.strerror if isinstance(error, OSError) else f"{type(error).__name__} {error}"
-        raise RunError(
-            f"got {folder} as run folder → its metrics.json and oof.csv cannot be read ({what}) → give the --out "
-            f"folder of a finished mil train"
-        ) from error
-    return OutOfFold(columns[0], columns[1], labels, names, values.reshape(len(table), len(names)), metrics)
-
-
 def stated_cohort(metrics: Mapping[str, Any], rows: Sequence[tuple[str, str, Sequence[str]]] = ()) -> Cohort:
     """The slides of a run as its tables hold them.
 
@@ -134,6 +68,11 @@ def stated_cohort(metrics: Mapping[str, Any], rows: Sequence[tuple[str, str, Seq
     return Cohort(slide_ids, patients, strata, names, target, attrition, task, values)
 
 
+def stated_task(cohort: Cohort) -> Record:
+    """What a run's tables tell of its task: the kind and the columns, which name the values."""
+    return {"task": cohort.task, "columns": list(cohort.columns)}
+
+
 def stated_said(cohort: Cohort) -> tuple[str, ...]:
     """Columns of a run's tables that hold what it says."""
-    return said_names(cohort, {"task": cohort.task, "columns": list(cohort.columns)})
+    return said_names(cohort, stated_task(cohort))

@@ -113,19 +113,35 @@ class Outcomes:
             return count_events(self.patient_ids, self.values[:, 1] == 1) >= 2
         return len(set(self.patient_ids)) >= 2
 
-    def exchangeable(self) -> FloatArray:
-        """What is said [n, values] on a scale that models share, which no metric minds.
+    def exchanged(self, other: "Outcomes", swaps: FloatArray, metric: str) -> FloatArray:
+        """A headline metric [B] of what is said here where swaps are 0, and of what ``other`` says where they are 1.
 
-        Risks become the ranks of their patients within the fold; everything else has one scale.
+        Risks of two models have no common scale: the ranks of patients within their fold are exchanged.
+
+        Args:
+            other: of the same rows in the same order.
+            swaps: [B, n], the same for all slides of a patient.
+            metric: which.
         """
         if self.cohort.task != SURVIVAL:
-            return self.said
+            mixed = (np.where(row[:, None] > 0, other.said, self.said) for row in swaps)
+            return np.array([self.scores(said=said, only=metric)[metric][0] for said in mixed])
         rows = self._patients
-        risks, ranks = rows.mean(self.said[:, 0]), np.zeros(len(rows.ids))
-        groups = np.array(rows.groups)
+        chosen, truth = swaps[:, rows.first], self.values[rows.first]
+        # every patient stands there with both ranks, one of which has no weight: all exchanges are one call
+        twice, ranks = np.concatenate([truth, truth]), np.concatenate([self._ranks, other._ranks])
+        weights = np.concatenate([1 - chosen, chosen], axis=1)
+        return concordance(twice[:, 0], twice[:, 1] == 1, ranks, weights, rows.groups * 2)
+
+    @cached_property
+    def _ranks(self) -> FloatArray:
+        """Of the patients' risks within their fold."""
+        rows = self._patients
+        risks, groups = rows.mean(self.said[:, 0]), np.array(rows.groups)
+        ranks = np.zeros(len(risks))
         for group in np.unique(groups):
             ranks[groups == group] = rankdata(risks[groups == group])
-        return ranks[rows.of_slide, None]
+        return ranks
 
 
 def _score_classes(cohort: Cohort, said: FloatArray, weights: FloatArray | None) -> dict[str, FloatArray]:

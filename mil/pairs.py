@@ -42,18 +42,18 @@ class Pair:
         entry = self._spread.entry(self.metric, self.one.is_claimable())
         return PairedDifference(float(self._spread.value[self.metric]), entry["low"], entry["high"])
 
-    def p(self) -> float:
+    def p(self) -> float | None:
         """Two-sided p value, exchanging what is said patient by patient, see `mil.comparison.permutation_test`.
 
-        Risks of two models have no common scale: their ranks within a fold are exchanged.
+        None where a model has no such metric, as predictions that do not vary have no correlation.
         """
+        if any(np.isnan(each.scores(only=self.metric)[self.metric][0]) for each in (self.one, self.other)):
+            return None
         if self._classes:
             return permutation_test(*self._arguments, resamples=self.replicates, seed=self.seed)
-        one, other = self.one.exchangeable(), self.other.exchangeable()
 
         def score(swaps: FloatArray) -> FloatArray:
-            mixed = (np.where(row[:, None] > 0, other, one) for row in swaps)
-            return np.array([self.one.scores(said=said, only=self.metric)[self.metric][0] for said in mixed])
+            return self.one.exchanged(self.other, swaps, self.metric)
 
         return exchange_test(score, self.one.patient_ids, self.replicates, self.seed)
 

@@ -47,7 +47,16 @@ class Predictions:
 
     @property
     def predicted(self) -> list[str]:
-        """The class of highest probability for every slide."""
+        """The class of highest probability for every slide.
+
+        Raises:
+            RunError: the model is of other targets than classes.
+        """
+        if self.value_names:
+            raise RunError(
+                f"got predictions of {listed(self.value_names)} → expected classes, one of which is the highest → read "
+                f"probabilities, whose columns are these"
+            )
         return [self.class_names[index] for index in self.probabilities.argmax(axis=1)]
 
     @property

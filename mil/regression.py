@@ -15,6 +15,7 @@ from mil.errors import EvaluationError
 from mil.metric_names import OF_A_UNIT
 from mil.metrics import mean_defined, weightings
 from mil.slide_values import check_values, describe_resampling
+from mil.statistics import FEW_PATIENTS, warn_of_strata
 from mil.targets import REGRESSION, find_strata
 
 FloatArray = npt.NDArray[np.float64]
@@ -132,17 +133,29 @@ def evaluate_regression(
         found = score(values, said, weights)
         return _means(found) | {f"of_{name}": each for name, each in found.items()}
 
-    strata = find_strata(REGRESSION, columns, values, patient_ids)[0] if stratified else None
-    spread = Spread.of(statistic, patient_ids, replicates, seed, confidence, interval, strata)
-    enough = len(set(patient_ids)) >= 2
+    strata, names = find_strata(REGRESSION, columns, values, patient_ids)
+    how = (replicates, seed, confidence, interval, strata if stratified else None)
+    spread = Spread.of(statistic, patient_ids, *how)
+    n_patients = len(set(patient_ids))
+    enough = n_patients >= 2
     return {
         "n_slides": len(values),
-        "n_patients": len(set(patient_ids)),
+        "n_patients": n_patients,
         **describe_resampling(replicates, confidence, interval, stratified),
         **{name: spread.entry(name, enough) for name in METRICS},
         "targets": {
             column: {name: spread.entry(f"of_{name}", enough, at) for name in METRICS}
             for at, column in enumerate(columns)
         },
-        "warnings": [] if enough else ["all slides are of 1 patient: no interval is given"],
+        "warnings": [
+            *_warn_of_few(n_patients),
+            *(warn_of_strata(strata, patient_ids, names, "stratum") if stratified else ()),
+        ],
     }
+
+
+def _warn_of_few(n_patients: int) -> list[str]:
+    if n_patients >= FEW_PATIENTS:
+        return []
+    what = "the intervals are too narrow to be trusted" if n_patients >= 2 else "no interval is given"
+    return [f"all slides are of {n_patients} patient(s): {what}"]

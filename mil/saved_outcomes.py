@@ -43,7 +43,7 @@ def read_outcomes(folder: Path) -> SavedOutcomes:
         metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         with open(folder / "oof.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
             outcomes = outcomes_of(list(csv.DictReader(file)), metrics)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = error.strerror if isinstance(error, OSError) else f"{type(error).__name__} {error}"
         raise RunError(
             f"got {folder} as run folder → its metrics.json and oof.csv cannot be read ({what}) → give the --out "

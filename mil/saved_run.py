@@ -2,21 +2,19 @@
 
 import csv
 import json
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mil.cohort import Attrition, Cohort
+from mil.cohort import Cohort
 from mil.config import compose_config
 from mil.errors import RunError
-from mil.out_of_fold import read_out_of_fold, said_names, truth_names
+from mil.out_of_fold import stated_cohort, stated_said, stated_task, truth_names
 from mil.run import ReplicaPredictions
-from mil.targets import CLASSIFICATION, find_strata, target_columns
 from mil.training import Replica
 
 FloatArray = npt.NDArray[np.float64]
@@ -28,22 +26,27 @@ def read_predictions(folder: Path) -> ReplicaPredictions:
     Of other targets than classes the records of the tasks hold no more than task and columns, which name the values.
 
     Raises:
-        RunError: a file is missing, or does not hold what `mil train` writes.
+        RunError: a file is missing, or does not hold what `mil train` writes; or a sweep.
         ConfigError: the configuration holds what this version does not know.
     """
-    facts = _read_facts(folder)
-    tested = set(read_out_of_fold(folder).slide_ids if facts.classes else read_values(folder / "oof.csv", ())[0])
+    metrics = _read_metrics(folder)
+    if "sweep" in metrics:
+        raise RunError(
+            f"got {folder}, a sweep, whose folds have settings of their own → expected a run of mil train → train one "
+            f"with --config {folder / 'best.yaml'}"
+        )
+    tested = set(read_values(folder / "oof.csv", ())[0])
     config = compose_config(file=folder / "config.yaml")
     try:
-        cohort, table = _read(folder / "predictions.csv", facts)
+        cohort, table = _read(folder / "predictions.csv", metrics)
         keys = list(table)
         parts = [[table[key][slide][0] for slide in cohort.slide_ids] for key in keys]
         values = [[table[key][slide][1] for slide in cohort.slide_ids] for key in keys]
-        said = np.array(values, dtype=np.float64).reshape(len(keys), len(cohort), len(facts.said))
+        said = np.array(values, dtype=np.float64).reshape(len(keys), len(cohort), len(stated_said(cohort)))
     except (OSError, ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
         raise _unreadable(folder / "predictions.csv", error) from error
     replicas = tuple(Replica(fold, seed, config) for fold, seed in keys)
-    tasks = () if facts.classes else (facts.record,) * len(keys)
+    tasks = () if cohort.values is None else (stated_task(cohort),) * len(keys)
     found = ReplicaPredictions(cohort, replicas, np.array(parts, dtype=np.str_), said, tasks)
     if set(found.tested()[0].slide_ids) != tested:
         raise RunError(
@@ -68,49 +71,12 @@ def read_values(path: Path, names: Sequence[str]) -> tuple[list[str], FloatArray
         raise _unreadable(path, error) from error
 
 
-class _Facts(NamedTuple):
-    """What ``metrics.json`` says of the target."""
-
-    task: str
-    target: str
-    class_names: tuple[str, ...]
-
-    @property
-    def classes(self) -> bool:
-        return self.task == CLASSIFICATION
-
-    @property
-    def record(self) -> dict[str, Any]:
-        return {"task": self.task, "columns": list(target_columns(self.task, self.target))}
-
-    @property
-    def said(self) -> tuple[str, ...]:
-        """Columns that hold what a replica says."""
-        return said_names(self.cohort(), None if self.classes else self.record)
-
-    @property
-    def truth(self) -> tuple[str, ...]:
-        """Columns that hold the truth."""
-        return truth_names(self.cohort())
-
-    def cohort(self, rows: Sequence[tuple[str, str, Sequence[str]]] = ()) -> Cohort:
-        """Slides of id, patient and the cells of the truth."""
-        ids, patients = tuple(row[0] for row in rows), tuple(row[1] for row in rows)
-        attrition = Attrition(len(rows), len(rows))
-        if self.classes:
-            labels = np.array([self.class_names.index(cells[0]) for _, _, cells in rows], dtype=np.int64)
-            return Cohort(ids, patients, labels, self.class_names, self.target, attrition)
-        columns = target_columns(self.task, self.target)
-        known = [[float(cell) if cell else math.nan for cell in cells] for _, _, cells in rows]
-        values = np.array(known, dtype=np.float64).reshape(len(rows), len(columns))
-        labels, strata = find_strata(self.task, columns, values, patients)
-        return Cohort(ids, patients, labels, strata, self.target, attrition, self.task, values)
-
-
-def _read_facts(folder: Path) -> _Facts:
+def _read_metrics(folder: Path) -> dict[str, Any]:
+    """``metrics.json``, which says what the tables hold."""
     try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        return _Facts(metrics.get("task", CLASSIFICATION), metrics["target"], tuple(metrics["class_names"]))
+        metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        stated_cohort(metrics)
+        return metrics
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"got {folder} as run folder → its metrics.json cannot be read ({_what(error)}) → give the --out folder of "
@@ -121,21 +87,22 @@ def _read_facts(folder: Path) -> _Facts:
 _Table = dict[tuple[int, int], dict[str, tuple[str, list[float]]]]
 
 
-def _read(path: Path, facts: _Facts) -> tuple[Cohort, _Table]:
+def _read(path: Path, metrics: dict[str, Any]) -> tuple[Cohort, _Table]:
     """All slides of the run, tested or not; part and what is said of it by fold and seed, then by slide."""
+    known = stated_cohort(metrics)
     table: _Table = defaultdict(dict)
     slides: dict[str, tuple[str, Sequence[str]]] = {}
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file)
         header = next(rows)
         slide, fold, seed, part = (header.index(name) for name in ("slide_id", "fold", "seed", "split"))
-        patient, truth = header.index("patient_id"), [header.index(name) for name in facts.truth]
-        said = range(truth[-1] + 1, truth[-1] + 1 + len(facts.said))
+        patient, truth = header.index("patient_id"), [header.index(name) for name in truth_names(known)]
+        said = range(truth[-1] + 1, truth[-1] + 1 + len(stated_said(known)))
         for row in rows:
             key = int(row[fold]), int(row[seed])
             table[key][row[slide]] = (row[part], [float(row[at]) for at in said])
             slides[row[slide]] = (row[patient], [row[at] for at in truth])
-    return facts.cohort([(slide_id, *rest) for slide_id, rest in slides.items()]), table
+    return stated_cohort(metrics, [(slide_id, *rest) for slide_id, rest in slides.items()]), table
 
 
 def _unreadable(path: Path, error: Exception) -> RunError:

@@ -5,21 +5,23 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mil import statistics
 from mil.bootstrap import USUAL_RESAMPLING, Resampling
-from mil.metrics import auroc, balanced_accuracy, confusion, macro_f1
 from mil.multi_label import evaluate_multi_label
-from mil.multi_label import score as score_labels
 from mil.outcomes import Outcomes
 from mil.regression import evaluate_regression
-from mil.regression import score as score_numbers
 from mil.run import ReplicaPredictions
-from mil.survival import by_patient, concordance, evaluate_survival
-from mil.targets import MULTI_LABEL, REGRESSION
+from mil.survival import evaluate_survival
+from mil.targets import CLASSIFICATION, MULTI_LABEL, REGRESSION, SURVIVAL
 
-FloatArray = npt.NDArray[np.float64]
+OF_A_REPLICA = {
+    CLASSIFICATION: ("macro_f1", "balanced_accuracy", "auroc"),
+    MULTI_LABEL: ("macro_auroc", "macro_f1"),
+    REGRESSION: ("r2", "pearson", "mae"),
+    SURVIVAL: ("concordance",),
+}
+"""What is told of one replica, whose test part is small."""
 
 
 def evaluate_out_of_fold(predictions: ReplicaPredictions) -> dict[str, Any]:
@@ -43,29 +45,8 @@ def evaluate_outcomes(outcomes: Outcomes, resampling: Resampling = USUAL_RESAMPL
 
 def score_replica(predictions: ReplicaPredictions, at: int) -> dict[str, float | None]:
     """The metrics of one replica on its test part; None where one is undefined."""
-    test = predictions.parts[at] == "test"
-    cohort, said = predictions.cohort.subset(np.flatnonzero(test)), predictions.probabilities[at][test]
-    if cohort.values is None:
-        matrix = confusion(cohort.labels, said.argmax(axis=1), len(cohort.class_names))
-        found = {
-            "macro_f1": macro_f1(matrix)[0],
-            "balanced_accuracy": balanced_accuracy(matrix)[0],
-            "auroc": auroc(cohort.labels, said)[0],
-        }
-    elif cohort.task == MULTI_LABEL:
-        scores = score_labels(cohort.values, said)
-        found = {"macro_auroc": _mean(scores["auroc"]), "macro_f1": _mean(scores["f1"])}
-    elif cohort.task == REGRESSION:
-        scores = score_numbers(cohort.values, said)
-        found = {name: _mean(scores[name]) for name in ("r2", "pearson")}
-        # targets of other units have no common error
-        found["mae"] = _mean(scores["mae"]) if len(cohort.columns) == 1 else math.nan
-    else:
-        who = by_patient(cohort.values, said[:, 0], cohort.patient_ids)
-        found = {"concordance": concordance(who.times, who.events, who.risks)[0]}
-    return {name: None if math.isnan(value) else float(value) for name, value in found.items()}
-
-
-def _mean(values: FloatArray) -> float:
-    """Over the targets that have a value."""
-    return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+    test = np.flatnonzero(predictions.parts[at] == "test")
+    cohort = predictions.cohort.subset(test)
+    scores = Outcomes(cohort, predictions.probabilities[at][test]).scores()
+    found = {name: float(scores[name][0]) for name in OF_A_REPLICA[cohort.task]}
+    return {name: None if math.isnan(value) else value for name, value in found.items()}

@@ -88,7 +88,7 @@ def evaluate(
     dropped = {name: int(np.isnan(spread.resampled[name]).sum()) for name in SUMMARY_METRICS}
     warnings = _warn(class_names, patients, dropped, replicates)
     if stratified:
-        warnings += _warn_of_strata(truth, patient_ids, class_names)
+        warnings += warn_of_strata(truth, patient_ids, class_names)
     chosen = {"interval": interval, "stratified": stratified} if interval != "percentile" or stratified else {}
     return {
         "n_slides": len(truth),
@@ -334,15 +334,24 @@ def _warn(class_names: Sequence[str], patients: BoolArray, dropped: dict[str, in
     return messages
 
 
-def _warn_of_strata(labels: IntArray, patient_ids: Sequence[str], class_names: Sequence[str]) -> list[str]:
-    """Strata of one patient, who is in every resample."""
+def warn_of_strata(
+    labels: IntArray, patient_ids: Sequence[str], class_names: Sequence[str], noun: str = "class"
+) -> list[str]:
+    """Warnings of patients who are drawn among themselves alone, and so are in every resample.
+
+    Args:
+        labels: [n], class or stratum of every slide.
+        patient_ids: [n].
+        class_names: names of the classes or strata.
+        noun: what they are.
+    """
     patients = _patients_per_class(labels, patient_ids, len(class_names))
     alone = [members[0] for members in patient_strata(patient_ids, labels) if len(members) == 1]
     messages = []
     for patient in alone:
         classes = listed(name for name, occurs in zip(class_names, patients[:, patient], strict=True) if occurs)
         messages.append(
-            f"1 patient alone has slides of {classes} and of no other class: by strata, every resample holds it once, "
+            f"1 patient alone has slides of {classes} and of no other {noun}: by strata, every resample holds it once, "
             f"and its part of the uncertainty is missing"
         )
     return messages

@@ -45,17 +45,18 @@ def concordance(
         Harrell, Lee and Mark, "Multivariable prognostic models", Statistics in Medicine 1996.
     """
     every = weightings(weights, len(times))
-    group_of = np.unique([str(each) for each in groups], return_inverse=True)[1] if groups is not None else None
+    group_of = np.array([""] * len(times) if groups is None else [str(each) for each in groups])
     right, known = np.zeros(len(every)), np.zeros(len(every))
-    for start in range(0, len(times), ROWS_AT_ONCE):
-        rows = slice(start, start + ROWS_AT_ONCE)
-        first, event = times[rows, None], events[rows, None]
-        comparable = event & ((first < times) | ((first == times) & ~events))  # [rows, n]
-        if group_of is not None:
-            comparable &= group_of[rows, None] == group_of
-        ranked = (risks[rows, None] > risks) + 0.5 * (risks[rows, None] == risks)
-        known += (every[:, rows] * (every @ comparable.T.astype(np.float64))).sum(axis=1)
-        right += (every[:, rows] * (every @ (comparable * ranked).T)).sum(axis=1)
+    for group in np.unique(group_of):
+        own = np.flatnonzero(group_of == group)
+        died, weight = own[events[own]], every[:, own]
+        for start in range(0, len(died), ROWS_AT_ONCE):
+            rows = died[start : start + ROWS_AT_ONCE]
+            time, risk = times[rows, None], risks[rows, None]
+            later = (time < times[own]) | ((time == times[own]) & ~events[own])  # [rows, own]
+            ranked = (risk > risks[own]) + 0.5 * (risk == risks[own])
+            known += (every[:, rows] * (weight @ later.T.astype(np.float64))).sum(axis=1)
+            right += (every[:, rows] * (weight @ (later * ranked).T)).sum(axis=1)
     result: FloatArray = np.full(len(every), np.nan)
     np.divide(right, known, out=result, where=known > 0)
     return result
@@ -208,7 +209,8 @@ def evaluate_survival(
     strata = find_strata(SURVIVAL, ("time", "event"), truth, patients.ids)[0] if stratified else None
     spread = Spread.of(statistic, patients.ids, replicates, seed, confidence, interval, strata)
     n_events = count_events(patients.ids, patients.events)
-    few = f"{n_events} patient(s) have the event: the interval is too narrow to be trusted"
+    what = "the interval is too narrow to be trusted" if n_events >= 2 else "no interval is given"
+    few = f"{n_events} patient(s) have the event: {what}"
     return {
         "n_slides": n_slides or len(known),
         "n_patients": len(set(patients.ids)),

@@ -13,7 +13,7 @@ from mil.config import GROUPS, HeadConfig, TrainConfig, compose_config, read_con
 from mil.errors import ConfigError, did_you_mean
 from mil.metric_names import selection_metrics
 from mil.space import Dimension, draw_settings, grid, override_text, parse_space, space_of, typed, value_name
-from mil.targets import target_columns
+from mil.targets import REGRESSION, target_columns
 
 METHODS = ("grid", "random", "tpe")
 DEFAULT_TRIALS = 20
@@ -90,6 +90,11 @@ class SweepConfig:
     def train(self) -> TrainConfig:
         """The first setting, for what all share: store, labels, folds, seeds, ..."""
         return self.checked[0]
+
+    @property
+    def shares_loss(self) -> bool:
+        """Whether losses of different settings can be compared; numbers always have the squared error."""
+        return self.train.task == REGRESSION or len({(each.loss, each.class_weights) for each in self.checked}) == 1
 
     def setting(self, values: Mapping[str, Any]) -> Setting:
         """The setting at a point of the space.

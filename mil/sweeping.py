@@ -70,13 +70,14 @@ class SettingAverage:
     Attributes:
         setting: which.
         score: mean over folds of the mean validation score over seeds.
-        loss: the same of the loss, which decides between equal scores; of classes it is the log-loss.
+        loss: the same of the loss, which decides between equal scores; of classes it is the log-loss. None where
+            settings differ in their loss.
         n_chosen: folds that chose it.
     """
 
     setting: Setting
     score: float
-    loss: float
+    loss: float | None
     n_chosen: int
 
 
@@ -192,7 +193,8 @@ def _sweep(store: Store, cohort: Cohort, config: SweepConfig, folder: Path, prog
     data = _open(store, cohort, config, entry)
     warnings = _check_select(data, config.select)
     write_atomically(folder / "config.yaml", config.to_yaml().encode())
-    trainer = TrialTrainer(data, folder / UNFINISHED, _count(config, settings, data.splits), progress)
+    n_replicas = _count(config, settings, data.splits)
+    trainer = TrialTrainer(data, folder / UNFINISHED, n_replicas, progress, config.shares_loss)
     if settings is not None:
         trials = _train_listed(trainer, settings, config)
     else:
@@ -384,11 +386,9 @@ def _average(
         if config.method == "tpe":
             trainer.train(setting, pairs, f"chosen setting in the other folds: {setting.title}")
         own = [trainer.trial(fold, 0, setting, splits.seeds) for fold in range(splits.n_folds)]
-        scores, losses = [trial.mean(config.select) for trial in own], [trial.loss for trial in own]
+        score, loss = _mean_of([trial.mean(config.select) for trial in own]), _mean_of([trial.loss for trial in own])
         n_chosen = sum((key, fold) in kept for fold in range(splits.n_folds))
-        known = [(score, loss) for score, loss in zip(scores, losses, strict=True) if None not in (score, loss)]
-        if len(known) == splits.n_folds:
-            score, loss = np.mean(np.array(known, dtype=np.float64), axis=0).tolist()
+        if score is not None:
             found.append(SettingAverage(setting, score, loss, n_chosen))
     if not found:
         raise RunError(
@@ -396,6 +396,12 @@ def _average(
             "lower learning rates, with a new --out"
         )
     return sorted(found, key=lambda each: rank_of(each.score, each.loss, config.select))
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    """None where one is missing."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 # ------------------------------------------------------------------------------------------------------------ results

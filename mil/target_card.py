@@ -90,7 +90,7 @@ def calibration_table(found: Mapping[str, Any]) -> CardTable:
 
 def no_calibration(task: str) -> str:
     """Why there is none."""
-    return f"None: a {NOUNS[task]} is no probability, and nothing is fitted after training."
+    return f"None: a {NOUNS[task]} is no probability."
 
 
 def own_limit(record: Mapping[str, Any]) -> str:

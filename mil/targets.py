@@ -198,6 +198,21 @@ def _check_survival(where: str, columns: Sequence[str], values: FloatArray, pati
             f"{where}: got {len(died)} patient(s) with an event in column {columns[1]!r} → expected 2 or more → check "
             f"that the target is time,event in this order"
         )
+    check_times(where, columns, values, patients)
+
+
+def check_times(where: str, columns: Sequence[str], values: FloatArray, patients: npt.NDArray[np.str_]) -> None:
+    """Refuse slides of one patient with different times or events: nobody dies twice.
+
+    Args:
+        where: names the table, for the message.
+        columns: names of time and event.
+        values: [n, 2].
+        patients: [n].
+
+    Raises:
+        CohortError: there are some.
+    """
     for patient in np.unique(patients).tolist():
         own = np.unique(values[patients == patient], axis=0)
         if len(own) > 1:

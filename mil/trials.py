@@ -251,10 +251,18 @@ class TrialTrainer:
         folder: keeps what is done until the sweep is over.
         total: replicas that the sweep trains at most.
         report: called as replicas and epochs are done.
+        shares_loss: whether a loss may decide between equal scores, see `SweepConfig.shares_loss`.
     """
 
-    def __init__(self, data: SweepData, folder: Path, total: int, report: OnSweepProgress | None = None) -> None:
-        self.data = data
+    def __init__(
+        self,
+        data: SweepData,
+        folder: Path,
+        total: int,
+        report: OnSweepProgress | None = None,
+        shares_loss: bool = True,
+    ) -> None:
+        self.data, self._shares_loss = data, shares_loss
         self._ledger = ScoreLedger(folder / LEDGER)
         self._sealed = SealedReplicas(folder, self.key, data.splits)
         self._keys: dict[str, str] = {}
@@ -334,6 +342,8 @@ class TrialTrainer:
         found = [self._ledger.get(key, fold, seed) for seed in seeds]
         scores = tuple(score for score in found if score is not None)
         failed = any(score.reason for score in scores)
+        if not self._shares_loss:
+            scores = tuple(replace(each, metrics={**each.metrics, "loss": None}) for each in scores)
         return Trial(fold, number, setting, key, scores, FAILED if failed else state)
 
     def keep_if_best(self, trial: Trial, metric: str) -> None:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from mil import cli, early
 from mil import sweeping as module
 from mil.config import compose_config
-from mil.errors import ConfigError
+from mil.errors import CohortError, ConfigError
 from mil.sweep_config import cautions_of
 from mil.trials import SweepProgress
 from tests.test_mil.small import make_cohort, make_store
@@ -93,6 +93,8 @@ def test_a_search_takes_its_options(arguments: list[str], tmp_path: Path) -> Non
     [
         (["hed=mean,max"], r"unknown key hed → .* did you mean 'head'"),
         (["head=mean"], r"got nothing to sweep"),
+        (["task=classification,regression"], r"got task=classification,regression → all settings of a sweep share"),
+        (["store=a,b", "head=mean,max"], r"got store=a,b → all settings of a sweep share"),
         (["optimizer.lr=interval(1e-4"], r"expected group=option or a.b=value"),
     ],
 )
@@ -102,6 +104,14 @@ def test_wrong_input_is_told_and_nothing_is_made(
     with pytest.raises(ConfigError, match=match):
         CliRunner().invoke(cli.app, [*arguments, *swept], catch_exceptions=False)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("command", ["sweep", "benchmark"])
+def test_the_task_is_a_flag(arguments: list[str], tmp_path: Path, command: str) -> None:
+    given = [command, *arguments[1:], "--task", "regression"]
+    with pytest.raises(CohortError, match=r"got 'Luminal A' in column 'subtype' .* expected a number"):
+        CliRunner().invoke(cli.app, [*given, "optimizer.lr=0.1,0.2"][: None if command == "sweep" else -1],
+                           catch_exceptions=False)  # fmt: skip
 
 
 def test_store_and_target_are_needed(tmp_path: Path) -> None:

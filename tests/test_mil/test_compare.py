@@ -20,9 +20,10 @@ from mil.ensemble import make_ensemble
 from mil.errors import EvaluationError, RunError
 from mil.files import write_csv
 from mil.fold_scores import differing_folds, mean_over_seeds, mean_test_to_train, read_fold_scores
-from mil.out_of_fold import out_of_fold_rows, read_out_of_fold
+from mil.out_of_fold import out_of_fold_rows
 from mil.power import minimum_detectable_difference
 from mil.run import ReplicaPredictions
+from mil.saved_outcomes import read_outcomes
 from mil.splits import make_splits
 from mil.statistics import paired_difference
 from mil.training import Replica
@@ -69,19 +70,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.parametrize("metric", ["macro_f1", "accuracy"])
 def test_figures_are_those_of_the_tests(runs: list[Path], metric: str) -> None:
     comparison = compare_runs(runs, metric, replicates=400, seed=1)
-    first, *others = (read_out_of_fold(folder) for folder in runs)
+    first, *others = (read_outcomes(folder).outcomes for folder in runs)
     assert [row.name for row in comparison.rows] == ["mean", "good", "alike"]
     assert (comparison.n_slides, comparison.n_patients, comparison.target) == (80, 40, "subtype")
     expected_p = []
     for row, found in zip(comparison.rows[1:], others, strict=True):
-        both = (found.labels, found.probabilities, first.probabilities, found.patient_ids, metric)
+        both = (found.cohort.labels, found.said, first.said, found.patient_ids, metric)
         pair = paired_difference(*both, replicates=400, seed=1)
         assert (row.difference.value, row.difference.low, row.difference.high) == pytest.approx(pair)
         assert row.value.value - comparison.rows[0].value.value == pytest.approx(pair.difference)
         assert row.p == permutation_test(*both, resamples=400, seed=1)
         assert row.detectable == minimum_detectable_difference(*both, replicates=400, seed=1)
-        scores = (found.probabilities[:, 1], first.probabilities[:, 1])
-        assert row.p_delong == delong_test(found.labels, *scores, found.patient_ids).p
+        scores = (found.said[:, 1], first.said[:, 1])
+        assert row.p_delong == delong_test(found.cohort.labels, *scores, found.patient_ids).p
         expected_p.append(row.p)
     assert [row.p_holm for row in comparison.rows[1:]] == holm(expected_p)
     assert [row.verdict for row in comparison.rows] == ["reference", "better", "no difference shown"]

@@ -27,6 +27,16 @@ def text(console: Console) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_narrow_terminal_cuts_no_figure_and_breaks_no_word() -> None:
+    console = Console(file=io.StringIO(), width=40)
+    cell = "-1.83\n[-2.43, -1.22]"
+    print_table(console, "five", ["head", *"abcd"], [["mean instance, ridge regression", *[cell] * 4]])
+    print_table(console, "five", ["name", *"abcd"], [["max--efficientnet_lite0", *[cell] * 4]])
+    assert text(console).count("[-2.43, -1.22]") == 8
+    for word in ("instance", "regression", "max--efficientnet_lite0"):
+        assert word in text(console)
+
+
 def test_elsewhere_than_on_a_terminal_a_line_comes_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(shown.time, "monotonic", lambda: now[0])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from mil.averaging import Averaging, combine
 from mil.crossval import train
 from mil.ensemble import is_ensemble, make_ensemble, over_members, read_ensemble
 from mil.errors import RunError
-from mil.out_of_fold import read_out_of_fold
+from mil.saved_outcomes import read_outcomes
 from tests.test_mil.small import make_cohort, make_store
 
 COHORT = make_cohort(18)
@@ -46,7 +47,7 @@ def test_means_are_arithmetic_and_geometric() -> None:
 def test_the_order_of_members_does_not_matter(runs: list[Path], average: str) -> None:
     one, other = make_ensemble(runs, average), make_ensemble(runs[::-1], average)
     np.testing.assert_allclose(one.probabilities, other.probabilities, rtol=1e-12)
-    members = [read_out_of_fold(run).probabilities for run in runs]
+    members = [read_outcomes(run).outcomes.said for run in runs]
     np.testing.assert_allclose(one.probabilities, combine(members, average), rtol=1e-8)
 
 
@@ -83,7 +84,7 @@ def test_what_is_saved_comes_back_and_is_a_look(runs: list[Path], tmp_path: Path
     assert is_ensemble(folder)
     assert not is_ensemble(runs[0])
     assert read_ensemble(folder) == (tuple(runs), Averaging("logits"))
-    np.testing.assert_allclose(read_out_of_fold(folder).probabilities, made.probabilities, rtol=1e-8)
+    np.testing.assert_allclose(read_outcomes(folder).outcomes.said, made.probabilities, rtol=1e-8)
     assert json.loads((folder / "metrics.json").read_text())["looks"] == 1
     made.save(folder)
     assert json.loads((folder / "metrics.json").read_text())["looks"] == 2
@@ -106,6 +107,11 @@ def test_what_is_no_ensemble_is_refused(runs: list[Path], tmp_path: Path) -> Non
         make_ensemble([runs[0], runs[0]])
     with pytest.raises(RunError, match=r"metrics\.json cannot be read"):
         make_ensemble([runs[0], tmp_path])
+    sweep = shutil.copytree(runs[1], tmp_path / "sweep")
+    metrics = json.loads((sweep / "metrics.json").read_text())
+    (sweep / "metrics.json").write_text(json.dumps(metrics | {"sweep": {}}))
+    with pytest.raises(RunError, match=r"sweep, a sweep, .*best\.yaml"):
+        make_ensemble([runs[0], sweep])
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "model.json").touch()
     with pytest.raises(RunError, match="averaged before they are packed"):
@@ -119,6 +125,13 @@ def test_what_is_no_ensemble_is_refused(runs: list[Path], tmp_path: Path) -> Non
     (tmp_path / "full" / "notes.txt").touch()
     with pytest.raises(RunError, match=r"'notes\.txt'"):
         make_ensemble(runs).save(tmp_path / "full")
+
+
+def test_members_of_other_classes_are_refused(runs: list[Path], tmp_path: Path) -> None:
+    other = replace(COHORT, target="grade", class_names=tuple(f"G{at}" for at in range(len(COHORT.class_names))))
+    train(make_store(COHORT), other, head="mean", folds=2, seeds=1, epochs=1, device="cpu").save(tmp_path / "grade")
+    with pytest.raises(RunError, match=r"target subtype \(classes .*target grade \(classes 'G0', 'G1'\) → "):
+        make_ensemble([runs[0], tmp_path / "grade"])
 
 
 def test_a_member_that_has_gone_is_named(runs: list[Path], tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score, recall_score, roc_auc_score
 
 from mil.errors import EvaluationError
-from mil.multi_label import evaluate_multi_label, label_aurocs, score
+from mil.multi_label import evaluate_multi_label, label_aurocs, score, summarise
 
 
 def _draw(seed: int, n: int = 60) -> tuple[np.ndarray, np.ndarray]:
@@ -52,6 +52,39 @@ def test_the_evaluation_holds_means_labels_and_warnings():
     assert any("'her2' has 1 patient(s) on one side" in text for text in found["warnings"])
     each = [found["targets"][name]["auroc"]["value"] for name in ("er", "pr", "her2")]
     assert found["macro_auroc"]["value"] == pytest.approx(np.mean(each))
+
+
+def test_means_are_of_all_labels_or_of_none():
+    truth, chances = _draw(3)
+    truth[:, 1] = 0
+    truth[:2, 1] = 1
+    weights = np.ones((3, len(truth)))
+    weights[1, :2] = weights[2, 1] = 0
+    whole, lacking, there = summarise(truth, chances, weights)["macro_auroc"]
+    assert np.isnan(lacking)
+    assert np.isfinite([whole, there]).all()
+    np.testing.assert_array_equal(
+        summarise(truth, chances, weights, "macro_auroc")["macro_auroc"][1:], [lacking, there]
+    )
+    # the rare label is ranked worst: without it the mean would be too good
+    chances[:, 1] = np.where(truth[:, 1] == 1, 0.0, 0.9)
+    patients = [f"p{at}" for at in range(len(truth))]
+    found = evaluate_multi_label(truth, chances, patients, ["a", "b", "c"], replicates=400)
+    others = [found["targets"][name]["auroc"]["value"] for name in "ac"]
+    assert found["macro_auroc"]["high"] < np.mean(others) - 0.1
+    assert any("bootstrap replicates lack an answer to a label" in text for text in found["warnings"])
+
+
+def test_patients_alone_in_their_stratum_are_told():
+    truth, chances = _draw(0)
+    patients = [f"p{at}" for at in range(60)]
+    rarest = [next((at for at in (1, 0, 2) if row[at] == 1), 3) for row in truth]
+    patients[rarest.index(1)] = patients[rarest.index(3)] = "both"
+    names = ["a", "b", "c"]
+    found = evaluate_multi_label(truth, chances, patients, names, replicates=50, stratified=True)
+    assert any("1 patient alone has slides of" in text and "no other stratum" in text for text in found["warnings"])
+    plain = evaluate_multi_label(truth, chances, patients, names, replicates=50)
+    assert plain["warnings"] == []
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -10,6 +10,7 @@ import pytest
 from sklearn.metrics import r2_score, roc_auc_score
 
 from mil import cli
+from mil.board import Interval
 from mil.bootstrap import Resampling
 from mil.cohort import Attrition, Cohort
 from mil.compare import compare_runs
@@ -23,6 +24,7 @@ from mil.pairs import Pair
 from mil.rescoring import OperatingTarget, score_runs
 from mil.saved_outcomes import read_outcomes
 from mil.scoring import evaluate_outcomes
+from mil.survival import concordance
 from mil.targets import HEADLINES, find_strata
 from tests.test_mil.test_tasks import SETTINGS, TARGETS, make_task_cohort
 
@@ -132,6 +134,43 @@ def test_risks_of_other_scales_compare_alike() -> None:
     assert found.p() == expected.p()
 
 
+def test_exchanged_risks_are_ranks_put_in_the_place_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = outcomes("survival", 0.6), outcomes("survival", 0.3)
+    patients, patient_of = np.unique(one.patient_ids, return_inverse=True)
+    swaps = np.random.default_rng(0).integers(0, 2, (6, len(patients)))[:, patient_of].astype(float)
+    mixed = [replace(one, said=np.where(row[:, None] > 0, _ranks(other), _ranks(one))) for row in swaps]
+    np.testing.assert_allclose(one.exchanged(other, swaps, "concordance"), [naive(each) for each in mixed])
+    # all exchanges of a test are a few calls: one by one, a thousand patients would take a minute
+    calls = []
+    monkeypatch.setattr("mil.outcomes.concordance", lambda *given: calls.append(1) or concordance(*given))
+    assert Pair(one, other, "concordance", 300).p() is not None
+    assert len(calls) < 10
+
+
+def _ranks(found: Outcomes) -> np.ndarray:
+    """Of every slide the rank that its patient's mean risk has in the fold, [n, 1]."""
+    who = np.array([f"{fold} {patient}" for fold, patient in zip(found.folds, found.patient_ids, strict=True)])
+    mean = np.array([found.said[who == each, 0].mean() for each in who])
+    ranks = np.zeros(len(who))
+    for fold in set(found.folds):
+        own = np.array(found.folds) == fold
+        ranks[own] = [len({m for m in mean[own] if m < each}) for each in mean[own]]
+    return ranks[:, None]
+
+
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_a_metric_that_a_model_does_not_have_is_not_tested(task: str) -> None:
+    good = outcomes("regression", 0.9)
+    if task == "regression":
+        pair = Pair(good, replace(good, said=np.full_like(good.said, 7.0)), "pearson", 50)
+    else:
+        # of two classes one is left
+        cohort = replace(good.cohort, values=None, task=task, labels=np.zeros(60, np.int64), class_names=("a", "b"))
+        pair = Pair(*(Outcomes(cohort, np.full((60, 2), share)) for share in (0.4, 0.5)), "auroc", 50)
+    assert Interval.of(pair.difference()) == Interval(None, None, None)
+    assert pair.p() is None
+
+
 # ------------------------------------------------------------------------------------------------- runs of every task
 
 
@@ -204,6 +243,14 @@ def test_one_label_has_delongs_test(tmp_path: Path) -> None:
     scores = (second.said[known, 0], first.said[known, 0])
     expected = delong_test(first.values[known, 0].astype(int), *scores, [first.patient_ids[row] for row in known]).p
     assert compare_runs(folders, replicates=20).rows[1].p_delong == expected
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"task": "regression"}'])
+def test_what_is_no_run_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "metrics.json").write_text(text)
+    (tmp_path / "oof.csv").write_text("slide_id,patient_id\n")
+    with pytest.raises(RunError, match=r"as run folder → its metrics.json and oof.csv cannot be read"):
+        read_outcomes(tmp_path)
 
 
 def test_unlike_runs_are_refused(runs: dict[str, list[Path]], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from scipy.special import expit, logit
 
 from mil.artefact import Artefact, read_artefact
 from mil.averaging import Scale, combine
-from mil.cohort import Cohort
+from mil.cohort import Attrition, Cohort
 from mil.crossval import train
 from mil.ensemble import make_ensemble
 from mil.errors import CohortError, RunError
@@ -27,6 +27,7 @@ from mil.packing import pack
 from mil.regression import evaluate_regression
 from mil.saved_run import read_predictions
 from mil.survival import evaluate_survival
+from mil.target_counts import describe_targets
 from mil.targets import MULTI_LABEL, REGRESSION, SURVIVAL
 from mil.temperature import (
     apply_label_temperature,
@@ -141,6 +142,17 @@ def test_the_card_speaks_of_the_target(models: dict[str, Artefact], task: str) -
         assert part in text, part
     assert "stratum" not in text
     assert "part 1" not in text
+    # several columns are none that could be named so
+    assert "--labels LABELS --out FOLDER" in text
+
+
+@pytest.mark.parametrize("n", [4, 24, 28, 30])
+def test_the_median_time_is_where_half_have_died(n: int) -> None:
+    """Of 24 patients, products of shares leave 0.5 and a little more."""
+    ids = tuple(f"p{at:02d}" for at in range(n))
+    values = np.stack([np.arange(1.0, n + 1), np.ones(n)], axis=1)
+    cohort = Cohort(ids, ids, np.zeros(n, dtype=np.int64), ("a",), "months,died", Attrition(n, n), SURVIVAL, values)
+    assert describe_targets(cohort) == {"died": {"patients": n, "events": n, "longest": n, "median": n / 2}}
 
 
 def test_one_temperature_of_all_labels_is_the_best() -> None:
@@ -216,9 +228,35 @@ def test_slides_that_a_fold_tests_have_no_say_in_its_scale(runs: dict[str, list[
     other = change_risks(run, tmp_path / "other", lambda row, risk: risk if row["split"] == "validation" else 9.0)
     for fold in (0, 1, None):
         assert Scale.of(read_predictions(run), fold) == Scale.of(read_predictions(other), fold)
-    flat = change_risks(run, tmp_path / "flat", lambda row, risk: 0.0)
-    with pytest.raises(RunError, match="risks are the same for all of fold 0 validation slides"):
-        make_ensemble([runs[SURVIVAL][1], flat])
+    # rounding gives 0.1, as often as a fold has it, a deviation of 1e-17
+    for flat, risk in (("zero", 0.0), ("tenth", 0.1)):
+        change_risks(run, tmp_path / flat, lambda row, _, risk=risk: risk if row["fold"] == "1" else _)
+        with pytest.raises(RunError, match="run of abmil whose risks are the same for all of fold 1 validation slides"):
+            make_ensemble([runs[SURVIVAL][1], tmp_path / flat])
+
+
+@pytest.mark.parametrize("task", TARGETS)
+def test_an_ensemble_is_a_look_at_the_cohort_of_its_members(
+    runs: dict[str, list[Path]], tmp_path: Path, task: str
+) -> None:
+    shutil.copy(runs[task][0].parent / "looks.jsonl", tmp_path)
+    folder = make_ensemble(runs[task]).save(tmp_path / "both")
+    assert json.loads((folder / "metrics.json").read_text())["looks"] == 3
+
+
+@pytest.mark.parametrize("task", TARGETS)
+def test_what_cannot_be_told_of_a_member_is_left_empty(runs: dict[str, list[Path]], tmp_path: Path, task: str) -> None:
+    """Nobody has the event, all have a label, or one number: no headline is defined, and no gain in it."""
+    copies = [shutil.copytree(run, tmp_path / run.name) for run in runs[task]]
+    same = {MULTI_LABEL: {"target_er": 1, "target_her2": 1}, REGRESSION: {"target_ki67": 5}}
+    for copy in copies:
+        with (copy / "predictions.csv").open(encoding="utf-8", newline="") as file:
+            rows = [row | same.get(task, {"target_died": 0}) for row in csv.DictReader(file)]
+        write_csv(copy / "predictions.csv", [list(rows[0]), *(list(row.values()) for row in rows)])
+    made = make_ensemble(copies)
+    made.save(tmp_path / "both")
+    (gain,) = (value for key, value in made.metrics["members"][0].items() if key.startswith("gain_"))
+    assert gain == {"difference": None, "low": None, "high": None}
 
 
 def test_members_for_survival_share_their_folds(runs: dict[str, list[Path]], tmp_path: Path) -> None:
@@ -311,6 +349,14 @@ def test_other_cohorts_are_scored_by_what_is_predicted(models: dict[str, Artefac
     assert header(tmp_path / "out" / "predictions.csv") == ["slide_id", "patient_id", *truth, *own, "trained_on"]
 
 
+def test_a_patient_with_two_times_is_refused(models: dict[str, Artefact], tmp_path: Path) -> None:
+    store, _, rows = external(SURVIVAL)
+    rows[1][1] = rows[0][1]
+    write_csv(tmp_path / "labels.csv", [["slide_id", "patient_id", "months", "died"], *rows])
+    with pytest.raises(CohortError, match=r"labels\.csv: got patient 'xext s00' with 2 different pairs"):
+        evaluate_external(models[SURVIVAL].folder, store, tmp_path / "labels.csv", device="cpu")
+
+
 def test_columns_of_other_tables_are_found_by_name_or_place(models: dict[str, Artefact], tmp_path: Path) -> None:
     store, _, rows = external(MULTI_LABEL)
     model = models[MULTI_LABEL].folder
@@ -348,6 +394,8 @@ def test_a_submission_holds_one_number_or_is_refused(models: dict[str, Artefact]
         said = predict(models[task].folder, store, device="cpu")
         with pytest.raises(RunError, match="leave --format submission out"):
             said.write_submission(tmp_path / "t.csv")
+        with pytest.raises(RunError, match=f"got predictions of '{said.value_names[0]}'.* → expected classes"):
+            _ = said.predicted
     assert not (tmp_path / "t.csv").exists()
 
 

@@ -58,6 +58,18 @@ def test_the_evaluation_holds_means_targets_and_intervals():
     assert alone["warnings"]
 
 
+def test_few_patients_and_those_alone_in_their_stratum_are_told():
+    truth, said = _draw(3, targets=1)
+    few = evaluate_regression(truth, said, [f"p{at % 3}" for at in range(50)], ["a"], replicates=50)
+    assert few["warnings"] == ["all slides are of 3 patient(s): the intervals are too narrow to be trusted"]
+    patients = [f"p{at}" for at in range(50)]
+    patients[int(truth.argmax())] = patients[int(truth.argmin())] = "both"
+    found = evaluate_regression(truth, said, patients, ["a"], replicates=50, stratified=True)
+    (text,) = found["warnings"]
+    assert text.startswith("1 patient alone has slides of 'a: part 1', 'a: part 4' and of no other stratum")
+    assert evaluate_regression(truth, said, patients, ["a"], replicates=50)["warnings"] == []
+
+
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(EvaluationError, match="expected"):
         evaluate_regression([[1.0], [2.0]], [[1.0]], ["a", "b"], ["x"])

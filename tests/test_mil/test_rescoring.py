@@ -20,9 +20,10 @@ from mil.ensemble import make_ensemble
 from mil.errors import EvaluationError, RunError
 from mil.files import write_csv
 from mil.looks import LEDGER
-from mil.out_of_fold import out_of_fold_rows, read_out_of_fold
+from mil.out_of_fold import out_of_fold_rows
 from mil.rescoring import OperatingTarget, score_runs
 from mil.run import ReplicaPredictions
+from mil.saved_outcomes import read_outcomes
 from mil.saved_run import read_predictions
 from mil.splits import make_splits
 from mil.statistics import evaluate
@@ -93,8 +94,8 @@ def test_the_usual_way_restates_the_metrics_of_the_training_and_counts_no_look(t
 def test_every_part_is_resampled_as_asked(run: Path, interval: str, stratified: bool) -> None:
     how = {"replicates": 150, "seed": 3, "confidence": 0.8, "interval": interval, "stratified": stratified}
     (found,) = score_runs([run], Resampling(**how)).runs
-    slides = read_out_of_fold(run)
-    given = (slides.labels, slides.probabilities, slides.patient_ids, slides.class_names)
+    slides = read_outcomes(run).outcomes
+    given = (slides.cohort.labels, slides.said, slides.patient_ids, slides.cohort.class_names)
     assert found.metrics == evaluate(*given, **how)
     assert found.calibration == evaluate_calibration(*given, **how)
     assert found.abstention == evaluate_abstention(*given, **how)

@@ -55,6 +55,7 @@ def test_a_space_of_plain_values_is_that_of_the_overrides() -> None:
         (["l1=0,1", "l1=2,3"], "got l1 more than once"),
         (["folds=3,5"], "all settings of a sweep share the slides, the folds and seeds"),
         (["seeds=1,2"], "give seeds one value"),
+        (["task=regression,survival"], "give task one value"),
         (["head=a,{name: b}"], "as a value of head"),
         (["l1=(0,1"], r"got l1=\(0,1 → expected group=option"),
     ],

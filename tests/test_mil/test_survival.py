@@ -83,7 +83,11 @@ def test_intervals_hold_the_value_and_few_events_are_told():
     assert found["concordance"]["low"] < found["concordance"]["value"] < found["concordance"]["high"]
     assert found["warnings"] == []
     few = evaluate_survival(values[:8], risks[:8], [str(at) for at in range(8)], replicates=50)
-    assert "patient(s) have the event" in few["warnings"][0]
+    assert "patient(s) have the event: the interval is too narrow" in few["warnings"][0]
+    once = np.stack([times, np.arange(len(times)) == 3], axis=1)
+    one = evaluate_survival(once, risks, [str(at) for at in range(len(times))], replicates=50)
+    assert one["concordance"]["low"] is None
+    assert one["warnings"] == ["1 patient(s) have the event: no interval is given"]
 
 
 def test_risks_that_are_not_finite_are_refused():

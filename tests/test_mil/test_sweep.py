@@ -20,8 +20,8 @@ from mil.compare import compare_runs
 from mil.config import TrainConfig, compose_config
 from mil.crossval import cross_validate, split_plan, train
 from mil.errors import ConfigError, MissingExtraError, RunError, SplitError
-from mil.out_of_fold import read_out_of_fold
 from mil.plotting import to_svg
+from mil.saved_outcomes import read_outcomes
 from mil.sensitivity import sensitivities
 from mil.space import draw_settings, override_text, parse_space
 from mil.split_plan import split_cohort
@@ -459,8 +459,8 @@ def test_a_fold_whose_validation_parts_hold_one_class_cannot_choose_by_auroc(sto
 
 
 def test_the_folder_is_read_by_comparisons(listed: Sweep, store: MemoryStore, folder: Path) -> None:
-    read = read_out_of_fold(folder)
-    np.testing.assert_allclose(read.probabilities, listed.predictions.out_of_fold(), atol=1e-8)
+    read = read_outcomes(folder).outcomes
+    np.testing.assert_allclose(read.said, listed.predictions.out_of_fold(), atol=1e-8)
     train(store, COHORT, head="mean", **OPTIONS).save(folder.parent / "mean")
     comparison = compare_runs([folder.parent / "mean", folder])
     assert comparison.rows[1].head == "sweep of head, optimizer.lr"

@@ -168,6 +168,21 @@ def test_test_truths_have_no_say_in_what_a_sweep_chooses() -> None:
     assert [t.mean("r2") for t in found.trials if t.fold == 1] != [t.mean("r2") for t in other.trials if t.fold == 1]
 
 
+def test_losses_of_different_kinds_decide_nothing(tmp_path: Path) -> None:
+    store, cohort = make_task_cohort("survival")
+    options = _without_head(QUICK) | {"seeds": 1, "head": "mean"}
+    found = sweep(store, cohort, {"loss": ["discrete_survival", "cox"]}, **options | {"batch_bags": 20})
+    assert not found.config.shares_loss
+    assert {each.loss for each in (*found.trials, *found.averages)} == {None}
+    alike = sweep(store, cohort, {"optimizer.lr": [1e-9, 1e-8]}, **_without_optimizer(options))
+    assert alike.config.shares_loss
+    assert all(each.loss is not None for each in (*alike.trials, *alike.averages))
+
+
+def _without_optimizer(options: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in options.items() if name != "optimizer"}
+
+
 def test_what_a_sweep_cannot_choose_by_is_refused(tmp_path: Path) -> None:
     store, cohort = make_task_cohort("survival")
     with pytest.raises(ConfigError, match=r"select auroc → expected one of concordance"):

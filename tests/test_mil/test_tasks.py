@@ -14,10 +14,9 @@ from mil.checkpoint import load_checkpoint
 from mil.cohort import Attrition, Cohort
 from mil.config import compose_config
 from mil.crossval import train
-from mil.errors import CohortError, ConfigError, RunError
+from mil.errors import CohortError, ConfigError
 from mil.inference import predict
 from mil.losses import discrete_survival_loss
-from mil.out_of_fold import read_out_of_fold
 from mil.targets import find_strata
 from mil.tasks import count_outputs, create_task, decode
 from mil.training import Replica, train_replica
@@ -203,13 +202,6 @@ def test_a_cohort_of_another_task_is_refused():
         train(store, cohort, **SETTINGS, loss="cox")
     with pytest.raises(CohortError):
         len(replace(cohort, task="survival").columns)
-
-
-def test_what_understands_classes_alone_refuses_others(tmp_path):
-    store, cohort = make_task_cohort("regression")
-    folder = train(store, cohort, **SETTINGS).save(tmp_path / "run").folder
-    with pytest.raises(RunError, match="a run of task regression"):
-        read_out_of_fold(folder)
 
 
 def test_noise_and_pseudo_bags_work_on_every_task():
