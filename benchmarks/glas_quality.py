@@ -70,5 +70,7 @@ def _follow(contestant: CommonRecipe | TorchmilPeer, task: Task, seed: int) -> f
 
 
 def _row(subject: str, name: str, tasks: Sequence[Task], seeds: int, final: Callable[[Task, int], float]) -> Result:
-    scores = [float(np.mean([final(task, seed) for task in tasks])) for seed in range(seeds)]
-    return Result.of(subject, f"{name}: mean test AUROC, last epoch", "", scores)
+    """A fold whose test part holds one class has no AUROC."""
+    judged = [task for task in tasks if len(np.unique(task.labels[task.validation])) > 1]
+    scores = [float(np.mean([final(task, seed) for task in judged])) for seed in range(seeds)]
+    return Result.of(subject, f"{name}: mean test AUROC of {len(judged)} folds, last epoch", "", scores)
