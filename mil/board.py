@@ -12,7 +12,7 @@ from mil.cohort import Cohort
 from mil.comparison import holm
 from mil.files import Row, write_csv
 from mil.metric_names import OF_A_UNIT, first_headline
-from mil.outcomes import Outcomes
+from mil.outcomes import Outcomes, seed_scores
 from mil.pairs import Pair
 from mil.saved_outcomes import read_outcomes
 from mil.saved_run import read_predictions
@@ -97,16 +97,9 @@ class Entrant:
         """A head that was trained, from its run folder, which lies at ``where`` in the board's."""
         found = read_outcomes(folder)
         task, metrics = found.outcomes.cohort.task, found.metrics
-        seeds = metrics["seed_macro_f1"] if task == CLASSIFICATION else _seed_scores(folder, first_headline(task))
+        classes = task == CLASSIFICATION
+        seeds = metrics["seed_macro_f1"] if classes else seed_scores(read_predictions(folder), first_headline(task))
         return cls(name, entry, "head", found.outcomes, tuple(seeds), _cost(metrics["per_replica"]), "", where)
-
-
-def _seed_scores(folder: Path, metric: str) -> Iterator[float]:
-    """The metric of what the replicas of each seed alone say out of fold."""
-    predictions = read_predictions(folder)
-    seed_of = np.array([replica.seed for replica in predictions.replicas])
-    for seed in dict.fromkeys(seed_of.tolist()):
-        yield float(Outcomes.of(predictions, seed_of == seed).scores()[metric][0])
 
 
 @dataclass(frozen=True)

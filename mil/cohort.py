@@ -14,7 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from mil.errors import CohortError, did_you_mean, listed
-from mil.targets import CLASSIFICATION, MULTI_LABEL, FloatArray, check_values, find_strata, parse_values, target_columns
+from mil.targets import (
+    CLASSIFICATION,
+    MULTI_LABEL,
+    SURVIVAL,
+    FloatArray,
+    check_values,
+    find_strata,
+    parse_values,
+    target_columns,
+)
 
 SLIDE_COLUMNS = ("slide_id", "filename", "slide")
 PATIENT_COLUMNS = ("patient_id", "case_id", "patient")
@@ -100,6 +109,16 @@ class Cohort:
     def columns(self) -> tuple[str, ...]:
         """Names of the columns of `targets`."""
         return target_columns(self.task, self.target)
+
+    @property
+    def predicted_names(self) -> tuple[str, ...]:
+        """What the values of a prediction are of: classes or columns."""
+        return self.class_names if self.values is None else self.columns
+
+    def is_predicted_like(self, other: "Cohort") -> bool:
+        """Whether models of both say the same things, matched by name; time and event have an order."""
+        names, others = self.predicted_names, other.predicted_names
+        return self.task == other.task and (names == others if self.task == SURVIVAL else set(names) == set(others))
 
     @property
     def noun(self) -> str:

@@ -18,7 +18,7 @@ from mil.early import missing_inputs
 from mil.errors import ConfigError
 from mil.evaluation import resolve_device
 from mil.initial import check_initial
-from mil.metrics import confusion, macro_f1
+from mil.outcomes import seed_scores
 from mil.replicas import OnProgress, Progress, train_replicas
 from mil.run import ReplicaPredictions, Run, check_folder
 from mil.scoring import evaluate_out_of_fold, score_replica
@@ -253,24 +253,16 @@ def _metrics(
         "warnings": [*cautions, *splits.warnings, *out_of_fold["warnings"]],
         "looks": 1,
         "out_of_fold": out_of_fold,
-        **(_of_classes(predictions, config.seeds) if classes else {}),
+        **(_of_classes(predictions) if classes else {}),
         "per_replica": [_replica_metrics(each, predictions, at) for at, each in enumerate(trained)],
     }
 
 
-def _of_classes(predictions: ReplicaPredictions, seeds: Sequence[int]) -> dict[str, Any]:
+def _of_classes(predictions: ReplicaPredictions) -> dict[str, Any]:
     """What only classes have: calibration, and the macro-F1 of each seed alone."""
     cohort, said = predictions.tested()
     calibration = evaluate_calibration(cohort.labels, said, cohort.patient_ids, cohort.class_names)
-    return {"calibration": calibration, "seed_macro_f1": list(_seed_scores(predictions, seeds))}
-
-
-def _seed_scores(predictions: ReplicaPredictions, seeds: Sequence[int]) -> Iterator[float]:
-    """Macro-F1 of what the replicas of each seed alone say out of fold."""
-    seed_of = np.array([replica.seed for replica in predictions.replicas])
-    for seed in seeds:
-        cohort, values = predictions.tested(seed_of == seed)
-        yield float(macro_f1(confusion(cohort.labels, values.argmax(axis=1), len(cohort.class_names)))[0])
+    return {"calibration": calibration, "seed_macro_f1": list(seed_scores(predictions, "macro_f1"))}
 
 
 def _replica_metrics(trained: TrainedReplica, predictions: ReplicaPredictions, at: int) -> dict[str, Any]:

@@ -114,10 +114,7 @@ class MemberPredictions:
 
 
 def _require_same_target(first: Cohort, other: Cohort) -> None:
-    names, others = (each.class_names if each.values is None else each.columns for each in (first, other))
-    # time and event have an order; others are matched by name
-    alike = names == others if first.task == SURVIVAL else set(names) == set(others)
-    if other.task != first.task or not alike:
+    if not first.is_predicted_like(other):
         told = [
             f"of task {each.task}, target {each.target}"
             + (f" (classes {listed(each.class_names)})" if each.values is None else "")

@@ -4,7 +4,7 @@ A row is a slide. For survival it is a slide in a fold that tests it, and metric
 risks of other folds come from other models and have no common scale.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -152,6 +152,13 @@ def _score_classes(cohort: Cohort, said: FloatArray, weights: FloatArray | None)
         "auroc": metrics.auroc(cohort.labels, said, weights),
         "accuracy": metrics.accuracy(matrix),
     }
+
+
+def seed_scores(predictions: ReplicaPredictions, metric: str) -> Iterator[float]:
+    """A headline metric of what the replicas of each seed alone say out of fold."""
+    seed_of = np.array([replica.seed for replica in predictions.replicas])
+    for seed in dict.fromkeys(seed_of.tolist()):
+        yield float(Outcomes.of(predictions, seed_of == seed).scores(only=metric)[metric][0])
 
 
 def mean_outcomes(parts: Sequence[Outcomes]) -> Outcomes:

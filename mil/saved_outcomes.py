@@ -78,14 +78,9 @@ def aligned(first_name: str, first: Outcomes, name: str, other: Outcomes) -> Out
         return other
     at = {slide_id: row for row, slide_id in enumerate(other.cohort.slide_ids)}
     rows = [at[slide_id] for slide_id in first.cohort.slide_ids]
-    names = _names(other.cohort)
-    columns = [names.index(each) for each in _names(first.cohort)]
+    names = other.cohort.predicted_names
+    columns = [names.index(each) for each in first.cohort.predicted_names]
     return replace(first, said=other.said[np.ix_(rows, columns)])
-
-
-def _names(cohort: Cohort) -> tuple[str, ...]:
-    """What the values of a prediction are of."""
-    return cohort.class_names if cohort.values is None else cohort.columns
 
 
 def _require_same_target(first_name: str, first: Cohort, name: str, other: Cohort) -> None:
@@ -94,10 +89,8 @@ def _require_same_target(first_name: str, first: Cohort, name: str, other: Cohor
             f"got {first_name} of task {first.task} and {name} of task {other.task} → expected one task → compare "
             f"runs of one label table and target"
         )
-    names, others = _names(first), _names(other)
-    # time and event have an order; others are matched by name
-    alike = names == others if first.task == SURVIVAL else set(names) == set(others)
-    if not len(first) or not alike:
+    names, others = first.predicted_names, other.predicted_names
+    if not len(first) or not first.is_predicted_like(other):
         what = "classes" if first.values is None else "columns"
         raise RunError(
             f"got {first_name} of the {what} {listed(names)} on {len(first)} slides and {name} of {listed(others)} → "
@@ -107,7 +100,7 @@ def _require_same_target(first_name: str, first: Cohort, name: str, other: Cohor
 
 def _require_same_slides(first_name: str, first: Cohort, name: str, other: Cohort) -> None:
     """Refuse a run of other slides, patients or labels, with the slides that differ."""
-    facts, others = _facts(first, _names(first)), _facts(other, _names(first))
+    facts, others = _facts(first, first.predicted_names), _facts(other, first.predicted_names)
     what = "class" if first.values is None else "target"
     differences = {
         f"only in {first_name}": [slide for slide in facts if slide not in others],
