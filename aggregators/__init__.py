@@ -16,6 +16,7 @@ from aggregators.additive import AdditiveMIL
 from aggregators.base import Aggregator, BagOutput
 from aggregators.chowder import Chowder
 from aggregators.clam import ClamMB, ClamSB
+from aggregators.draws import BagDraws, DrawSource, bag_generator
 from aggregators.dsmil import DSMIL
 from aggregators.dtfd import DTFD
 from aggregators.errors import (
@@ -56,11 +57,13 @@ __all__ = [
     "Aggregator",
     "AggregatorError",
     "AggregatorRecord",
+    "BagDraws",
     "BagInputError",
     "BagOutput",
     "Chowder",
     "ClamMB",
     "ClamSB",
+    "DrawSource",
     "DuplicateAggregatorError",
     "HeadConfigError",
     "InstanceMax",
@@ -77,6 +80,7 @@ __all__ = [
     "UnknownAggregatorError",
     "UnknownKeywordError",
     "aggregator_record",
+    "bag_generator",
     "create_aggregator",
     "keyword_names",
     "list_aggregators",

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from aggregators.base import Aggregator, BagOutput, Projection
+from aggregators.draws import DrawSource
 from aggregators.gated_attention import GatedAttention
 from aggregators.official import official_tensors
 from aggregators.registry import register_aggregator
@@ -83,7 +83,7 @@ class ABMIL(Aggregator):
         self.classifier = nn.Linear(branches * self.projection.dim, n_classes)
 
     def aggregate(
-        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: torch.Generator | None
+        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: DrawSource
     ) -> BagOutput:
         """Weights instances [total, in_dim] into one embedding and one row of logits per bag."""
         embedded = self.projection(instances, generator)  # [total, dim]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aggregators.base import Aggregator, BagOutput, Projection
+from aggregators.draws import DrawSource, bag_generator
 from aggregators.errors import require
 from aggregators.gated_attention import GatedAttention, official_attention_names
 from aggregators.official import official_tensors
@@ -102,7 +103,7 @@ class ACMIL(Aggregator):
         self.classifier = nn.Linear(dim, n_classes)
 
     def aggregate(
-        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: torch.Generator | None
+        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: DrawSource
     ) -> BagOutput:
         """Weights instances [total, in_dim] by every branch and classifies each branch and their mean."""
         embedded = self.projection(instances, generator)  # [total, dim]
@@ -176,9 +177,7 @@ class ACMIL(Aggregator):
         return head
 
 
-def draw_top_mask(
-    scores: Tensor, segments: Segments, top: int, rate: float, generator: torch.Generator | None = None
-) -> Tensor:
+def draw_top_mask(scores: Tensor, segments: Segments, top: int, rate: float, generator: DrawSource = None) -> Tensor:
     """Marks ⌊rate · min(top, n_b)⌋ of the `top` highest scores of each bag and branch, drawn at random.
 
     Shapes: scores [total, branches] → bool [total, branches].
@@ -190,12 +189,13 @@ def draw_top_mask(
         (1, True)
     """
     masks = []
-    for bag in segments.split(scores.detach()):
+    for at, bag in enumerate(segments.split(scores.detach())):
         candidates = min(top, bag.shape[0])
         mask = torch.zeros_like(bag, dtype=torch.bool)
         if drawn := int(candidates * rate):
             highest = bag.topk(candidates, dim=0).indices  # [candidates, branches]
-            keys = torch.rand(highest.shape, generator=generator, device=bag.device)
+            drawn_from = bag_generator(generator, at, bag.device)
+            keys = torch.rand(highest.shape, generator=drawn_from, device=bag.device)
             mask.scatter_(0, highest.gather(0, keys.argsort(0)[:drawn]), True)
         masks.append(mask)
     return torch.cat(masks)

@@ -1,9 +1,9 @@
 """Additive MIL: bag logits that are exactly a sum over instances."""
 
-import torch
 from torch import Tensor, nn
 
 from aggregators.base import Aggregator, BagOutput, Dropout, Projection
+from aggregators.draws import DrawSource
 from aggregators.errors import require
 from aggregators.gated_attention import GatedAttention
 from aggregators.registry import register_aggregator
@@ -79,7 +79,7 @@ class AdditiveMIL(Aggregator):
         self.classifier = nn.Linear(dim if hidden_dim is None else hidden_dim, n_classes)
 
     def aggregate(
-        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: torch.Generator | None
+        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: DrawSource
     ) -> BagOutput:
         """Weights instances [total, in_dim], classifies each, and adds their logits up per bag."""
         embedded = self.projection(instances, generator)  # [total, dim]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from aggregators.draws import DrawSource, along, keep_scale
 from aggregators.errors import BagInputError, HeadConfigError, require
 from aggregators.segment import Segments
 
@@ -81,7 +82,7 @@ class Standardize(nn.Module):
 class Dropout(nn.Module):
     """Zeroes entries with probability p in training and scales the others by 1 / (1 - p).
 
-    Unlike torch's it draws from a generator when one is given, so that a replica's draws belong to its seed.
+    Unlike torch's it draws from what it is given, so that a replica's draws belong to its seed, see `keep_scale`.
 
     Example:
         >>> drop = Dropout(0.5)
@@ -96,12 +97,11 @@ class Dropout(nn.Module):
         require(0 <= p < 1, f"got dropout {p} → expected a probability in [0, 1) → pass 0 for none")
         self.p = p
 
-    def forward(self, values: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, values: Tensor, generator: DrawSource = None) -> Tensor:
         """Maps a tensor to one of the same shape."""
         if not self.training or self.p == 0:
             return values
-        kept = torch.empty_like(values, requires_grad=False).bernoulli_(1 - self.p, generator=generator)
-        return values * kept / (1 - self.p)
+        return values * keep_scale(values, self.p, generator)
 
     def extra_repr(self) -> str:
         """Shows p where the module is printed."""
@@ -133,7 +133,7 @@ class Projection(nn.Module):
         self.linear = None if embed_dim is None else nn.Linear(in_dim, embed_dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, instances: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, instances: Tensor, generator: DrawSource = None) -> Tensor:
         """Maps [total, in_dim] to [total, dim]."""
         embedded = instances if self.linear is None else self.linear(instances).relu()
         dropped: Tensor = self.dropout(embedded, generator)
@@ -203,7 +203,7 @@ class Aggregator(nn.Module):
         instances: Tensor,
         offsets: Tensor | None = None,
         coords: Tensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: DrawSource = None,
     ) -> BagOutput:
         """Predicts every bag of a packed batch.
 
@@ -211,7 +211,8 @@ class Aggregator(nn.Module):
             instances: [total, in_dim], any floating dtype.
             offsets: int64 [bags + 1]; None means one bag. May stay on the CPU.
             coords: [total, 2], level-0 px, for heads that use positions.
-            generator: source of every draw in training (dropout, pseudo-bags); None means torch's global one.
+            generator: source of every draw in training (dropout, pseudo-bags); None means torch's global one,
+                `BagDraws` one stream per bag.
 
         Raises:
             BagInputError: instances or coords have the wrong shape or type.
@@ -220,10 +221,10 @@ class Aggregator(nn.Module):
         self._check_batch(instances, coords)
         segments = Segments.from_offsets(offsets, instances.shape[0])
         normed = self.input_norm(instances.to(self._dtype()))
-        return self.aggregate(normed, segments, coords, generator)
+        return self.aggregate(normed, segments, coords, along(generator, segments))
 
     def aggregate(
-        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: torch.Generator | None
+        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: DrawSource
     ) -> BagOutput:
         """Does the head's own work on checked, cast and normalised instances [total, in_dim]."""
         raise NotImplementedError(f"{type(self).__name__} must define aggregate")

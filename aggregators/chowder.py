@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from aggregators.base import Aggregator, BagOutput, Dropout, Projection
+from aggregators.draws import DrawSource, one_each
 from aggregators.errors import require
 from aggregators.registry import register_aggregator
 from aggregators.segment import Segments
@@ -86,14 +87,14 @@ class Chowder(Aggregator):
         self.classifier = nn.Linear(widths[-1], n_classes)
 
     def aggregate(
-        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: torch.Generator | None
+        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: DrawSource
     ) -> BagOutput:
         """Scores instances [total, in_dim] and classifies the extremes of each bag."""
         scores = self.scorer(self.projection(instances, generator))  # [total, branches]
         embedding = torch.stack([self._extremes(bag).flatten() for bag in segments.split(scores)])
-        hidden = embedding
+        hidden, per_bag = embedding, one_each(generator, segments.bags)
         for layer in self.hidden:
-            hidden = self.dropout(layer(hidden).sigmoid(), generator)
+            hidden = self.dropout(layer(hidden).sigmoid(), per_bag)
         return BagOutput(self.classifier(hidden), embedding, None, None, {"instance_scores": scores})
 
     def _extremes(self, scores: Tensor) -> Tensor:

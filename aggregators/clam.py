@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aggregators.base import Aggregator, BagOutput, Projection
+from aggregators.draws import DrawSource
 from aggregators.errors import BagInputError, OfficialStateError, require
 from aggregators.gated_attention import GatedAttention
 from aggregators.official import official_tensors
@@ -58,7 +59,7 @@ class _Clam(Aggregator):
         self.instance_classifier = nn.Linear(dim, 2 * n_classes) if bag_weight < 1 else None
 
     def aggregate(
-        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: torch.Generator | None
+        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: DrawSource
     ) -> BagOutput:
         """Weights instances [total, in_dim] into one embedding per bag and branch and classifies these."""
         embedded = self.projection(instances, generator)  # [total, dim]

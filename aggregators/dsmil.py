@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from aggregators.base import Aggregator, BagOutput, Projection
+from aggregators.draws import DrawSource
 from aggregators.errors import require
 from aggregators.official import official_tensors
 from aggregators.registry import register_aggregator
@@ -105,7 +106,7 @@ class DSMIL(Aggregator):
         self.classifier = nn.Linear(n_classes * dim, n_classes)
 
     def aggregate(
-        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: torch.Generator | None
+        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: DrawSource
     ) -> BagOutput:
         """Finds the critical instances of each bag and weights all instances [total, in_dim] by likeness to them."""
         embedded = self.projection(instances, generator)  # [total, dim]

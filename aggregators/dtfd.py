@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aggregators.base import Aggregator, BagOutput, Projection
+from aggregators.draws import DrawSource, bag_generator
 from aggregators.errors import require
 from aggregators.gated_attention import GatedAttention, official_attention_names
 from aggregators.official import official_tensors
@@ -161,7 +162,7 @@ class DTFD(Aggregator):
         self.classifier = nn.Linear(dim, n_classes)
 
     def aggregate(
-        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: torch.Generator | None
+        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: DrawSource
     ) -> BagOutput:
         """Runs both tiers on instances [total, in_dim], reordered by pseudo-bag meanwhile."""
         division = self._divide(segments, instances.device, generator)
@@ -208,13 +209,13 @@ class DTFD(Aggregator):
         """Pseudo-bags of a bag of this many instances."""
         return self.pseudo_bags if self.official else min(self.pseudo_bags, size)
 
-    def _divide(self, segments: Segments, device: torch.device, generator: torch.Generator | None) -> _Division:
+    def _divide(self, segments: Segments, device: torch.device, generator: DrawSource) -> _Division:
         counts = [self._count(size) for size in segments.sizes]
         order, start = [], 0
-        for size, count in zip(segments.sizes, counts, strict=True):
+        for bag, (size, count) in enumerate(zip(segments.sizes, counts, strict=True)):
             rows = torch.arange(size, device=device)
             if self.training and self.shuffle:
-                rows = torch.randperm(size, generator=generator, device=device)
+                rows = torch.randperm(size, generator=bag_generator(generator, bag, device), device=device)
             order += [start + rows[first::count] for first in range(count)]
             start += size
         return _Division(torch.cat(order), Segments(tuple(map(len, order))), Segments(tuple(counts)))

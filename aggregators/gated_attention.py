@@ -1,9 +1,9 @@
 """The small network that scores instances, as several published heads use it."""
 
-import torch
 from torch import Tensor, nn
 
 from aggregators.base import Dropout
+from aggregators.draws import DrawSource
 from aggregators.errors import require
 
 
@@ -55,7 +55,7 @@ class GatedAttention(nn.Module):
         self.w = nn.Linear(attention_dim, branches, bias=False)
         self.dropout = Dropout(dropout)
 
-    def forward(self, instances: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def forward(self, instances: Tensor, generator: DrawSource = None) -> Tensor:
         """Maps [total, dim] to scores [total, branches], before any softmax."""
         hidden = self.dropout(self.v(instances).tanh(), generator)  # [total, attention_dim]
         if self.u is not None:

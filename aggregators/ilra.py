@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aggregators.base import Aggregator, BagOutput, Dropout
+from aggregators.draws import DrawSource
 from aggregators.errors import OfficialStateError, require
 from aggregators.norm import create_bag_norm, create_norm
 from aggregators.official import official_tensors
@@ -198,7 +199,7 @@ class ILRA(Aggregator):
         self.classifier = nn.Linear(embed_dim, n_classes)
 
     def aggregate(
-        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: torch.Generator | None
+        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: DrawSource
     ) -> BagOutput:
         """Mixes the instances [total, in_dim] of each bag and pools them into one row of logits per bag."""
         mixed = instances

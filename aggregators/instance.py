@@ -1,9 +1,9 @@
 """What instance-level heads share: every instance gets logits of its own, and a bag's are pooled from them."""
 
-import torch
 from torch import Tensor, nn
 
 from aggregators.base import Aggregator, BagOutput, Projection
+from aggregators.draws import DrawSource
 from aggregators.segment import Segments
 
 
@@ -32,7 +32,7 @@ class InstanceHead(Aggregator):
         self.classifier = nn.Linear(self.projection.dim, n_classes)
 
     def aggregate(
-        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: torch.Generator | None
+        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: DrawSource
     ) -> BagOutput:
         """Scores instances [total, in_dim] and pools their logits."""
         instance_logits = self.classifier(self.projection(instances, generator))  # [total, classes]

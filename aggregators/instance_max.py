@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from aggregators.base import BagOutput
+from aggregators.draws import DrawSource
 from aggregators.errors import OfficialStateError, require
 from aggregators.instance import InstanceHead
 from aggregators.official import official_tensors
@@ -80,7 +81,7 @@ class InstanceMax(InstanceHead):
         self.official = official
 
     def aggregate(
-        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: torch.Generator | None
+        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: DrawSource
     ) -> BagOutput:
         """Scores instances [total, in_dim] and takes the highest."""
         if not self.official:

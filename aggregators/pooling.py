@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from aggregators.base import Aggregator, BagOutput, Projection
+from aggregators.draws import DrawSource
 from aggregators.official import official_tensors
 from aggregators.registry import register_aggregator
 from aggregators.segment import Segments, segment_max, segment_mean
@@ -63,7 +63,7 @@ class MeanPool(_Pool):
     """
 
     def aggregate(
-        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: torch.Generator | None
+        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: DrawSource
     ) -> BagOutput:
         """Pools instances [total, in_dim] into one embedding and one row of logits per bag."""
         embedded = self.projection(instances, generator)
@@ -124,7 +124,7 @@ class MaxPool(_Pool):
     """
 
     def aggregate(
-        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: torch.Generator | None
+        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: DrawSource
     ) -> BagOutput:
         """Pools instances [total, in_dim] into one embedding and one row of logits per bag."""
         embedded = self.projection(instances, generator)

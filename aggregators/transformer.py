@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aggregators.base import Aggregator, BagOutput, Dropout, Projection
+from aggregators.draws import DrawSource, along
 from aggregators.errors import OfficialStateError, require
 from aggregators.norm import create_bag_norm, create_norm
 from aggregators.official import official_tensors
@@ -39,7 +40,7 @@ class _MLP(nn.Module):
         self.dropout = Dropout(dropout)
         self.official = official
 
-    def forward(self, tokens: Tensor, generator: torch.Generator | None) -> Tensor:
+    def forward(self, tokens: Tensor, generator: DrawSource) -> Tensor:
         hidden = self.hidden(tokens)
         active = hidden.relu() if self.official else functional.gelu(hidden)
         out: Tensor = self.out(self.dropout(active, generator))
@@ -65,7 +66,7 @@ class _Block(nn.Module):
         self.mlp_norm = create_mlp_norm(norm, dim) if hidden_dim else None
         self.mlp = _MLP(dim, hidden_dim, dropout, official) if hidden_dim else None
 
-    def forward(self, tokens: Tensor, segments: Segments, generator: torch.Generator | None) -> Tensor:
+    def forward(self, tokens: Tensor, segments: Segments, generator: DrawSource) -> Tensor:
         """Lets the tokens [total, dim] of each bag attend to each other."""
         normed = self.norm(tokens, segments)
         query = self._by_head(self.query(normed))
@@ -73,9 +74,7 @@ class _Block(nn.Module):
         attended = torch.cat([_attend(*bag) for bag in zip(*map(segments.split, (query, key, value)), strict=True)])
         return self._residual(tokens, attended, segments, generator)
 
-    def class_tokens(
-        self, tokens: Tensor, segments: Segments, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
+    def class_tokens(self, tokens: Tensor, segments: Segments, generator: DrawSource) -> tuple[Tensor, Tensor]:
         """Computes the block for the class tokens only, which is all that the last block is asked for.
 
         Returns the class tokens [bags, dim] and the log of their attention to every token [total, heads].
@@ -88,13 +87,11 @@ class _Block(nn.Module):
         first, one_each = _first_rows(tokens, segments), Segments((1,) * segments.bags)
         return self._residual(first, torch.stack(attended), one_each, generator), torch.cat(log_attention)
 
-    def _residual(
-        self, tokens: Tensor, attended: Tensor, segments: Segments, generator: torch.Generator | None
-    ) -> Tensor:
+    def _residual(self, tokens: Tensor, attended: Tensor, segments: Segments, generator: DrawSource) -> Tensor:
         tokens = tokens + self.out(attended)
         if self.mlp is None or self.mlp_norm is None:
             return tokens
-        updated: Tensor = tokens + self.mlp(self.mlp_norm(tokens, segments), generator)
+        updated: Tensor = tokens + self.mlp(self.mlp_norm(tokens, segments), along(generator, segments))
         return updated
 
     def _by_head(self, tokens: Tensor) -> Tensor:
@@ -197,7 +194,7 @@ class TransformerAggregator(Aggregator):
         self.classifier = nn.Linear(embed_dim, n_classes)
 
     def aggregate(
-        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: torch.Generator | None
+        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: DrawSource
     ) -> BagOutput:
         """Attends within each bag of instances [total, in_dim] and classifies the class tokens."""
         embedded = self.projection(instances, generator)

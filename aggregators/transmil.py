@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from aggregators.base import Aggregator, BagOutput, Dropout, Projection
+from aggregators.draws import DrawSource, along, one_each
 from aggregators.errors import require
 from aggregators.norm import create_bag_norm, create_norm
 from aggregators.official import official_tensors
@@ -60,15 +61,13 @@ class _NystromBlock(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.dropout = Dropout(dropout)
 
-    def forward(self, tokens: Tensor, segments: Segments, generator: torch.Generator | None) -> Tensor:
+    def forward(self, tokens: Tensor, segments: Segments, generator: DrawSource) -> Tensor:
         """Lets the tokens [total, dim] of each bag attend to each other."""
         attended = torch.cat([self._attended(*bag, len(bag[0])) for bag in self._bags(tokens, segments)])
-        updated: Tensor = tokens + self.dropout(self.out(attended), generator)
+        updated: Tensor = tokens + self.dropout(self.out(attended), along(generator, segments))
         return updated
 
-    def class_tokens(
-        self, tokens: Tensor, segments: Segments, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
+    def class_tokens(self, tokens: Tensor, segments: Segments, generator: DrawSource) -> tuple[Tensor, Tensor]:
         """Computes the block for the class tokens only, which is all that the last block is asked for.
 
         Returns the class tokens [bags, dim] and the log of their attention to every token [total, heads].
@@ -76,7 +75,7 @@ class _NystromBlock(nn.Module):
         bags = self._bags(tokens, segments)
         attended = torch.cat([self._attended(*bag, rows=1) for bag in bags])
         first = torch.stack([bag[0] for bag in segments.split(tokens)])
-        updated = first + self.dropout(self.out(attended), generator)
+        updated = first + self.dropout(self.out(attended), one_each(generator, segments.bags))
         return updated, torch.cat([self._log_attention(normed, key) for normed, key, _ in bags])
 
     def one_bag(self, tokens: Tensor, last: bool) -> tuple[Tensor, Tensor]:
@@ -276,7 +275,7 @@ class TransMIL(Aggregator):
         self.classifier = nn.Linear(embed_dim, n_classes)
 
     def aggregate(
-        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: torch.Generator | None
+        self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: DrawSource
     ) -> BagOutput:
         """Attends and convolves within each bag of instances [total, in_dim] and classifies the class tokens."""
         bags = segments.split(self.projection(instances, generator))

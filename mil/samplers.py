@@ -16,6 +16,7 @@ _DRAW_ORDER = 0
 _DRAW_KEPT = 2
 _DRAW_BAGS = 3
 _DRAW_VIEW = 4
+_DRAW_SEEDS = 5
 
 
 def natural_order(n_bags: int, seed: int, epoch: int) -> IntArray:
@@ -113,6 +114,28 @@ def _keep_some(rows: IntArray | None, n: int, dropout: float, key: tuple[int, in
     # the one that came nearest
     kept[draws.argmax()] = True
     return rows[kept]
+
+
+def draw_seeds(members: IntArray, n_bags: int, seed: int, step: int) -> list[int]:
+    """What the head's own draws, such as dropout, start from: a seed for each of some bags.
+
+    Args:
+        members: [k], which bags.
+        n_bags: bags there are.
+        seed: of the replica.
+        step: each draws anew. A draw depends on (seed, step, bag) alone.
+    """
+    every = np.random.default_rng((_DRAW_SEEDS, seed, step)).integers(2**62, size=n_bags)
+    found: list[int] = every[members].tolist()
+    return found
+
+
+def seeds_of_pieces(seeds: Sequence[int], n: int) -> list[int]:
+    """Seeds for ``n`` bags that an augmentation made of the bags with these seeds; these, where as many are left."""
+    if n == len(seeds):
+        return list(seeds)
+    found: list[int] = np.random.default_rng([_DRAW_SEEDS, *seeds]).integers(2**62, size=n).tolist()
+    return found
 
 
 def draw_views(bags: Bags, members: IntArray, seed: int, epoch: int) -> dict[int, int]:

@@ -3,8 +3,8 @@
 The replicas of one seed share their packs, so that all folds and learning rates of a head cost one pass over the bags
 rather than one each; which bags a replica learns from is a matter of weights, zero for the others. The results are
 those of `mil.training.train_replica` to float tolerance. What cannot be stacked exactly is trained one by one, see
-`is_stackable`: heads that draw at random, share batch statistics or have a loss of their own, and recipes beyond AdamW
-with weighted cross-entropy.
+`is_stackable`: heads that share batch statistics or have a loss of their own, and recipes beyond AdamW with weighted
+cross-entropy. What a head draws, such as dropout, belongs to (seed, step, bag), so the folds of a seed draw alike.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional
 
-from aggregators import Aggregator, create_aggregator
+from aggregators import Aggregator, BagDraws, create_aggregator
 from aggregators.base import Standardize
 from aggregators.norm import BatchNorm
 from mil.bags import Bags
@@ -30,7 +30,7 @@ from mil.evaluation import MAX_INSTANCES, bag_logits
 from mil.losses import log_loss, probabilities
 from mil.metrics import balanced_accuracy, confusion
 from mil.optim import learning_rate
-from mil.samplers import natural_order
+from mil.samplers import draw_seeds, natural_order
 from mil.targets import CLASSIFICATION
 from mil.tasks import config_class_weights
 from mil.training import EpochRecord, IntArray, PartArray, Replica, SavedEpoch, TrainedReplica
@@ -66,14 +66,14 @@ def is_stackable(config: TrainConfig, head: Aggregator) -> bool:
         for item in fields(config)
         if item.name not in _ANY_VALUE
     )
-    draws = any(getattr(module, "p", 0) > 0 or isinstance(module, BatchNorm) for module in head.modules())
+    shares_statistics = any(isinstance(module, BatchNorm) for module in head.modules())
     own_loss = type(head).auxiliary_loss is not Aggregator.auxiliary_loss
     return (
         recipe
         and config.task == CLASSIFICATION
         and config.optimizer.name == "adamw"
         and config.scheduler.name in _SCHEDULERS
-        and not draws
+        and not shares_statistics
         and not own_loss
     )
 
@@ -267,17 +267,24 @@ class _Stack:
         """Of the first; the others differ in their optimizer's numbers alone."""
         return self.replicas[0].config
 
-    def logits(self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], pack: Any) -> Tensor:
-        """Logits [R, bags, C] of a pack, which all replicas read."""
+    def logits(
+        self,
+        parameters: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        pack: Any,
+        seeds: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Logits [R, bags, C] of a pack, which all replicas read; what they draw for a bag is the same for all."""
         instances = pack.instances.to(self.device)
         coords = None if pack.coords is None else pack.coords.to(self.device)
 
         def one(own: Stacked, fixed: Stacked) -> Tensor:
-            output = functional_call(self.head, (own, fixed), (instances, pack.offsets, coords))
+            draws = None if seeds is None else BagDraws(seeds)
+            output = functional_call(self.head, (own, fixed), (instances, pack.offsets, coords, draws))
             result: Tensor = output.logits
             return result
 
-        return vmap(one)(dict(parameters), dict(buffers))
+        return vmap(one, randomness="same")(dict(parameters), dict(buffers))
 
     def head_of(self, at: int) -> Aggregator:
         """A replica as a head of its own, at its best epoch, on the CPU."""
@@ -303,7 +310,7 @@ def _train_epoch(stack: _Stack, epoch: int) -> tuple[np.ndarray, np.ndarray]:
             [learning_rate(each.config.optimizer.lr, config.scheduler, step, n_steps) for each in stack.replicas]
         )
         if used.any():
-            losses.append(_step(stack, members[used], own[:, used], rates, epoch))
+            losses.append(_step(stack, members[used], own[:, used], rates, epoch, step + 1))
             counts.append(own.sum(axis=1))
     found = torch.stack(losses).cpu().double().numpy()  # [steps, R]
     _check_finite(stack, found, epoch)
@@ -311,15 +318,16 @@ def _train_epoch(stack: _Stack, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     return (found * times).sum(axis=0) / np.maximum(times.sum(axis=0), 1), rates
 
 
-def _step(stack: _Stack, members: IntArray, own: np.ndarray, rates: np.ndarray, epoch: int) -> Tensor:
-    """One optimizer step of every replica that has a bag in the pack; their losses [R]."""
+def _step(stack: _Stack, members: IntArray, own: np.ndarray, rates: np.ndarray, epoch: int, number: int) -> Tensor:
+    """One optimizer step, counted from 1, of every replica that has a bag in the pack; their losses [R]."""
     rows = stack.bags.draw(members, stack.config.instance_budget, stack.replicas[0].seed, epoch)
     pack = stack.bags.pack(members, rows)
     targets = torch.from_numpy(stack.labels[members]).to(stack.device)
     share = torch.from_numpy(own / np.maximum(own.sum(axis=1, keepdims=True), 1)).float().to(stack.device)
     share = share * stack.class_weights[:, targets]  # [R, bags]
     parameters = {name: value.requires_grad_() for name, value in stack.parameters.items()}
-    logits = stack.logits(parameters, stack.buffers, pack)
+    seeds = draw_seeds(members, len(stack.bags), stack.replicas[0].seed, number)
+    logits = stack.logits(parameters, stack.buffers, pack, seeds)
     entropy = functional.cross_entropy(
         logits.flatten(0, 1), targets.repeat(len(stack.replicas)), reduction="none"
     ).view_as(share)

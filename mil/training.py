@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from aggregators import Aggregator, create_aggregator
+from aggregators import Aggregator, BagDraws, create_aggregator
 from aggregators.base import Standardize
 from mil.augment import Batch, augment, enabled, strength
 from mil.bags import Bags
@@ -23,7 +23,7 @@ from mil.evaluation import bag_logits, cpu_threads
 from mil.initial import inherit_weights
 from mil.losses import class_numbers
 from mil.optim import add_l1_gradient, create_optimizer, learning_rate, set_learning_rate
-from mil.samplers import draw_instances, draw_views, sampled_order, step_packs
+from mil.samplers import draw_instances, draw_seeds, draw_views, sampled_order, seeds_of_pieces, step_packs
 from mil.targets import CLASSIFICATION, MULTI_LABEL
 from mil.tasks import TargetArray, create_task, decode
 from mil.usage import PeakMemory
@@ -239,7 +239,6 @@ class _Loop:
             self.head, self.config.optimizer, self.inherited, self.config.freeze_lr_factor
         )
         self.average = WeightAverage(self.head, self.config.ema) if self.config.ema is not None else None
-        self.generator = torch.Generator(device).manual_seed(replica.seed)
         # of the CPU whatever the device, so that what is drawn does not depend on it
         self.draws = torch.Generator().manual_seed(replica.seed)
         self.augmented = bool(enabled(self.config.augment))
@@ -344,9 +343,11 @@ class _Loop:
         instances, offsets = pack.instances.to(self.device), pack.offsets.to(self.device)
         targets = self.task.targets(members).to(self.device)
         coords = None if pack.coords is None else pack.coords.to(self.device)
+        seeds = draw_seeds(members, len(self.bags), self.replica.seed, self.steps[-1].number)
         if self.augmented:
             instances, offsets, targets = self._augment(instances, offsets, targets)
-        output = self.head(instances, offsets, coords, self.generator)
+            seeds = seeds_of_pieces(seeds, len(offsets) - 1)
+        output = self.head(instances, offsets, coords, BagDraws(seeds))
         losses = self.task.losses(output.logits, targets)
         total = losses.minimised
         if self.config.task in (CLASSIFICATION, MULTI_LABEL):
@@ -403,7 +404,6 @@ class _Loop:
         return {
             "head": self.head.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
             "draws": self.draws.get_state(),
             "torch": _global_states(self.device),
             "average": self.average.state_dict() if self.average is not None else None,
@@ -414,7 +414,6 @@ class _Loop:
         """Go on from another loop's state."""
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
         self.draws.set_state(state["draws"])
         self.bags_at_once = state["bags_at_once"]
         if self.average is not None:

@@ -95,6 +95,7 @@ ORDER = {
     "aggregators": [
         "errors",
         "segment",
+        "draws",
         "official",
         "norm",
         "base",

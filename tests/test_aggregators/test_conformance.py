@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from aggregators import (
+    BagDraws,
     BagInputError,
     OffsetsError,
     aggregator_record,
@@ -351,6 +352,22 @@ def test_training_draws_come_from_the_generator(setting):
 
     assert torch.equal(logits(0), logits(0))
     assert not torch.equal(logits(0), logits(1))
+
+
+@every_setting
+def test_draws_of_a_bag_do_not_depend_on_its_company(setting):
+    if setting[1].get("norm") == "batch":
+        pytest.skip("norm=batch shares statistics between bags in training")
+    head = _build(setting, dropout=0.5).train()
+    instances, offsets = _batch()
+    seeds = [10 * bag + 5 for bag in range(len(SIZES))]
+    with torch.no_grad():
+        together = _per_bag(head(instances, offsets, generator=BagDraws(seeds)), SIZES)
+        for bag, rows in enumerate(instances.split(SIZES)):
+            alone = head(rows, generator=BagDraws(seeds[bag : bag + 1]))
+            _assert_same(_per_bag(alone, SIZES[bag : bag + 1])[0], together[bag], tolerance=_tolerance(setting))
+            other = head(rows, generator=BagDraws([seeds[bag] + 7])).logits
+            assert SIZES[bag] == 1 or not torch.equal(other, alone.logits)
 
 
 @every_setting

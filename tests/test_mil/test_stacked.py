@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from aggregators import create_aggregator
+from aggregators import create_aggregator, list_aggregators
 from mil import unfinished as unfinished_module
 from mil.bags import Bags
 from mil.config import TrainConfig, compose_config
@@ -25,11 +25,20 @@ CPU = torch.device("cpu")
 HEADS = {
     "mean": ["head=mean"],
     "max": ["head=max"],
-    "abmil": ["head=abmil", "head.embed_dim=8", "head.attention_dim=4", "head.dropout=0"],
-    "lse": ["head=lse", "head.dropout=0"],
+    "abmil": ["head=abmil", "head.embed_dim=8", "head.attention_dim=4"],
+    "abmil without dropout": ["head=abmil", "head.embed_dim=8", "head.attention_dim=4", "head.dropout=0"],
+    "additive": ["head=additive", "head.embed_dim=8", "head.attention_dim=4"],
+    "chowder": ["head=chowder", "head.hidden_dims=[4]", "head.dropout=0.3"],
+    "ilra": ["head=ilra", "head.embed_dim=8", "head.heads=2", "head.rank=3", "head.dropout=0.2"],
+    "instance_max": ["head=instance_max", "head.dropout=0.2"],
+    "lse": ["head=lse", "head.dropout=0.5"],
+    "noisy_or": ["head=noisy_or", "head.dropout=0.2"],
     "topk": ["head=topk", "head.dropout=0"],
-    "transformer": ["head=transformer", "head.embed_dim=8", "head.heads=2", "head.dropout=0"],
+    "transformer": ["head=transformer", "head.embed_dim=8", "head.heads=2"],
+    "transmil": ["head=transmil", "head.embed_dim=8", "head.heads=2", "head.landmarks=2"],
 }
+# a bias of their keys has no effect: its gradient is rounding alone, of which AdamW makes whole steps
+WITH_IDLE_WEIGHTS = ("transformer", "transmil", "ilra")
 
 
 def _config(head: str, *more: str) -> TrainConfig:
@@ -67,8 +76,15 @@ def _compare(
 
 @pytest.mark.parametrize("head", HEADS)
 def test_stacked_is_one_by_one(head: str) -> None:
-    # a bias of the keys has no effect: its gradient is rounding alone, of which AdamW makes whole steps
-    _compare(*_both(head), weights=head != "transformer")
+    _compare(*_both(head), weights=head not in WITH_IDLE_WEIGHTS)
+
+
+def test_every_head_without_a_loss_of_its_own_is_stacked_by_default() -> None:
+    alone = {"acmil", "clam_mb", "clam_sb", "dsmil", "dtfd"}
+    for name in list_aggregators():
+        assert is_stackable(compose_config([f"head={name}"]), create_aggregator(name, in_dim=DIM, n_classes=2)) == (
+            name not in alone
+        )
 
 
 def test_learning_rates_and_decays_are_each_replicas_own() -> None:
@@ -135,8 +151,8 @@ def test_torchs_own_generator_is_left_alone() -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["head=abmil"],  # dropout by default
-        ["head=clam_sb", "head.dropout=0"],  # a loss of its own
+        ["head=clam_sb"],  # a loss of its own
+        ["head=transformer", "head.norm=batch"],  # statistics of the whole pack
         ["head=mean", "optimizer=sgd"],
         ["head=mean", "ema=0.9"],
         ["head=mean", "loss=focal"],
