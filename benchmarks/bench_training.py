@@ -117,7 +117,7 @@ def _torchmil(options: argparse.Namespace) -> list[tuple[torchmil_peer.Head, int
         return []
     width = f" of width {options.transformer_width}"
     found: list[tuple[torchmil_peer.Head, int, str, int]] = []
-    for batch in (1, 16):
+    for batch in options.batches:
         if "torchmil-abmil" in options.entrants:
             found.append(("abmil", batch, f"torchmil ABMIL, batch {batch}", options.torchmil_epochs))
         if "torchmil-transformer" in options.entrants:
@@ -244,6 +244,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--entrants", nargs="+", choices=everybody, default=usual, help="its transformer takes long")
     parser.add_argument("--difficulties", nargs="+", choices=["easy", "hard"], default=["easy", "hard"])
     parser.add_argument("--cohorts", type=int, nargs="+", default=list(COHORT_SEEDS), help="seeds they are drawn from")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="slides per step of torchmil")
     parser.add_argument("--slides", type=int, default=200, help="60 %% to train, the others to validate")
     parser.add_argument("--instances", type=int, nargs=2, default=[500, 4000], help="fewest and most per slide")
     parser.add_argument("--dim", type=int, default=512)
