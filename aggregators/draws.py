@@ -67,11 +67,7 @@ class BagDraws:
             )
         seeds = [self.next_seed(bag) for bag in range(len(self._seeds))]
         if values.device.type != "cpu":
-            scale = torch.empty(values.shape, dtype=values.dtype, device=values.device)
-            stream = torch.Generator(values.device)
-            for seed, (start, stop) in zip(seeds, pairwise(ends), strict=True):
-                scale[start:stop].bernoulli_(1 - p, generator=stream.manual_seed(seed))
-            return scale.div_(1 - p)
+            return generated_scale(values, p, seeds, ends)
         kept = np.empty(tuple(values.shape), dtype=np.bool_)
         for seed, (start, stop) in zip(seeds, pairwise(ends), strict=True):
             kept[start:stop] = _kept(seed, kept[start:stop].shape, p)
@@ -121,6 +117,15 @@ def keep_scale(values: Tensor, p: float, source: DrawSource) -> Tensor:
         return drawn.bernoulli_(1 - p, generator=source).div_(1 - p)
     seed = int(torch.empty((), dtype=torch.int64).random_(generator=source))
     return _scaled(_kept(seed, tuple(values.shape), p), values, p)
+
+
+def generated_scale(values: Tensor, p: float, seeds: Sequence[int], ends: Sequence[int]) -> Tensor:
+    """As `keep_scale`, from torch's generators, one per bag: what a GPU does."""
+    scale = torch.empty(values.shape, dtype=values.dtype, device=values.device)
+    stream = torch.Generator(values.device)
+    for seed, (start, stop) in zip(seeds, pairwise(ends), strict=True):
+        scale[start:stop].bernoulli_(1 - p, generator=stream.manual_seed(seed))
+    return scale.div_(1 - p)
 
 
 def _kept(seed: int, shape: tuple[int, ...], p: float) -> npt.NDArray[np.bool_]:

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from extract.memory import keep_freed_memory
 from mil.bags import Bags
 from mil.evaluation import MAX_INSTANCES
 from mil.stacked import stacks, train_stacked
@@ -70,6 +71,8 @@ def train_replicas(
         BagError: features that are not finite.
         TrainingDivergedError: a loss that is not finite.
     """
+    if device.type == "cpu":
+        keep_freed_memory()
     ledger = _Ledger(list(replicas), progress or (lambda _: None), unfinished)
     ledger.load(bags, n_outputs)
     groups, alone = [], ledger.missing()

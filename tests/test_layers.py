@@ -245,7 +245,7 @@ ORDER = {
 
 MAY_IMPORT = {"extract": {"extract"}, "aggregators": {"aggregators"}, "mil": {"mil", "extract", "aggregators"}}
 
-TORCH_FREE = ("extract.store", "extract.geometry", "extract.errors")
+TORCH_FREE = ("extract.store", "extract.geometry", "extract.errors", "extract.memory")
 """What mil may import of extract anywhere."""
 
 RUNS_EXTRACTION = {

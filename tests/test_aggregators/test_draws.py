@@ -6,7 +6,7 @@ import torch
 
 from aggregators import BagDraws, BagInputError, create_aggregator
 from aggregators.base import Dropout
-from aggregators.draws import along, bag_generator, keep_scale, one_each
+from aggregators.draws import along, bag_generator, generated_scale, keep_scale, one_each
 from aggregators.segment import Segments
 
 BAGS = Segments((3, 1, 4))
@@ -55,6 +55,23 @@ def test_as_much_is_dropped_as_asked_for(p, source):
     scale = keep_scale(values, p, given)
     assert (scale == 0).double().mean().item() == pytest.approx(p, abs=5 * (p * (1 - p) / values.numel()) ** 0.5)
     assert scale.unique().tolist() == pytest.approx([0.0, 1 / (1 - p)])
+
+
+def test_a_gpu_draws_bag_by_bag_too_stacked_or_not():
+    """Its way of drawing, on the CPU: each bag's mask is its seed's, and the replicas of a stack share it."""
+    values, seeds, ends = torch.zeros(8, 5000), [4, 5, 6], [0, 3, 4, 8]
+    scale = generated_scale(values, 0.25, seeds, ends)
+    alone = generated_scale(values[3:4], 0.25, seeds[1:2], [0, 1])
+    assert torch.equal(scale[3:4], alone)
+    assert (scale == 0).double().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert scale.unique().tolist() == pytest.approx([0.0, 4 / 3])
+
+    def stacked(weight):
+        return weight * generated_scale(values, 0.25, seeds, ends)
+
+    both = torch.func.vmap(stacked, randomness="same")(torch.ones(2))
+    assert torch.equal(both[0], scale)
+    assert torch.equal(both[1], scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
