@@ -153,6 +153,10 @@ class _GridPositions(nn.Module):
         self.wide, self.middle, self.narrow = (
             nn.Conv2d(dim, dim, size, padding=size // 2, groups=dim) for size in _GRID_KERNELS
         )
+        # The three biases are only ever read as a sum, so their gradients are equal. A head that torch 2.15 compiled
+        # hands all three the same memory, into which a second bag would be added three times.
+        for layer in (self.wide, self.middle, self.narrow):
+            layer.bias.register_hook(torch.clone)  # type: ignore[union-attr]
 
     def forward(self, tokens: Tensor, segments: Segments) -> Tensor:
         """Maps tokens [total, dim], one class token and side² others per bag, to [total, dim]."""

@@ -456,7 +456,7 @@ def _moments(matrix: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDA
     for start in range(0, len(matrix), _CHUNK_ROWS):
         chunk = torch.from_numpy(np.array(matrix[start : start + _CHUNK_ROWS])).float()
         # sums over rows as products, which are several times as fast
-        even = torch.full((1, len(chunk)), 1 / len(chunk))
+        even = torch.full((1, len(chunk)), 1 / len(chunk), dtype=chunk.dtype)
         # centred first, so that float32 squares lose nothing to a large mean; what rounding leaves of it is added
         around = even @ chunk  # [1, dim]
         chunk -= around

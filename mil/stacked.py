@@ -336,17 +336,19 @@ def _step(stack: _Stack, members: IntArray, own: np.ndarray, rates: np.ndarray, 
     stack.parameters = {name: value.detach() for name, value in parameters.items()}
     active = torch.from_numpy(own.any(axis=1)).to(stack.device)
     if stack.config.grad_clip is not None:
-        _clip(gradients, stack.config.grad_clip)
+        gradients = _clipped(gradients, stack.config.grad_clip)
     _adamw(stack, gradients, torch.from_numpy(rates).to(stack.device), active)
     return losses.detach()
 
 
-def _clip(gradients: Stacked, most: float) -> None:
-    """Scale every replica's gradients so that their common norm is at most ``most``, as torch does for one model."""
+def _clipped(gradients: Stacked, most: float) -> Stacked:
+    """Every replica's gradients, scaled so that their common norm is at most ``most``, as torch does for one model.
+
+    Not in place: parameters that are only read as a sum share one gradient.
+    """
     norms = torch.stack([value.flatten(1).norm(dim=1) for value in gradients.values()]).norm(dim=0)  # [R]
     scale = (most / (norms + 1e-6)).clamp(max=1.0)
-    for value in gradients.values():
-        value.mul_(_spread(scale, value))
+    return {name: value * _spread(scale, value) for name, value in gradients.items()}
 
 
 def _adamw(stack: _Stack, gradients: Stacked, rates: Tensor, active: Tensor) -> None:
