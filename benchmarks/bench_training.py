@@ -281,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
             print(torchmil_peer.MISSING)
         rows = compare_on_cohorts(options, device)
     print_results(rows)
-    name = "glas_quality.csv" if options.store is not None else f"training_{device.type}.csv"
+    name = f"glas_quality_{options.target}.csv" if options.store is not None else f"training_{device.type}.csv"
     name = "extras.csv" if options.extras else name
     write_results(options.out or Path("benchmarks/results") / name, rows)
     return rows

@@ -320,7 +320,8 @@ def test_quality_on_a_stored_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     cohort = make_cohort(n_patients=20, slides_each=1)
     monkeypatch.setattr(glas_quality, "open_store", lambda path: make_store(cohort))
     defaults = our_recipe.Recipe("defaults", {"batch_bags": 2, "optimizer": {"lr": 1e-2}})
-    for name, value in (("FOLDS", 2), ("EPOCHS", 12), ("DEFAULTS", defaults)):
+    theirs = replace(glas_quality.THEIRS, options={**glas_quality.THEIRS.options, "optimizer": {"lr": 1e-2}})
+    for name, value in (("FOLDS", 2), ("EPOCHS", 12), ("DEFAULTS", defaults), ("THEIRS", theirs)):
         monkeypatch.setattr(glas_quality, name, value)
     monkeypatch.setattr(torchmil_peer, "is_installed", lambda: False)
     lines = [
@@ -335,7 +336,7 @@ def test_quality_on_a_stored_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     arguments = ["--store", str(tmp_path), "--labels", str(tmp_path / "labels.csv"), "--target", "subtype"]
     monkeypatch.setattr(bench_training, "RECIPES", recipes)
     rows = bench_training.main([*arguments, "--seeds", "1", "--out", str(tmp_path / "r.csv")])
-    assert [row.metric.split(":")[0] for row in rows] == ["common recipe", "ours", "defaults"]
+    assert [row.metric.split(":")[0] for row in rows] == ["common recipe", "ours", "defaults", theirs.name]
     assert all(row.median > 0.7 for row in rows)
 
 
