@@ -226,7 +226,11 @@ class Aggregator(nn.Module):
     def aggregate(
         self, instances: Tensor, segments: Segments, coords: Tensor | None, generator: DrawSource
     ) -> BagOutput:
-        """Does the head's own work on checked, cast and normalised instances [total, in_dim]."""
+        """Does the head's own work on checked, cast and normalised instances [total, in_dim].
+
+        The generator is what Dropout takes. Training hands over `BagDraws`, which torch's functions do not take: what
+        they draw for a bag comes from `bag_generator`.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define aggregate")
 
     def auxiliary_loss(self, output: BagOutput, targets: Tensor, offsets: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from operator import index
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from aggregators.errors import BagInputError
 from aggregators.segment import Segments
 
 _LEVELS = 1 << 16
+_MOST = 1 << 63
 
 
 class BagDraws:
@@ -22,7 +24,11 @@ class BagDraws:
     an object serves one forward.
 
     Args:
-        seeds: one per bag, each at least 0 and below 2⁶³.
+        seeds: one per bag, at least 0 and below 2⁶³, drawn at random from these: bags of one seed draw alike, and the
+            second draw of a bag is the first of a bag whose seed is the next number.
+
+    Raises:
+        BagInputError: a seed out of this range.
 
     Example:
         >>> from aggregators import create_aggregator
@@ -34,7 +40,9 @@ class BagDraws:
     """
 
     def __init__(self, seeds: Sequence[int]) -> None:
-        self._seeds = list(seeds)
+        self._seeds = [index(seed) for seed in seeds]
+        if not all(0 <= seed < _MOST for seed in self._seeds):
+            raise BagInputError(f"got seeds {self._seeds} → expected each at least 0 and below 2⁶³ → take others")
         self._drawn = [0] * len(self._seeds)
         self._segments = Segments((1,) * len(self._seeds))
 
@@ -55,8 +63,8 @@ class BagDraws:
     def next_seed(self, bag: int) -> int:
         """The seed of a bag's next draw."""
         self._drawn[bag] += 1
-        # neighbouring seeds are as good as any: both kinds of generator scramble them
-        return self._seeds[bag] + self._drawn[bag]
+        # that these are neighbours does not matter: both kinds of generator scramble them
+        return (self._seeds[bag] + self._drawn[bag]) % _MOST
 
     def keep(self, values: Tensor, p: float) -> Tensor:
         """What to multiply values [rows, ...] by for dropout with probability p: 0, or 1 / (1 - p)."""
@@ -66,7 +74,7 @@ class BagDraws:
                 f"got {values.shape[0]} rows → expected {ends[-1]}, those of the bags → pass along(generator, segments)"
             )
         seeds = [self.next_seed(bag) for bag in range(len(self._seeds))]
-        if values.device.type != "cpu":
+        if values.device.type != "cpu" or torch.compiler.is_compiling():
             return generated_scale(values, p, seeds, ends)
         kept = np.empty(tuple(values.shape), dtype=np.bool_)
         for seed, (start, stop) in zip(seeds, pairwise(ends), strict=True):
@@ -120,7 +128,7 @@ def keep_scale(values: Tensor, p: float, source: DrawSource) -> Tensor:
 
 
 def generated_scale(values: Tensor, p: float, seeds: Sequence[int], ends: Sequence[int]) -> Tensor:
-    """As `keep_scale`, from torch's generators, one per bag: what a GPU does."""
+    """As `keep_scale`, from torch's generators, one per bag: what a GPU and a compiled head do."""
     scale = torch.empty(values.shape, dtype=values.dtype, device=values.device)
     stream = torch.Generator(values.device)
     for seed, (start, stop) in zip(seeds, pairwise(ends), strict=True):

@@ -153,10 +153,6 @@ class _GridPositions(nn.Module):
         self.wide, self.middle, self.narrow = (
             nn.Conv2d(dim, dim, size, padding=size // 2, groups=dim) for size in _GRID_KERNELS
         )
-        # The three biases are only ever read as a sum, so their gradients are equal. A head that torch 2.15 compiled
-        # hands all three the same memory, into which a second bag would be added three times.
-        for layer in (self.wide, self.middle, self.narrow):
-            layer.bias.register_hook(torch.clone)  # type: ignore[union-attr]
 
     def forward(self, tokens: Tensor, segments: Segments) -> Tensor:
         """Maps tokens [total, dim], one class token and side² others per bag, to [total, dim]."""
@@ -175,7 +171,10 @@ class _GridPositions(nn.Module):
         reach = _GRID_KERNELS[0] // 2
         layers = [self.wide, self.middle, self.narrow]
         weights = [functional.pad(layer.weight, [reach - layer.weight.shape[3] // 2] * 4) for layer in layers]
-        weight, bias = torch.stack(weights).sum(0), torch.stack([_bias(layer) for layer in layers]).sum(0)
+        weight, biases = torch.stack(weights).sum(0), torch.stack([_bias(layer) for layer in layers])
+        # A product, as the three gradients of a plain sum are equal: a head that torch 2.15 compiled hands all of them
+        # the same memory, into which a second bag would be added three times.
+        bias = (biases.new_ones(1, len(layers)) @ biases)[0]
         identity = functional.pad(weight.new_ones(1, 1, 1, 1), [reach] * 4)
         return weight + identity, bias
 

@@ -1,5 +1,6 @@
 """Which bags and which of their instances a training step sees; every draw belongs to (seed, epoch)."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -120,13 +121,18 @@ def draw_seeds(members: IntArray, n_bags: int, seed: int, step: int) -> list[int
     """What the head's own draws, such as dropout, start from: a seed for each of some bags.
 
     Args:
-        members: [k], which bags.
+        members: [k], which bags; one that a sampler drew several times has a seed for each.
         n_bags: bags there are.
         seed: of the replica.
-        step: each draws anew. A draw depends on (seed, step, bag) alone.
+        step: each draws anew. A draw depends on (seed, step, bag) alone, and on how often the bag was named before.
     """
-    every = np.random.default_rng((_DRAW_SEEDS, seed, step)).integers(2**62, size=n_bags)
-    found: list[int] = every[members].tolist()
+    seen: Counter[int] = Counter()
+    before = []
+    for bag in members.tolist():
+        before.append(seen[bag])
+        seen[bag] += 1
+    every = np.random.default_rng((_DRAW_SEEDS, seed, step)).integers(2**62, size=(max(seen.values()), n_bags))
+    found: list[int] = every[before, members].tolist()
     return found
 
 

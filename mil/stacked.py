@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional
 
 from aggregators import Aggregator, BagDraws, create_aggregator
-from aggregators.base import Standardize
+from aggregators.base import Dropout, Standardize
 from aggregators.norm import BatchNorm
 from mil.bags import Bags
 from mil.config import TrainConfig
@@ -66,16 +66,22 @@ def is_stackable(config: TrainConfig, head: Aggregator) -> bool:
         for item in fields(config)
         if item.name not in _ANY_VALUE
     )
-    shares_statistics = any(isinstance(module, BatchNorm) for module in head.modules())
     own_loss = type(head).auxiliary_loss is not Aggregator.auxiliary_loss
     return (
         recipe
         and config.task == CLASSIFICATION
         and config.optimizer.name == "adamw"
         and config.scheduler.name in _SCHEDULERS
-        and not shares_statistics
         and not own_loss
+        and not any(map(_depends_on_its_company, head.modules()))
     )
+
+
+def _depends_on_its_company(module: nn.Module) -> bool:
+    """Whether a layer shares statistics between bags or, as torch's and timm's dropout, draws for all in one stream."""
+    chances = (getattr(module, name, None) for name in ("p", "dropout", "drop_prob"))
+    draws = any(isinstance(p, int | float) and p > 0 for p in chances)
+    return isinstance(module, BatchNorm | nn.BatchNorm1d) or (draws and not isinstance(module, Dropout))
 
 
 def stacks(replicas: Sequence[Replica], bags: Bags, n_classes: int, at_once: int) -> tuple[list[list[int]], list[int]]:

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -328,11 +329,16 @@ class _Loop:
 
     def _add_gradients(self, pieces: Sequence[IntArray]) -> Tensor:
         """The gradient of the mean loss over the bags of all pieces, piece by piece; returns [2] as `_step`."""
-        n_bags = sum(len(members) for members in pieces)
-        losses = [self._add_gradient(members, len(members) / n_bags) for members in pieces]
+        step = self.steps[-1]
+        # for the step at once, whose bags the pieces are in order: halving changes no draw
+        seeds = iter(draw_seeds(step.members, len(self.bags), self.replica.seed, step.number))
+        losses = [
+            self._add_gradient(members, len(members) / len(step.members), list(islice(seeds, len(members))))
+            for members in pieces
+        ]
         return sum(losses[1:], losses[0])
 
-    def _add_gradient(self, members: IntArray, share: float) -> Tensor:
+    def _add_gradient(self, members: IntArray, share: float, seeds: list[int]) -> Tensor:
         """Add ``share`` times the gradient of some bags' mean loss; returns ``share`` times the losses, [2]."""
         budget, dropout = self.config.instance_budget, self.config.instance_dropout
         rows = draw_instances(self.bags, members, budget, dropout, self.replica.seed, self.epoch)
@@ -343,7 +349,6 @@ class _Loop:
         instances, offsets = pack.instances.to(self.device), pack.offsets.to(self.device)
         targets = self.task.targets(members).to(self.device)
         coords = None if pack.coords is None else pack.coords.to(self.device)
-        seeds = draw_seeds(members, len(self.bags), self.replica.seed, self.steps[-1].number)
         if self.augmented:
             instances, offsets, targets = self._augment(instances, offsets, targets)
             seeds = seeds_of_pieces(seeds, len(offsets) - 1)

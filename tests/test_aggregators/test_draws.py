@@ -38,10 +38,7 @@ def test_draws_follow_one_another():
 
 def test_masks_of_neighbouring_seeds_are_not_alike():
     width = 40_000
-    masks = [
-        keep_scale(torch.zeros(1, width), 0.5, BagDraws([seed]).along(Segments((1,)))).numpy()[0] > 0
-        for seed in range(20)
-    ]
+    masks = keep_scale(torch.zeros(20, width), 0.5, BagDraws(range(20))).numpy() > 0
     likeness = np.corrcoef(masks) - np.eye(20)
     assert np.abs(likeness).max() < 6 / np.sqrt(width)
 
@@ -117,3 +114,23 @@ def test_seeds_that_do_not_fit_are_refused():
         head(torch.zeros(8, 4), BAGS.offsets(), generator=BagDraws([1, 2]))
     with pytest.raises(BagInputError, match=r"got 7 rows → expected 8.*along"):
         keep_scale(torch.zeros(7, 2), 0.5, _draws(1, 2, 3))
+    for seed in (-1, 2**63):
+        with pytest.raises(BagInputError, match=rf"got seeds \[4, {seed}\] → expected each at least 0 and below 2⁶³"):
+            BagDraws([4, seed])
+
+
+def test_seeds_may_be_numpys():
+    numbers, values = np.array([5, 2**62]), torch.zeros(2, 50)
+    assert torch.equal(keep_scale(values, 0.5, BagDraws(numbers)), keep_scale(values, 0.5, BagDraws([5, 2**62])))
+
+
+def test_a_compiled_head_draws_bag_by_bag_too():
+    torch._dynamo.reset()
+    head = create_aggregator("abmil", in_dim=4, n_classes=2, dropout=0.5)
+    compiled, instances = torch.compile(head, backend="aot_eager"), torch.randn(7, 4)
+    with torch.no_grad():
+        both = compiled(instances, torch.tensor([0, 3, 7]), generator=BagDraws([5, 8])).logits
+        alone = compiled(instances[3:], generator=BagDraws([8])).logits
+        other = compiled(instances[3:], generator=BagDraws([9])).logits
+    torch.testing.assert_close(both[1:], alone)
+    assert not torch.equal(other, alone)

@@ -5,7 +5,7 @@ import pytest
 
 from mil.bags import Bags
 from mil.errors import ConfigError
-from mil.samplers import balanced_order, draw_instances, natural_order, sampled_order, step_packs
+from mil.samplers import balanced_order, draw_instances, draw_seeds, natural_order, sampled_order, step_packs
 
 LABELS = np.array([0] * 30 + [1] * 8 + [2] * 2)
 PATIENTS = [f"p{at // 4}" if at < 24 else f"q{at}" for at in range(40)]
@@ -57,6 +57,16 @@ def test_steps_keep_the_packs_of_all_bags_and_of_these_the_training_bags() -> No
     assert np.array_equal(np.concatenate([pack for step in steps for pack in step]), order[TRAINING[order]])
     assert np.array_equal(steps[1][0], order[18:24][TRAINING[order[18:24]]])
     assert step_packs(order, np.zeros(40, dtype=bool), 6, 3) == [[], [], []]
+
+
+def test_a_seed_of_a_draw_is_the_bags_alone_and_each_time_that_it_was_drawn_it_has_another() -> None:
+    several = draw_seeds(np.array([7, 2, 7, 7]), 40, 0, 1)
+    assert len(set(several)) == 4
+    assert several[:2] == draw_seeds(np.array([7, 2]), 40, 0, 1)
+    assert several[1] == draw_seeds(np.array([2]), 40, 0, 1)[0]
+    assert several[::2] == draw_seeds(np.array([7, 7]), 40, 0, 1)
+    others = draw_seeds(np.array([7, 2]), 40, 1, 1), draw_seeds(np.array([7, 2]), 40, 0, 2)
+    assert len({*several, *others[0], *others[1]}) == 8
 
 
 def test_instances_are_left_out_with_their_probability_and_one_stays() -> None:

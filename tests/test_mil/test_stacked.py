@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from aggregators import create_aggregator, list_aggregators
+from aggregators.base import Dropout
 from mil import unfinished as unfinished_module
 from mil.bags import Bags
 from mil.config import TrainConfig, compose_config
@@ -172,6 +174,24 @@ def test_what_cannot_be_stacked_exactly_is_not(overrides: list[str]) -> None:
     config = compose_config(overrides)
     head = create_aggregator(config.head.name, in_dim=DIM, n_classes=2, **config.head.keywords)
     assert not is_stackable(config, head)
+
+
+@pytest.mark.parametrize(
+    ("layer", "stackable"),
+    [
+        (nn.Dropout(0.1), False),
+        (nn.MultiheadAttention(4, 2, dropout=0.1), False),
+        (nn.BatchNorm1d(4), False),
+        (nn.Dropout(0.0), True),
+        (nn.MultiheadAttention(4, 2), True),
+        (Dropout(0.1), True),
+    ],
+)
+def test_a_head_with_a_layer_of_torchs_that_draws_is_not_stacked(layer: nn.Module, stackable: bool) -> None:
+    """What such a layer draws for a bag depends on the others in its pack."""
+    head = create_aggregator("mean", in_dim=DIM, n_classes=2)
+    head.theirs = layer
+    assert is_stackable(compose_config(["head=mean"]), head) == stackable
 
 
 def test_stacks_are_of_one_seed_and_one_recipe() -> None:

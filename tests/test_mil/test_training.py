@@ -330,13 +330,13 @@ def _narrow(monkeypatch: pytest.MonkeyPatch, most_bags: int, backward: bool = Fa
     return narrow
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(("dropout", "sampler"), [(0.0, "natural"), (0.5, "natural"), (0.5, "class_balanced")])
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_pack_beyond_memory_is_halved_which_is_said_once_and_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch, backward: bool, dropout: float
+    monkeypatch: pytest.MonkeyPatch, backward: bool, dropout: float, sampler: str
 ) -> None:
     keywords = {**SGD.head.keywords, "dropout": dropout}
-    config = replace(SGD, epochs=2, batch_bags=16, head=replace(SGD.head, keywords=keywords))
+    config = replace(SGD, epochs=2, batch_bags=16, sampler=sampler, head=replace(SGD.head, keywords=keywords))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         expected = _weights(config)
