@@ -153,9 +153,10 @@ def measure(subject: Subject, sizes: Sequence[int], options: argparse.Namespace,
 
 def _give_back_free_memory() -> None:
     """What earlier steps freed, so that it does not hide what the next one takes; of glibc alone."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return
 
 
 def _resident_bytes() -> int | None:

@@ -36,7 +36,7 @@ def test_draws_follow_one_another():
     assert torch.equal(per_bag[1], second[3])
 
 
-def test_masks_of_neighbouring_seeds_are_not_alike():
+def test_first_masks_of_neighbouring_seeds_are_not_alike():
     width = 40_000
     masks = keep_scale(torch.zeros(20, width), 0.5, BagDraws(range(20))).numpy() > 0
     likeness = np.corrcoef(masks) - np.eye(20)
