@@ -23,7 +23,7 @@ import argparse
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,9 +33,10 @@ import torch
 from benchmarks import extras_cost, glas_quality, many_replicas, our_recipe, torchmil_peer
 from benchmarks.ceiling_cohort import EASY, HARD, CohortSize, Difficulty, draw_cohort
 from benchmarks.common_recipe import CommonRecipe, write_slides
+from benchmarks.entrants import Entrant, our_entrant, rival_entrant
 from benchmarks.machine import Result, print_results, write_results
 from benchmarks.our_recipe import Recipe
-from benchmarks.quality_curve import Curve, Kind, Task, follow
+from benchmarks.quality_curve import Curve, Kind, Task
 from benchmarks.torchmil_peer import TorchmilPeer
 from mil.evaluation import resolve_device
 
@@ -55,17 +56,6 @@ RECIPES = (
     Recipe("tessera ABMIL of 8 sharp branches, budget 512", {"head": _SHARP, "instance_budget": 512, "batch_bags": 2}),
     Recipe("tessera top-k, budget 512", {"head": _TOP, "instance_budget": 512, "batch_bags": 1}),
 )
-
-Trainer = Callable[[Task, float, int], Curve]
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """One way to train: its name, whether it is ours, and how a curve is made from (task, learning rate, seed)."""
-
-    name: str
-    ours: bool
-    train: Trainer
 
 
 @dataclass(frozen=True)
@@ -101,13 +91,13 @@ def entrants(options: argparse.Namespace, task: Task, folder: Path) -> list[Entr
     found = []
     if "common" in options.entrants:
         paths = write_slides(task, folder)
-        found.append(_rival("common recipe", lambda: CommonRecipe(paths), options.common_epochs))
+        found.append(rival_entrant("common recipe", lambda: CommonRecipe(paths), options.common_epochs))
     for head, batch, name, epochs in _torchmil(options):
         peer = TorchmilPeer(head, batch, options.transformer_width)
         peer.prepare(task)
-        found.append(_rival(name, lambda peer=peer: peer, epochs))
+        found.append(rival_entrant(name, lambda peer=peer: peer, epochs))
     for recipe in RECIPES if "ours" in options.entrants else ():
-        found.append(Entrant(recipe.name, True, _ours(recipe, options.our_epochs)))
+        found.append(our_entrant(recipe, options.our_epochs))
     return found
 
 
@@ -124,14 +114,6 @@ def _torchmil(options: argparse.Namespace) -> list[tuple[torchmil_peer.Head, int
             name = f"torchmil transformer{width}, batch {batch}"
             found.append(("transformer", batch, name, options.transformer_epochs))
     return found
-
-
-def _rival(name: str, create: Callable[[], CommonRecipe | TorchmilPeer], epochs: int) -> Entrant:
-    return Entrant(name, False, lambda task, lr, seed: follow(create(), task, lr, seed, epochs))
-
-
-def _ours(recipe: Recipe, epochs: int) -> Trainer:
-    return lambda task, lr, seed: our_recipe.train(recipe, task, lr, seed, epochs)
 
 
 def make_task(size: CohortSize, difficulty: Difficulty, seed: int, device: torch.device) -> tuple[Task, float]:
@@ -275,7 +257,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
     elif options.extras:
         rows = extras_cost.compare(CohortSize(100, 500, 2000, 512), epochs=5, repeats=5)
     elif options.store is not None:
-        rows = glas_quality.compare(options.store, options.labels, options.target, options.seeds, RECIPES, device)
+        cohort = glas_quality.read_folds(options.store, options.labels, options.target, device)
+        rows = glas_quality.compare(cohort, options.seeds, RECIPES, options.grid)
     else:
         if not torchmil_peer.is_installed():
             print(torchmil_peer.MISSING)

@@ -1,37 +1,44 @@
-"""Quality on a real cohort: the last epoch's AUROC on the test folds, without any choice made on them.
+"""Quality on a real cohort: AUROC on the test folds after the last epoch, with nothing chosen on them.
 
-Each contestant is trained on the training part of every fold for the same number of epochs; the test slides of all
-folds are scored once. Ours are the recipes of the speed comparison, ABMIL with every setting at its default, and ABMIL
-in the settings of torchmil's, which tells the recipe from the library. Whatever the store holds may be given; the
-tables show GlaS.
+Every entrant is trained on the training part of every fold for the same number of epochs: the rivals, the recipes of
+the speed comparison, ABMIL with every setting at its default, and ABMIL in the settings of torchmil's, which tells the
+recipe from the library. Each stands at its own learning rate, and at the one of a common grid whose runs rank the
+*validation* part of the fold best; ours once more with recipe and rate chosen so. Test slides are looked at by no
+choice. A difference to a rival comes with its interval over patients, as seeds alone say nothing of new patients.
+Whatever a store holds may be given; the tables show GlaS.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks import our_recipe, torchmil_peer
+from benchmarks import torchmil_peer
 from benchmarks.common_recipe import LR, CommonRecipe, write_slides
+from benchmarks.entrants import Entrant, our_entrant, rival_entrant
 from benchmarks.machine import Result
 from benchmarks.our_recipe import Recipe
-from benchmarks.quality_curve import Task, follow
+from benchmarks.quality_curve import FloatArray, IntArray, Task
 from benchmarks.torchmil_peer import TorchmilPeer
 from extract.store import open_store
 from mil.bags import choose_entry
+from mil.bootstrap import Spread
 from mil.cohort import join_store, read_cohort
+from mil.metrics import auroc
 from mil.splits import make_splits
 
 FOLDS = 5
-EPOCHS, OUR_LR = 40, 1e-3
-DEFAULTS = Recipe("tessera ABMIL, every setting at its default", {"head": "abmil", "optimizer": {"lr": 5e-4}})
+EPOCHS = 40
+COMMON, TORCHMIL = "common recipe", "torchmil ABMIL"
+DEFAULTS = Recipe("tessera ABMIL, every setting at its default", {"head": "abmil"})
 THEIRS = Recipe(
     "tessera in the settings of torchmil's ABMIL",
     {
         "head": {"name": "abmil", "embed_dim": None, "attention_dim": 128, "gated": False, "dropout": 0.0},
-        "optimizer": {"name": "adam", "lr": LR, "weight_decay": 0.0},
+        "optimizer": {"name": "adam", "weight_decay": 0.0},
         "scheduler": "constant",
         "batch_bags": 1,
         "instance_budget": None,
@@ -40,53 +47,188 @@ THEIRS = Recipe(
         "grad_clip": None,
     },
 )
+OWN_LR = {COMMON: LR, TORCHMIL: LR, THEIRS.name: LR, DEFAULTS.name: 5e-4}
+RECIPE_LR = 1e-3
 
 
-def fold_tasks(store_path: Path, labels: Path, target: str, device: torch.device) -> list[Task]:
-    """One task per fold, whose validation slides are the fold's test part."""
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """One fold.
+
+    Attributes:
+        task: trains on the training part and is asked of all other slides, validation part first.
+        validation: slides whose labels choose.
+        test: slides that are judged.
+    """
+
+    task: Task
+    validation: IntArray
+    test: IntArray
+
+    @property
+    def is_judged(self) -> bool:
+        """A test part of one class has no AUROC."""
+        return len(np.unique(self.task.labels[self.test])) > 1
+
+
+@dataclass(frozen=True, eq=False)
+class Folds:
+    """A cohort cut into folds.
+
+    Attributes:
+        name: of the store.
+        patient_ids: [n].
+        parts: one per fold.
+    """
+
+    name: str
+    patient_ids: Sequence[str]
+    parts: Sequence[Fold]
+
+    @property
+    def labels(self) -> IntArray:
+        """int64 [n]."""
+        return self.parts[0].task.labels
+
+    @property
+    def judged(self) -> list[int]:
+        """The folds that have an AUROC."""
+        return [index for index, fold in enumerate(self.parts) if fold.is_judged]
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """An entrant at one learning rate: probabilities [validation + test, C] of every fold and seed."""
+
+    lr: float
+    said: Sequence[Sequence[FloatArray]]
+
+    def on_validation(self, fold: int, part: Fold) -> tuple[float, float]:
+        """How well a fold's runs do on its validation part, more being better: AUROC, then minus the loss."""
+        labels = part.task.labels[part.validation]
+        aurocs, losses = [], []
+        for said in self.said[fold]:
+            seen = said[: len(labels)]
+            aurocs.append(np.nan_to_num(auroc(labels, seen)[0], nan=0.0))
+            losses.append(-np.log(np.maximum(seen[np.arange(len(labels)), labels], 1e-12)).mean())
+        return float(np.mean(aurocs)), -float(np.mean(losses))
+
+    def on_test(self, fold: int, part: Fold) -> list[FloatArray]:
+        """Probabilities of the test part, one per seed."""
+        return [said[len(part.validation) :] for said in self.said[fold]]
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Test probabilities of some way to train: one array per seed for every judged fold."""
+
+    name: str
+    folds: Folds
+    said: Mapping[int, Sequence[FloatArray]]
+
+    def scores(self, weights: FloatArray | None = None) -> FloatArray:
+        """Mean AUROC of the folds in which it is defined, [seeds, B], under weights [B, n]."""
+        found = []
+        for index, per_seed in self.said.items():
+            test, labels = self.folds.parts[index].test, self.folds.labels
+            drawn = None if weights is None else weights[:, test]
+            found.append([auroc(labels[test], said, drawn) for said in per_seed])
+        known = np.isfinite(found)
+        counts = known.sum(axis=0)
+        means: FloatArray = np.where(counts > 0, np.where(known, found, 0).sum(axis=0) / np.maximum(counts, 1), np.nan)
+        return means
+
+
+def read_folds(store_path: Path, labels: Path, target: str, device: torch.device) -> Folds:
+    """The slides of a store that a label file names, cut into folds by patient."""
     store = open_store(store_path)
     entry = choose_entry(store)
     cohort = join_store(read_cohort(labels, target), store.slide_ids(entry))
     bags = [np.array(store[slide_id].features(entry)) for slide_id in cohort.slide_ids]
     splits = make_splits(cohort, FOLDS, 0, [0])
-    tasks = []
+    found = []
     for fold in range(FOLDS):
         parts = splits.parts(fold, 0)
-        training, test = (np.flatnonzero(parts == part) for part in ("train", "test"))
-        n_classes = len(cohort.class_names)
-        tasks.append(Task(cohort.slide_ids, bags, cohort.labels, training, test, n_classes, device))
-    return tasks
+        training, validation, test = (np.flatnonzero(parts == part) for part in ("train", "validation", "test"))
+        asked = np.concatenate([validation, test])
+        task = Task(cohort.slide_ids, bags, cohort.labels, training, asked, len(cohort.class_names), device)
+        found.append(Fold(task, validation, test))
+    return Folds(store_path.stem, cohort.patient_ids, found)
 
 
-def compare(
-    store: Path, labels: Path, target: str, seeds: int, recipes: Sequence[Recipe], device: torch.device
-) -> list[Result]:
-    """AUROC over the test folds, averaged, per seed: the common recipe, torchmil's ABMIL, and our recipes."""
-    tasks = fold_tasks(store, labels, target, device)
-    subject = f"{store.stem}, {len(tasks[0].bags)} slides, {FOLDS} folds"
+def compare(folds: Folds, seeds: int, recipes: Sequence[Recipe], grid: Sequence[float]) -> list[Result]:
+    """AUROC over the test folds, averaged, per seed, of everybody; then our differences to both rivals."""
+    own, chosen, candidates = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        paths = write_slides(tasks[0], Path(folder))
-        common = CommonRecipe(paths)
-        rows = [_row(subject, "common recipe", tasks, seeds, lambda task, seed: _follow(common, task, seed))]
-    if torchmil_peer.is_installed():
-        peer = TorchmilPeer("abmil", 1)
-        peer.prepare(tasks[0])
-        rows.append(_row(subject, "torchmil ABMIL", tasks, seeds, lambda task, seed: _follow(peer, task, seed)))
-    for recipe in (*recipes, DEFAULTS, THEIRS):
-
-        def final(task: Task, seed: int, recipe: Recipe = recipe) -> float:
-            return our_recipe.train(recipe, task, OUR_LR, seed, EPOCHS).final
-
-        rows.append(_row(subject, recipe.name, tasks, seeds, final))
+        for entrant in _entrants(folds.parts[0].task, Path(folder), recipes):
+            own_lr = OWN_LR.get(entrant.name, RECIPE_LR)
+            trained = [_train(entrant, folds, lr, seeds) for lr in sorted({own_lr, *grid})]
+            own.append(_judge(f"{entrant.name}, lr {own_lr:g}", folds, [t for t in trained if t.lr == own_lr]))
+            in_grid = [each for each in trained if each.lr in grid]
+            chosen.append(_judge(f"{entrant.name}, rate chosen", folds, in_grid))
+            candidates += in_grid if entrant.ours else []
+            print(f"{own[-1].name}: {np.median(own[-1].scores()):.4f}", flush=True)
+    chosen.append(_judge("tessera, recipe and rate chosen", folds, candidates))
+    rows = [_row(way) for way in (*own, *chosen)]
+    for ways in (own, chosen):
+        rivals, ours = _sides(ways)
+        rows += [_difference(way, rival) for rival in rivals for way in ours]
     return rows
 
 
-def _follow(contestant: CommonRecipe | TorchmilPeer, task: Task, seed: int) -> float:
-    return follow(contestant, task, LR, seed, EPOCHS).final
+def _entrants(task: Task, folder: Path, recipes: Sequence[Recipe]) -> Iterable[Entrant]:
+    paths = write_slides(task, folder)
+    yield rival_entrant(COMMON, lambda: CommonRecipe(paths), EPOCHS)
+    if torchmil_peer.is_installed():
+        peer = TorchmilPeer("abmil", 1)
+        peer.prepare(task)
+        yield rival_entrant(TORCHMIL, lambda: peer, EPOCHS)
+    for recipe in (*recipes, DEFAULTS, THEIRS):
+        yield our_entrant(recipe, EPOCHS)
 
 
-def _row(subject: str, name: str, tasks: Sequence[Task], seeds: int, final: Callable[[Task, int], float]) -> Result:
-    """A fold whose test part holds one class has no AUROC."""
-    judged = [task for task in tasks if len(np.unique(task.labels[task.validation])) > 1]
-    scores = [float(np.mean([final(task, seed) for task in judged])) for seed in range(seeds)]
-    return Result.of(subject, f"{name}: mean test AUROC of {len(judged)} folds, last epoch", "", scores)
+def _train(entrant: Entrant, folds: Folds, lr: float, seeds: int) -> Trained:
+    """All folds and seeds at one learning rate; a run that diverged says the same of all slides."""
+    curves = [[entrant.train(fold.task, lr, seed) for seed in range(seeds)] for fold in folds.parts]
+    return Trained(lr, [[np.nan_to_num(curve.last) for curve in per_seed] for per_seed in curves])
+
+
+def _judge(name: str, folds: Folds, candidates: Sequence[Trained]) -> Judged:
+    """Every judged fold takes the candidate that does best on its validation part."""
+    said = {}
+    for index in folds.judged:
+        fold = folds.parts[index]
+        best = max(candidates, key=lambda each: each.on_validation(index, fold))
+        said[index] = best.on_test(index, fold)
+    return Judged(name, folds, said)
+
+
+def _sides(ways: Sequence[Judged]) -> tuple[list[Judged], list[Judged]]:
+    """Rivals, and ours."""
+    rivals = [way for way in ways if way.name.startswith((COMMON, TORCHMIL))]
+    return rivals, [way for way in ways if way not in rivals]
+
+
+def _row(way: Judged) -> Result:
+    folds, scores = way.folds, way.scores()[:, 0]
+    metric = f"{way.name}: mean test AUROC of {len(folds.judged)} folds, last epoch"
+    return Result.of(_subject(folds), metric, "", scores.tolist())
+
+
+def _difference(way: Judged, rival: Judged) -> Result:
+    """Ours minus theirs, the mean over seeds, with the percentile interval of 95 % over patients."""
+    folds = way.folds
+
+    def statistic(weights: FloatArray | None) -> dict[str, FloatArray]:
+        return {"auroc": (way.scores(weights) - rival.scores(weights)).mean(axis=0)}
+
+    spread = Spread.of(statistic, folds.patient_ids)
+    entry = spread.entry("auroc")
+    low, high = (np.nan if entry[end] is None else float(entry[end]) for end in ("low", "high"))
+    metric = f"{way.name} minus {rival.name}: mean test AUROC, 95 % over patients"
+    patients = len(set(folds.patient_ids))
+    return Result(_subject(folds), metric, "", float(spread.value["auroc"]), low, high, patients)
+
+
+def _subject(folds: Folds) -> str:
+    return f"{folds.name}, {len(folds.labels)} slides, {len(folds.parts)} folds"

@@ -18,6 +18,7 @@ from torch import Tensor
 from mil.losses import probabilities
 from mil.metrics import auroc
 
+FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 Kind = Literal["wall", "cpu"]
 
@@ -93,11 +94,13 @@ class Curve:
         wall: seconds.
         cpu: seconds of all threads.
         aurocs: on the validation slides.
+        last: what was said of them after the last epoch, probabilities [validation, C].
     """
 
     wall: tuple[float, ...]
     cpu: tuple[float, ...]
     aurocs: tuple[float, ...]
+    last: FloatArray
 
     @property
     def final(self) -> float:
@@ -126,18 +129,21 @@ class CurveWriter:
         self.clock = Clock(task.device)
         self._task = task
         self._points: list[tuple[float, float, float]] = []
+        self._last = np.empty((0, task.n_classes))
         self.clock.start()
 
     def epoch_done(self, logits: Callable[[], Tensor]) -> None:
         """Note the time, then take the AUROC of what ``logits`` gives, [validation, C]."""
         self.clock.stop()
-        self._points.append((self.clock.wall, self.clock.cpu, self._task.score(logits())))
+        found = logits()
+        self._points.append((self.clock.wall, self.clock.cpu, self._task.score(found)))
+        self._last = probabilities(found).numpy()
         self.clock.start()
 
     def curve(self) -> Curve:
         """What was written so far."""
         wall, cpu, aurocs = zip(*self._points, strict=True)
-        return Curve(wall, cpu, aurocs)
+        return Curve(wall, cpu, aurocs, self._last)
 
 
 class Contestant(Protocol):

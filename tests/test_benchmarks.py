@@ -31,8 +31,10 @@ from benchmarks import (
     torchmil_peer,
 )
 from benchmarks.ceiling_cohort import CohortSize, Difficulty, draw_cohort
+from benchmarks.entrants import Entrant
+from benchmarks.glas_quality import Fold, Trained
 from benchmarks.published_protocol import best_cut, best_test_epoch
-from benchmarks.quality_curve import Curve
+from benchmarks.quality_curve import Curve, Task
 from extract.store import TileRecipe, TissueRecipe
 from mil.bags import Bags
 from mil.evaluation import bag_logits
@@ -240,12 +242,12 @@ def test_the_ceiling_is_the_exact_posterior() -> None:
 
 
 def test_time_to_quality_counts_from_the_first_epoch_that_arrives() -> None:
-    curve = Curve(wall=(1.0, 2.0, 4.0), cpu=(2.0, 4.0, 8.0), aurocs=(0.5, 0.8, 0.7))
+    curve = Curve(wall=(1.0, 2.0, 4.0), cpu=(2.0, 4.0, 8.0), aurocs=(0.5, 0.8, 0.7), last=np.empty((0, 2)))
     assert curve.seconds_to(0.75, "wall") == 2
     assert curve.seconds_to(0.81, "cpu") == math.inf
     assert curve.seconds_per_epoch("wall") == 1.5
-    slow = Curve((3.0,), (3.0,), (0.9,))
-    never = bench_training.Setting(bench_training.Entrant("a", False, lambda *_: curve), 1e-3, [curve, slow])
+    slow = Curve((3.0,), (3.0,), (0.9,), np.empty((0, 2)))
+    never = bench_training.Setting(Entrant("a", False, lambda *_: curve), 1e-3, [curve, slow])
     assert never.seconds_to(0.9, "wall") == [math.inf, 3]
     assert never.censored_to(0.9, "wall") == [4, 3]
     assert bench_training.soonest({1e-4: slow, 1e-3: curve}) == 1e-4
@@ -316,28 +318,55 @@ def test_a_step_beyond_the_limit_is_left_out(tmp_path: Path) -> None:
 
 
 def test_quality_on_a_stored_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learnable classes: every contestant ranks the test folds, and each slide is tested once."""
+    """Learnable classes: every entrant ranks the test folds; each slide is tested once and chooses nothing there."""
     cohort = make_cohort(n_patients=20, slides_each=1)
     monkeypatch.setattr(glas_quality, "open_store", lambda path: make_store(cohort))
-    defaults = our_recipe.Recipe("defaults", {"batch_bags": 2, "optimizer": {"lr": 1e-2}})
-    theirs = replace(glas_quality.THEIRS, options={**glas_quality.THEIRS.options, "optimizer": {"lr": 1e-2}})
-    for name, value in (("FOLDS", 2), ("EPOCHS", 12), ("DEFAULTS", defaults), ("THEIRS", theirs)):
+    for name, value in (("FOLDS", 2), ("EPOCHS", 12), ("OWN_LR", {}), ("RECIPE_LR", 1e-2)):
         monkeypatch.setattr(glas_quality, name, value)
+    monkeypatch.setattr(glas_quality, "DEFAULTS", our_recipe.Recipe("defaults", {"batch_bags": 2}))
     monkeypatch.setattr(torchmil_peer, "is_installed", lambda: False)
     lines = [
         f"{slide},{patient},{cohort.class_names[label]}"
         for slide, patient, label in zip(cohort.slide_ids, cohort.patient_ids, cohort.labels, strict=True)
     ]
     (tmp_path / "labels.csv").write_text("\n".join(["slide_id,patient_id,subtype", *lines]) + "\n")
-    tasks = glas_quality.fold_tasks(tmp_path, tmp_path / "labels.csv", "subtype", torch.device("cpu"))
-    assert sorted(np.concatenate([task.validation for task in tasks]).tolist()) == list(range(20))
-    assert not any(set(task.validation) & set(task.training) for task in tasks)
-    recipes = [our_recipe.Recipe("ours", {"batch_bags": 1, "optimizer": {"lr": 1e-2}})]
+    folds = glas_quality.read_folds(tmp_path, tmp_path / "labels.csv", "subtype", torch.device("cpu"))
+    assert sorted(np.concatenate([fold.test for fold in folds.parts]).tolist()) == list(range(20))
+    for fold in folds.parts:
+        assert sorted([*fold.task.training, *fold.validation, *fold.test]) == list(range(20))
+        assert fold.task.validation.tolist() == [*fold.validation, *fold.test]
+    recipes = [our_recipe.Recipe("ours", {"batch_bags": 1})]
     arguments = ["--store", str(tmp_path), "--labels", str(tmp_path / "labels.csv"), "--target", "subtype"]
     monkeypatch.setattr(bench_training, "RECIPES", recipes)
-    rows = bench_training.main([*arguments, "--seeds", "1", "--out", str(tmp_path / "r.csv")])
-    assert [row.metric.split(":")[0] for row in rows] == ["common recipe", "ours", "defaults", theirs.name]
-    assert all(row.median > 0.7 for row in rows)
+    rows = bench_training.main([*arguments, "--seeds", "1", "--grid", "1e-7", "1e-2", "--out", str(tmp_path / "r.csv")])
+    scores = {row.metric.split(":")[0]: row for row in rows if " minus " not in row.metric}
+    names = ["common recipe", "ours", "defaults", glas_quality.THEIRS.name]
+    rates = [f"{name}, {rate}" for rate in ("lr 0.01", "rate chosen") for name in names]
+    assert list(scores) == [*rates, "tessera, recipe and rate chosen"]
+    assert all(row.median > 0.7 for row in scores.values())
+    differences = [row for row in rows if " minus " in row.metric]
+    assert len(differences) == 3 + 4
+    for row in differences:
+        ours, theirs = row.metric.split(":")[0].split(" minus ")
+        assert row.median == pytest.approx(scores[ours].median - scores[theirs].median, abs=1e-12)
+        assert row.low <= row.median <= row.high
+
+
+def test_what_is_chosen_depends_on_validation_slides_alone() -> None:
+    """Of two candidates the one that ranks the validation part is taken, though the other ranks the test part."""
+    labels = np.array([0, 1, 0, 1, 0, 1])
+    slides = np.arange(6)
+    task = Task([str(slide) for slide in slides], [], labels, slides[:2], slides[2:], 2, torch.device("cpu"))
+    folds = glas_quality.Folds("store", [str(slide) for slide in slides], [Fold(task, slides[2:4], slides[4:])])
+    right, wrong = np.array([[0.9, 0.1], [0.1, 0.9]]), np.array([[0.1, 0.9], [0.9, 0.1]])
+    candidates = [Trained(lr, [[np.concatenate(said)]]) for lr, said in ((1.0, (right, wrong)), (2.0, (wrong, right)))]
+    judged = glas_quality._judge("a", folds, candidates)
+    assert judged.scores().tolist() == [[0.0]]
+    assert judged.scores(np.array([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 2, 1]])).tolist() == [
+        pytest.approx([np.nan, 0], nan_ok=True)
+    ]
+    close = Trained(3.0, [[np.concatenate([0.5 + 0.1 * (right - 0.5), right])]])
+    assert glas_quality._judge("a", folds, [close, candidates[0]]).scores().tolist() == [[0.0]], "the loss breaks ties"
 
 
 def test_statistics_are_those_of_scikit_learn_and_are_timed(tmp_path: Path) -> None:
