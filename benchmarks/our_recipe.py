@@ -1,8 +1,9 @@
 """Our side of the comparison: `mil.training` itself, followed epoch by epoch.
 
-A replica is trained by `train_replica`, as `mil train` does it. One validation slide per class stands in for its own
-validation part, so that what it looks at after every epoch takes little; that little, the pass that finds mean and
-deviation of each feature, and all bookkeeping count as training time. The AUROC is taken with the clock standing still.
+A replica is trained by `train_replica`, as `mil train` does it. One training slide per class stands in for its own
+validation part, so that what it looks at after every epoch takes little and tells it nothing; that little, the pass
+that finds mean and deviation of each feature, and all bookkeeping count as training time. The AUROC is taken with the
+clock standing still.
 """
 
 from collections.abc import Mapping
@@ -82,8 +83,9 @@ class _Follower:
 
 
 def learned_slides(task: Task) -> tuple[IntArray, PartArray]:
-    """The slides that a replica has, and the part of each: the training part, and one validation slide per class."""
-    labels = task.labels[task.validation]
+    """The slides that a replica has, and the part of each: the training part, whose first slide of every class stands
+    in for a validation part too, so that no other label is handed over."""
+    labels = task.labels[task.training]
     firsts = [np.flatnonzero(labels == label)[0] for label in np.unique(labels)]
-    slides = np.concatenate([task.training, task.validation[firsts]])
+    slides = np.concatenate([task.training, task.training[firsts]])
     return slides, np.repeat(["train", "validation"], [len(task.training), len(firsts)])

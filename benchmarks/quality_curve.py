@@ -86,7 +86,7 @@ class Clock:
             torch.cuda.synchronize(self._device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Curve:
     """One training: at the end of every epoch the time spent so far and the AUROC.
 

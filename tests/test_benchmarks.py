@@ -3,6 +3,7 @@
 import csv
 import math
 from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,11 +33,12 @@ from benchmarks import (
 )
 from benchmarks.ceiling_cohort import CohortSize, Difficulty, draw_cohort
 from benchmarks.entrants import Entrant
-from benchmarks.glas_quality import Fold, Trained
+from benchmarks.glas_quality import Trained
 from benchmarks.published_protocol import best_cut, best_test_epoch
-from benchmarks.quality_curve import Curve, Task
+from benchmarks.quality_curve import Curve, CurveWriter, Task
 from extract.store import TileRecipe, TissueRecipe
 from mil.bags import Bags
+from mil.errors import TrainingDivergedError
 from mil.evaluation import bag_logits
 from mil.losses import probabilities
 from mil.metrics import auroc
@@ -338,35 +340,111 @@ def test_quality_on_a_stored_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     recipes = [our_recipe.Recipe("ours", {"batch_bags": 1})]
     arguments = ["--store", str(tmp_path), "--labels", str(tmp_path / "labels.csv"), "--target", "subtype"]
     monkeypatch.setattr(bench_training, "RECIPES", recipes)
-    rows = bench_training.main([*arguments, "--seeds", "1", "--grid", "1e-7", "1e-2", "--out", str(tmp_path / "r.csv")])
-    scores = {row.metric.split(":")[0]: row for row in rows if " minus " not in row.metric}
+    grid = ["--grid", "1e-7", "1e-2"]
+    rows = bench_training.main([*arguments, "--seeds", "2", *grid, "--out", str(tmp_path / "r.csv")])
+    scores = {row.metric.split(":")[0]: row for row in rows if "mean test AUROC of" in row.metric}
     names = ["common recipe", "ours", "defaults", glas_quality.THEIRS.name]
     rates = [f"{name}, {rate}" for rate in ("lr 0.01", "rate chosen") for name in names]
-    assert list(scores) == [*rates, "tessera, recipe and rate chosen"]
+    pools = ["rivals, recipe and rate chosen", "tessera, recipe and rate chosen"]
+    assert list(scores) == [*rates, *pools]
     assert all(row.median > 0.7 for row in scores.values())
+    taken = [row for row in rows if " takes " in row.metric]
+    assert len(taken) == 2 * (len(names) + len(pools))
+    assert {row.median for row in taken} == {1e-2}
+    assert all("common recipe" in row.metric for row in taken if row.metric.startswith("rivals"))
+    assert not any("common recipe" in row.metric for row in taken if row.metric.startswith("tessera"))
     differences = [row for row in rows if " minus " in row.metric]
-    assert len(differences) == 3 + 4
+    assert len(differences) == 3 + 4 * 2
     for row in differences:
         ours, theirs = row.metric.split(":")[0].split(" minus ")
         assert row.median == pytest.approx(scores[ours].median - scores[theirs].median, abs=1e-12)
         assert row.low <= row.median <= row.high
 
 
-def test_what_is_chosen_depends_on_validation_slides_alone() -> None:
-    """Of two candidates the one that ranks the validation part is taken, though the other ranks the test part."""
-    labels = np.array([0, 1, 0, 1, 0, 1])
-    slides = np.arange(6)
+def _four_slides_twice() -> glas_quality.Folds:
+    """Two folds of the same eight slides: two to train, two to validate, four to test, two patients of two slides."""
+    labels, slides = np.arange(8) % 2, np.arange(8)
     task = Task([str(slide) for slide in slides], [], labels, slides[:2], slides[2:], 2, torch.device("cpu"))
-    folds = glas_quality.Folds("store", [str(slide) for slide in slides], [Fold(task, slides[2:4], slides[4:])])
-    right, wrong = np.array([[0.9, 0.1], [0.1, 0.9]]), np.array([[0.1, 0.9], [0.9, 0.1]])
-    candidates = [Trained(lr, [[np.concatenate(said)]]) for lr, said in ((1.0, (right, wrong)), (2.0, (wrong, right)))]
-    judged = glas_quality._judge("a", folds, candidates)
+    part = glas_quality.Fold(task, slides[2:4], slides[4:])
+    return glas_quality.Folds("store", ["a", "a", "b", "b", "c", "c", "d", "d"], [part, part])
+
+
+def _candidate(lr: float, validation: Sequence[bool], test: Sequence[bool], sure: float = 0.9) -> Trained:
+    """Per fold: whether the validation and the test part are ranked rightly."""
+    right = np.array([[0.5 + sure / 2, 0.5 - sure / 2], [0.5 - sure / 2, 0.5 + sure / 2]])
+    said = {}
+    for fold, (seen, unseen) in enumerate(zip(validation, test, strict=True)):
+        asked = [right if seen else 1 - right, *[right if unseen else 1 - right] * 2]
+        said[fold] = [np.concatenate(asked)]
+    return Trained(f"rate {lr:g}", True, lr, said)
+
+
+def test_every_fold_takes_what_ranks_its_own_validation_part() -> None:
+    """Whatever does better on the test part; the loss decides between equal ranks, and never against a better one."""
+    folds = _four_slides_twice()
+    good, bad = _candidate(1.0, (True, True), (False, False)), _candidate(2.0, (False, False), (True, True))
+    judged = glas_quality.judge("a", folds, [bad, good])
     assert judged.scores().tolist() == [[0.0]]
-    assert judged.scores(np.array([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 2, 1]])).tolist() == [
-        pytest.approx([np.nan, 0], nan_ok=True)
-    ]
-    close = Trained(3.0, [[np.concatenate([0.5 + 0.1 * (right - 0.5), right])]])
-    assert glas_quality._judge("a", folds, [close, candidates[0]]).scores().tolist() == [[0.0]], "the loss breaks ties"
+    assert judged.taken == {0: ("rate 1", 1.0), 1: ("rate 1", 1.0)}
+    mixed = _candidate(3.0, (True, False), (True, True)), _candidate(4.0, (False, True), (False, False))
+    assert [lr for _, lr in glas_quality.judge("a", folds, mixed).taken.values()] == [3.0, 4.0]
+    unsure = _candidate(5.0, (True, True), (True, True), sure=0.1)
+    assert glas_quality.judge("a", folds, [unsure, good]).taken[0][1] == 1.0
+    wrong_but_unsure = _candidate(6.0, (False, False), (True, True), sure=1e-6)
+    assert glas_quality.judge("a", folds, [wrong_but_unsure, unsure]).taken[0][1] == 5.0
+
+
+def test_differences_are_drawn_by_patient_and_averaged_over_seeds_and_folds() -> None:
+    """Of patients c and d, the second is ranked wrongly by ours: replicates are their mixtures, all others are 0."""
+    folds = _four_slides_twice()
+    right, wrong = np.array([[0.9, 0.1], [0.1, 0.9]]), np.array([[0.4, 0.6], [0.6, 0.4]])
+    half, whole = np.concatenate([right, wrong]), np.concatenate([right, right])
+    ours = glas_quality.Judged("o", True, folds, {0: [half, half], 1: [half, half]}, {})
+    rival = glas_quality.Judged("r", False, folds, {0: [whole, whole], 1: [whole, whole]}, {})
+    assert ours.scores().tolist() == [[0.75], [0.75]]
+    weights = np.array([[1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 0, 1, 0]])
+    np.testing.assert_array_equal(ours.scores(weights)[0], [1, 0, np.nan])
+    row = glas_quality.difference(ours, rival)
+    assert (row.median, row.low, row.high, row.n) == (-0.25, -1.0, 0.0, 4)
+    seeds = glas_quality.Judged("s", True, folds, {0: [whole, 1 - whole], 1: [whole, 1 - whole]}, {})
+    assert glas_quality.difference(seeds, rival).median == -0.5
+
+
+def test_a_run_that_diverged_says_the_same_of_all_slides() -> None:
+    task = _four_slides_twice().parts[0].task
+    broken = np.full((6, 2), 0.5)
+    broken[0] = np.nan
+    curve = Curve((1.0,), (1.0,), (math.nan,), broken)
+    partly = Entrant("a", False, lambda task, lr, seed: curve)
+
+    def diverge(task: Task, lr: float, seed: int) -> Curve:
+        raise TrainingDivergedError("loss is NaN")
+
+    for entrant in (partly, Entrant("b", True, diverge)):
+        np.testing.assert_array_equal(glas_quality._last(entrant, task, 1.0, 0), np.full((6, 2), 0.5))
+
+
+def test_a_curve_keeps_what_was_said_last() -> None:
+    labels = np.array([0, 1])
+    task = Task(["a", "b"], [], labels, np.arange(2), np.arange(2), 2, torch.device("cpu"))
+    writer = CurveWriter(task)
+    for logits in (torch.zeros(2, 2), torch.tensor([[9.0, 0.0], [0.0, 0.0]])):
+        writer.epoch_done(lambda logits=logits: logits)
+    np.testing.assert_allclose(writer.curve().last[:, 1], [1 / (1 + np.exp(9.0)), 0.5])
+
+
+def test_no_label_outside_the_training_part_reaches_our_training() -> None:
+    rng = np.random.default_rng(0)
+    bags = [rng.normal(size=(5, 4)).astype(np.float16) for _ in range(12)]
+    recipe = our_recipe.Recipe("ours", {"head": {"name": "abmil", "embed_dim": 4}, "batch_bags": 2})
+
+    def last(labels: np.ndarray) -> np.ndarray:
+        slides = np.arange(12)
+        task = Task([str(slide) for slide in slides], bags, labels, slides[:6], slides[6:], 3, torch.device("cpu"))
+        return our_recipe.train(recipe, task, 1e-2, 0, 3).last
+
+    labels = np.arange(12) % 3
+    np.testing.assert_array_equal(last(labels), last(np.where(np.arange(12) < 6, labels, 0)))
 
 
 def test_statistics_are_those_of_scikit_learn_and_are_timed(tmp_path: Path) -> None:
