@@ -394,6 +394,34 @@ def test_every_fold_takes_what_ranks_its_own_validation_part() -> None:
     assert glas_quality.judge("a", folds, [wrong_but_unsure, unsure]).taken[0][1] == 5.0
 
 
+def test_a_rate_outside_the_grid_is_shown_and_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best of a pool may be any of its entrants, and a fold whose test part holds one class is not trained."""
+    folds = _four_slides_twice()
+    one_class = replace(folds.parts[0], test=np.array([4, 6]))
+    right = np.array([[0.9, 0.1], [0.1, 0.9]] * 3)
+
+    def entrant(name: str, ours: bool, best: float) -> Entrant:
+        def train(task: Task, lr: float, seed: int) -> Curve:
+            return Curve((1.0,), (1.0,), (1.0,), right if lr == best else 1 - right)
+
+        return Entrant(name, ours, train)
+
+    everybody = [entrant("r", False, 1.0), entrant("a", True, 5.0), entrant("b", True, 2.0), entrant("c", True, 7.0)]
+    monkeypatch.setattr(glas_quality, "_entrants", lambda *_: everybody)
+    monkeypatch.setattr(glas_quality, "OWN_LR", {"a": 5.0, "r": 1.0})
+    monkeypatch.setattr(glas_quality, "RECIPE_LR", 2.0)
+    three = replace(folds, parts=[*folds.parts, one_class])
+    rows = {
+        row.metric.removesuffix(" of 2 folds, last epoch"): row for row in glas_quality.compare(three, 1, [], [1, 2])
+    }
+    single = {name: rows[f"{name}: mean test AUROC"].median for name in ("r, lr 1", "a, lr 5", "b, lr 2", "c, lr 2")}
+    assert single == {"r, lr 1": 1, "a, lr 5": 1, "b, lr 2": 1, "c, lr 2": 0}
+    assert rows["a, rate chosen: mean test AUROC"].median == 0
+    assert rows["tessera, recipe and rate chosen: mean test AUROC"].median == 1
+    assert rows["tessera, recipe and rate chosen: fold 1 takes b at learning rate"].median == 2
+    assert not any("fold 2" in metric for metric in rows)
+
+
 def test_differences_are_drawn_by_patient_and_averaged_over_seeds_and_folds() -> None:
     """Of patients c and d, the second is ranked wrongly by ours: replicates are their mixtures, all others are 0."""
     folds = _four_slides_twice()
