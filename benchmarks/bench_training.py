@@ -258,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Result]:
         rows = extras_cost.compare(CohortSize(100, 500, 2000, 512), epochs=5, repeats=5)
     elif options.store is not None:
         cohort = glas_quality.read_folds(options.store, options.labels, options.target, device)
-        rows = glas_quality.compare(cohort, options.seeds, RECIPES, options.grid)
+        rows = glas_quality.compare(cohort, options.seeds, RECIPES, options.grid, options.entrants)
     else:
         if not torchmil_peer.is_installed():
             print(torchmil_peer.MISSING)

@@ -39,6 +39,7 @@ from mil.splits import make_splits
 FOLDS = 5
 EPOCHS = 40
 COMMON, TORCHMIL = "common recipe", "torchmil ABMIL"
+RIVALS = ("common", "torchmil-abmil")
 DEFAULTS = Recipe("tessera ABMIL, every setting at its default", {"head": "abmil"})
 THEIRS = Recipe(
     "tessera in the settings of torchmil's ABMIL",
@@ -181,11 +182,13 @@ def read_folds(store_path: Path, labels: Path, target: str, device: torch.device
     return Folds(store_path.stem, cohort.patient_ids, found)
 
 
-def compare(folds: Folds, seeds: int, recipes: Sequence[Recipe], grid: Sequence[float]) -> list[Result]:
+def compare(
+    folds: Folds, seeds: int, recipes: Sequence[Recipe], grid: Sequence[float], rivals: Sequence[str] = RIVALS
+) -> list[Result]:
     """AUROC over the test folds, averaged, per seed, of everybody; the rates taken; our differences to the rivals."""
     single, chosen, candidates = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        for entrant in _entrants(folds.parts[0].task, Path(folder), recipes):
+        for entrant in _entrants(folds.parts[0].task, Path(folder), recipes, rivals):
             own_lr = OWN_LR.get(entrant.name, RECIPE_LR)
             trained = [_train(entrant, folds, lr, seeds) for lr in sorted({own_lr, *grid})]
             in_grid = [each for each in trained if each.lr in grid]
@@ -195,7 +198,8 @@ def compare(folds: Folds, seeds: int, recipes: Sequence[Recipe], grid: Sequence[
             print(f"{single[-1].name}: {np.median(single[-1].scores()):.4f}", flush=True)
     for name, ours in (("rivals", False), ("tessera", True)):
         pool = [each for each in candidates if each.ours == ours]
-        chosen.append(judge(f"{name}, recipe and rate chosen", folds, pool))
+        if len({each.name for each in pool}) > 1:
+            chosen.append(judge(f"{name}, recipe and rate chosen", folds, pool))
     rows = [_row(way) for way in (*single, *chosen)]
     rows += [row for way in chosen for row in _taken(way)]
     for ways in (single, chosen):
@@ -203,10 +207,11 @@ def compare(folds: Folds, seeds: int, recipes: Sequence[Recipe], grid: Sequence[
     return rows
 
 
-def _entrants(task: Task, folder: Path, recipes: Sequence[Recipe]) -> Iterable[Entrant]:
-    paths = write_slides(task, folder)
-    yield rival_entrant(COMMON, lambda: CommonRecipe(paths, fused=True), EPOCHS)
-    if torchmil_peer.is_installed():
+def _entrants(task: Task, folder: Path, recipes: Sequence[Recipe], rivals: Sequence[str]) -> Iterable[Entrant]:
+    if "common" in rivals:
+        paths = write_slides(task, folder)
+        yield rival_entrant(COMMON, lambda: CommonRecipe(paths, fused=True), EPOCHS)
+    if "torchmil-abmil" in rivals and torchmil_peer.is_installed():
         peer = TorchmilPeer("abmil", 1)
         peer.prepare(task)
         yield rival_entrant(TORCHMIL, lambda: peer, EPOCHS)
