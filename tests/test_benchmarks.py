@@ -391,6 +391,9 @@ def test_every_fold_takes_what_ranks_its_own_validation_part() -> None:
     assert glas_quality.judge("a", folds, [unsure, good]).taken[0][1] == 1.0
     wrong_but_unsure = _candidate(6.0, (False, False), (True, True), sure=1e-6)
     assert glas_quality.judge("a", folds, [wrong_but_unsure, unsure]).taken[0][1] == 5.0
+    biased = np.array([[0.99, 0.01], [0.98, 0.02]] * 3)
+    ranks = Trained("biased", True, 7.0, {0: [biased], 1: [biased]})
+    assert glas_quality.judge("a", folds, [wrong_but_unsure, ranks]).taken[0][1] == 7.0
 
 
 def test_a_rate_outside_the_grid_is_shown_and_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -436,6 +439,12 @@ def test_differences_are_drawn_by_patient_and_averaged_over_seeds_and_folds() ->
     np.testing.assert_array_equal(ours.scores(weights)[0], [1, 0, np.nan])
     row = glas_quality.difference(ours, rival)
     assert (row.median, row.low, row.high, row.n) == (-0.25, -1.0, 0.0, 4)
+    other = 1 - np.concatenate([wrong, right])
+    row = glas_quality.difference(ours, replace(rival, said={0: [other, other], 1: [other, other]}))
+    assert (row.median, row.low, row.high) == (0.0, -1.0, 1.0)
+    one_patient = replace(folds, patient_ids=[*"aabb", *"cccc"])
+    row = glas_quality.difference(replace(ours, folds=one_patient), replace(rival, folds=one_patient))
+    assert (row.median, row.low, row.high) == (-0.25, -0.25, -0.25)
     seeds = glas_quality.Judged("s", True, folds, {0: [whole, 1 - whole], 1: [whole, 1 - whole]}, {})
     assert glas_quality.difference(seeds, rival).median == -0.5
 
