@@ -403,8 +403,11 @@ def test_a_rate_outside_the_grid_is_shown_and_never_chosen(monkeypatch: pytest.M
     pair = np.array([[0.9, 0.1], [0.1, 0.9]])
     right = np.concatenate([pair, 1 - pair, 1 - pair])
 
+    seeds: list[int] = []
+
     def entrant(name: str, ours: bool, best: float) -> Entrant:
         def train(task: Task, lr: float, seed: int) -> Curve:
+            seeds.append(seed)
             return Curve((1.0,), (1.0,), (1.0,), right if lr == best else 1 - right)
 
         return Entrant(name, ours, train)
