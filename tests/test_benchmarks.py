@@ -402,7 +402,6 @@ def test_a_rate_outside_the_grid_is_shown_and_never_chosen(monkeypatch: pytest.M
     one_class = replace(folds.parts[0], test=np.array([4, 6]))
     pair = np.array([[0.9, 0.1], [0.1, 0.9]])
     right = np.concatenate([pair, 1 - pair, 1 - pair])
-
     seeds: list[int] = []
 
     def entrant(name: str, ours: bool, best: float) -> Entrant:
@@ -418,9 +417,9 @@ def test_a_rate_outside_the_grid_is_shown_and_never_chosen(monkeypatch: pytest.M
     monkeypatch.setattr(glas_quality, "OWN_LR", {"a": 5.0, "r": 1.0})
     monkeypatch.setattr(glas_quality, "RECIPE_LR", 2.0)
     three = replace(folds, parts=[*folds.parts, one_class])
-    rows = {
-        row.metric.removesuffix(" of 2 folds, last epoch"): row for row in glas_quality.compare(three, 1, [], [1, 2])
-    }
+    found = glas_quality.compare(three, 2, [], [1, 2])
+    assert seeds.count(0) == seeds.count(1) == len(seeds) / 2
+    rows = {row.metric.removesuffix(" of 2 folds, last epoch"): row for row in found}
     single = {name: rows[f"{name}: mean test AUROC"].median for name in ("r, lr 1", "a, lr 5", "b, lr 2", "c, lr 2")}
     assert single == {"r, lr 1": 1, "a, lr 5": 1, "b, lr 2": 1, "c, lr 2": 0}
     assert rows["a, rate chosen: mean test AUROC"].median == 0
