@@ -30,8 +30,8 @@ test-slow: $(STAMP)
 # Takes half an hour: writers killed and raced 1,000 times, stores damaged byte by byte. The counts are printed.
 test-crash: $(STAMP)
 	TESSERA_CRASH_ROUNDS=1000 TESSERA_RACE_ROUNDS=1000 TESSERA_MODEL_RUNS=300 $(BIN)/python -m pytest -rP \
-		tests/test_extract/test_crash.py tests/test_extract/test_races.py tests/test_extract/test_damage.py \
-		tests/test_extract/test_faults.py tests/test_extract/test_store_model.py
+		tests/test_extract/store/test_crash.py tests/test_extract/store/test_races.py tests/test_extract/store/test_damage.py \
+		tests/test_extract/store/test_faults.py tests/test_extract/store/test_store_model.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.machine import Result, print_results, write_results
-from extract.pipeline import run_extraction
+from extract.pipeline.extraction import run_extraction
 from mil.demo import DemoResult, draw_cohort, judge, train_heads
-from mil.statistics import paired_t_interval
+from mil.statistics.classification import paired_t_interval
 
 DATA_SEEDS = (100, 101, 102, 103, 104)
 

@@ -29,14 +29,14 @@ from benchmarks import plain_pipeline
 from benchmarks.bench_first_end import parallel
 from benchmarks.bench_reading import write_aperio
 from benchmarks.machine import Result, print_results, write_results
-from extract.backbones import Backbone, load_backbone
-from extract.engine import CPU_BATCH_SIZE, RUN_TILES, available_cores
-from extract.image import open_slide
+from extract.backbones.backbone import Backbone, load_backbone
 from extract.memory import keep_freed_memory
-from extract.pipeline import run_extraction
-from extract.slide import Slide
+from extract.pipeline.extraction import run_extraction
+from extract.pipeline.stream import CPU_BATCH_SIZE, RUN_TILES, available_cores
+from extract.slides.image import open_slide
+from extract.slides.slide import Slide
 from extract.store import FeatureRecipe, TileRecipe, TissueRecipe, TransformRecipe
-from extract.tiles import cut_slide, plan_slide
+from extract.tiling.tiles import cut_slide, plan_slide
 
 PLAIN_BATCHES = (1, 4, 8, 16, 32, 64)
 

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 
 from benchmarks.machine import Result, print_results, write_results
-from extract.backbones import Backbone, load_backbone
-from extract.engine import CPU_BATCH_SIZE, GPU_BATCH_SIZE, available_cores
+from extract.backbones.backbone import Backbone, load_backbone
 from extract.memory import keep_freed_memory
-from extract.pipeline import run_extraction
-from extract.slide import Slide
-from extract.sources import SlideSource, find_slides
+from extract.pipeline.extraction import run_extraction
+from extract.pipeline.stream import CPU_BATCH_SIZE, GPU_BATCH_SIZE, available_cores
+from extract.slides.slide import Slide
+from extract.slides.sources import SlideSource, find_slides
 from extract.store import TileRecipe, TissueRecipe, open_store
-from extract.synthetic import make_large_slide
-from extract.tiles import cut_slide, plan_slide
+from extract.synthetic.cohort import make_large_slide
+from extract.tiling.tiles import cut_slide, plan_slide
 
 
 def parallel(work: Callable[[int], None], count: int) -> tuple[float, float]:

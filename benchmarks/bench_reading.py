@@ -25,10 +25,10 @@ import simplejpeg
 import tifffile
 
 from benchmarks.machine import Result, print_results, write_results
-from extract.direct import TileGrid, find_grids
 from extract.memory import keep_freed_memory
-from extract.slide import Slide
-from extract.synthetic import make_large_slide
+from extract.slides.direct import TileGrid, find_grids
+from extract.slides.slide import Slide
+from extract.synthetic.cohort import make_large_slide
 
 TILE_PX = 256
 OFFSET_PX = 100

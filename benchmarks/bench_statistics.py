@@ -22,14 +22,14 @@ from sklearn import metrics as reference
 
 from benchmarks.drawn_run import draw_predictions, write_drawn_run
 from benchmarks.machine import Result, print_results, write_results
-from mil import metrics
-from mil.abstention import evaluate_abstention
-from mil.bootstrap import patient_bootstrap
-from mil.calibration import evaluate_calibration
-from mil.report import write_report
-from mil.run import ReplicaPredictions
-from mil.statistics import evaluate
-from mil.thresholds import operate_one_vs_rest
+from mil.evaluation.operating_points import operate_one_vs_rest
+from mil.reports.report import write_report
+from mil.runs.run import ReplicaPredictions
+from mil.statistics import metrics
+from mil.statistics.abstention import evaluate_abstention
+from mil.statistics.bootstrap import patient_bootstrap
+from mil.statistics.calibration import evaluate_calibration
+from mil.statistics.classification import evaluate
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -87,7 +87,7 @@ def score_by_loop(slides: Slides, weights: FloatArray) -> FloatArray:
 
 
 def score_at_once(slides: Slides, weights: FloatArray) -> FloatArray:
-    """The same [B, 4] by `mil.metrics`."""
+    """The same [B, 4] by `mil.statistics.metrics`."""
     labels, scores = slides.labels, slides.probabilities
     matrix = metrics.confusion(labels, scores.argmax(axis=1), scores.shape[1], weights)
     columns = (

@@ -37,7 +37,7 @@ from extract.store import (
     create_store,
     open_store,
 )
-from extract.store.fingerprint import sha256_of
+from extract.store.core.fingerprint import sha256_of
 
 ENTRY = "bench"
 PICTURE = np.zeros((64, 64, 3), dtype=np.uint8)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mil.metrics import auroc
+from mil.statistics.metrics import auroc
 
 N_CLASSES = 4
 # deviation of a slide's own shift, in units of the deviation of instances

@@ -32,12 +32,12 @@ from benchmarks.published_protocol import (
     best_test_epoch,
     train_as_published,
 )
-from mil.bags import Bags
-from mil.cohort import Attrition, Cohort
-from mil.config import HeadConfig, OptimizerConfig, TrainConfig
-from mil.metrics import auroc
-from mil.splits import Splits, make_splits
-from mil.training import Replica, TrainedReplica, train_replica
+from mil.bags.bags import Bags
+from mil.cohort.cohort import Attrition, Cohort
+from mil.config.train import HeadConfig, OptimizerConfig, TrainConfig
+from mil.splits.splits import Splits, make_splits
+from mil.statistics.metrics import auroc
+from mil.training.loop import Replica, TrainedReplica, train_replica
 
 SETS = ("musk1", "musk2", "fox", "elephant")
 LEARNING_RATES = (5e-4, 2e-3)

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mil.calibration import evaluate_calibration
-from mil.cohort import Attrition, Cohort
-from mil.config import compose_config
+from mil.cohort.cohort import Attrition, Cohort
+from mil.config.train import compose_config
+from mil.evaluation.tables import out_of_fold_rows
 from mil.files import Row, write_csv, write_json
-from mil.out_of_fold import out_of_fold_rows
-from mil.run import ReplicaPredictions
-from mil.splits import make_splits
-from mil.statistics import evaluate
-from mil.training import Replica
+from mil.runs.run import ReplicaPredictions
+from mil.splits.splits import make_splits
+from mil.statistics.calibration import evaluate_calibration
+from mil.statistics.classification import evaluate
+from mil.training.loop import Replica
 
 EPOCHS = 20
 

@@ -31,5 +31,5 @@ def rival_entrant(name: str, create: Callable[[], Contestant], epochs: int) -> E
 
 
 def our_entrant(recipe: Recipe, epochs: int) -> Entrant:
-    """`mil.training` with the settings of a recipe."""
+    """`mil.training.loop` with the settings of a recipe."""
     return Entrant(recipe.name, True, lambda task, lr, seed: our_recipe.train(recipe, task, lr, seed, epochs))

@@ -1,6 +1,6 @@
 """What the extras of training cost: together when all are off, and each when it is on.
 
-Off: an epoch of `mil.training` beside the same epoch written out bare: the same head, draws and packs, weighted
+Off: an epoch of `mil.training.loop` beside the same epoch written out bare: the same head, draws and packs, weighted
 cross-entropy, AdamW along a cosine, clipping by norm, validation on all instances. On: an epoch with one extra beside
 the epoch without. All take turns in every repeat; an epoch's seconds are the median over the epochs after the first.
 """
@@ -19,13 +19,13 @@ from aggregators import Aggregator, create_aggregator
 from aggregators.base import Standardize
 from benchmarks.ceiling_cohort import EASY, N_CLASSES, CohortSize, draw_cohort
 from benchmarks.machine import Result
-from mil.bags import Bags
-from mil.config import TrainConfig, compose_config
-from mil.evaluation import bag_logits, cpu_threads
-from mil.losses import balanced_class_weights, weighted_cross_entropy
-from mil.optim import learning_rate
-from mil.samplers import natural_order
-from mil.training import IntArray, PartArray, Replica, train_replica
+from mil.bags.bags import Bags
+from mil.bags.forward import bag_logits, cpu_threads
+from mil.bags.samplers import natural_order
+from mil.config.train import TrainConfig, compose_config
+from mil.training.loop import IntArray, PartArray, Replica, train_replica
+from mil.training.losses import balanced_class_weights, weighted_cross_entropy
+from mil.training.optimizers import learning_rate
 
 CPU = torch.device("cpu")
 SUBJECT = "extras"

@@ -29,12 +29,12 @@ from benchmarks.our_recipe import Recipe
 from benchmarks.quality_curve import FloatArray, IntArray, Task
 from benchmarks.torchmil_peer import TorchmilPeer
 from extract.store import open_store
-from mil.bags import choose_entry
-from mil.bootstrap import Spread
-from mil.cohort import join_store, read_cohort
+from mil.bags.bags import choose_entry
+from mil.cohort.cohort import join_store, read_cohort
 from mil.errors import TrainingDivergedError
-from mil.metrics import auroc
-from mil.splits import make_splits
+from mil.splits.splits import make_splits
+from mil.statistics.bootstrap import Spread
+from mil.statistics.metrics import auroc
 
 FOLDS = 5
 EPOCHS = 40

@@ -1,6 +1,6 @@
 """Many replicas of one head on resident bags, against lean training one slide at a time.
 
-Ours is `mil.replicas.train_replicas`. The rival trains the same head on the same parts with one whole bag per step; its
+Ours is `train_replicas`. The rival trains the same head on the same parts with one whole bag per step; its
 bags lie on the device and nothing is read back between steps. It is timed on some replicas and epochs, after one epoch
 that warms up, and scaled to all of them; then it goes on to the last epoch, for its quality.
 """
@@ -21,13 +21,13 @@ from aggregators import Aggregator, create_aggregator
 from aggregators.base import Standardize
 from benchmarks.ceiling_cohort import N_CLASSES, CeilingCohort, CohortSize, Difficulty, draw_cohort
 from benchmarks.machine import Result
-from mil.bags import Bags
-from mil.config import TrainConfig, compose_config
-from mil.losses import probabilities
-from mil.metrics import auroc
-from mil.replicas import train_replicas
-from mil.training import PartArray, Replica, TrainedReplica
-from mil.usage import PeakMemory
+from mil.bags.bags import Bags
+from mil.bags.devices import PeakMemory
+from mil.config.train import TrainConfig, compose_config
+from mil.statistics.metrics import auroc
+from mil.training.loop import PartArray, Replica, TrainedReplica
+from mil.training.losses import probabilities
+from mil.training.replicas import train_replicas
 
 LEAN_LR = 2e-4
 _DIFFICULTY = Difficulty("resident", share=0.01, distance=12.0)

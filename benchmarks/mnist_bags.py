@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from aggregators import Aggregator, create_aggregator
 from benchmarks.machine import Result, print_results, write_results
-from mil.metrics import auroc
+from mil.statistics.metrics import auroc
 
 TARGET = 9
 WIDTH = 500

@@ -1,4 +1,4 @@
-"""Our side of the comparison: `mil.training` itself, followed epoch by epoch.
+"""Our side of the comparison: `mil.training.loop` itself, followed epoch by epoch.
 
 A replica is trained by `train_replica`, as `mil train` does it. One training slide per class stands in for its own
 validation part, so that what it looks at after every epoch takes little and tells it nothing; that little, the pass
@@ -15,10 +15,10 @@ import torch
 
 from aggregators import create_aggregator
 from benchmarks.quality_curve import Curve, CurveWriter, IntArray, Task
-from mil.bags import Bags
-from mil.config import TrainConfig, compose_config
-from mil.evaluation import bag_logits
-from mil.training import PartArray, Replica, train_replica
+from mil.bags.bags import Bags
+from mil.bags.forward import bag_logits
+from mil.config.train import TrainConfig, compose_config
+from mil.training.loop import PartArray, Replica, train_replica
 
 
 @dataclass(frozen=True)

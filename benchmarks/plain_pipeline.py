@@ -94,7 +94,7 @@ def main() -> None:
     model: Callable[[Tensor], Tensor] = _mean_colour
     dim = 3
     if options["backbone"] != "mean colour":
-        from extract.backbones import load_backbone
+        from extract.backbones.backbone import load_backbone
 
         backbone = load_backbone(options["backbone"], tile_px=options["tile_px"], device="cpu")
         model, dim = backbone.module.to(memory_format=torch.contiguous_format), backbone.recipe.dim

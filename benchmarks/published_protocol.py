@@ -24,8 +24,8 @@ from torch.optim import Optimizer
 
 from aggregators import Aggregator, create_aggregator
 from aggregators.base import Standardize
-from mil.bags import Bags, Pack
-from mil.evaluation import bag_logits
+from mil.bags.bags import Bags, Pack
+from mil.bags.forward import bag_logits
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mil.losses import probabilities
-from mil.metrics import auroc
+from mil.statistics.metrics import auroc
+from mil.training.losses import probabilities
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

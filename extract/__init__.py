@@ -3,31 +3,17 @@
 Names are resolved on first use, so that ``import extract`` loads neither torch, timm nor OpenSlide.
 """
 
-from importlib import import_module
-from typing import Any
+from extract.exports import lazy_exports
 
 _HOME = {
     "ExtractError": "extract.errors",
-    "Slide": "extract.slide",
+    "Slide": "extract.slides.slide",
     "TileRecipe": "extract.store",
-    "list_backbones": "extract.backbones",
-    "load_backbone": "extract.backbones",
+    "list_backbones": "extract.backbones.backbone",
+    "load_backbone": "extract.backbones.backbone",
     "open_store": "extract.store",
-    "run_extraction": "extract.pipeline",
+    "run_extraction": "extract.pipeline.extraction",
 }
 
-__all__ = [
-    "ExtractError",
-    "Slide",
-    "TileRecipe",
-    "list_backbones",
-    "load_backbone",
-    "open_store",
-    "run_extraction",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'extract' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+__all__ = list(_HOME)
+__getattr__ = lazy_exports(__name__, _HOME)

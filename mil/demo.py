@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from extract.store import Store, open_store
-from mil.config import compose_config
-from mil.crossval import run_training
+from mil.config.train import compose_config
+from mil.deployment.inference import predict
 from mil.errors import RunError
-from mil.inference import predict
-from mil.replicas import OnProgress
-from mil.run import Run
-from mil.statistics import PairedDifference, paired_difference
+from mil.experiments.crossval import run_training
+from mil.runs.run import Run
+from mil.statistics.classification import PairedDifference, paired_difference
+from mil.training.replicas import OnProgress
 
 HEADS = ("mean", "abmil")
 LESION_TILE = 0.25
@@ -45,7 +45,7 @@ def draw_cohort(folder: Path, seed: int) -> Path:
     Raises:
         RunError: the folder holds the cohort of another seed.
     """
-    from extract.synthetic import make_cohort
+    from extract.synthetic.cohort import make_cohort
 
     # the file written last; without it an interrupted drawing is drawn again
     if not (folder / "README.txt").is_file():
@@ -85,7 +85,7 @@ def lesion_aurocs(store: Store, cohort_folder: Path, run: Run) -> list[float]:
     """Per slide, the AUROC with which the attention of replicas that never saw its patient ranks lesion tiles first."""
     from sklearn.metrics import roc_auc_score
 
-    from extract.synthetic import lesion_tiles, read_lesions
+    from extract.synthetic.cohort import lesion_tiles, read_lesions
 
     lesions = read_lesions(cohort_folder / "lesions.json")
     areas = []

@@ -37,13 +37,13 @@ from benchmarks.glas_quality import Trained
 from benchmarks.published_protocol import best_cut, best_test_epoch
 from benchmarks.quality_curve import Curve, CurveWriter, Task
 from extract.store import TileRecipe, TissueRecipe
-from mil.bags import Bags
+from mil.bags.bags import Bags
+from mil.bags.forward import bag_logits
 from mil.errors import TrainingDivergedError
-from mil.evaluation import bag_logits
-from mil.losses import probabilities
-from mil.metrics import auroc
-from mil.splits import make_splits
-from mil.training import Replica, train_replica
+from mil.splits.splits import make_splits
+from mil.statistics.metrics import auroc
+from mil.training.loop import Replica, train_replica
+from mil.training.losses import probabilities
 from tests.conftest import REPOSITORY
 from tests.test_extract.small import write_slide
 from tests.test_mil.small import make_cohort, make_store
@@ -74,10 +74,10 @@ def test_first_end_measures_every_stage(tmp_path: Path, monkeypatch: pytest.Monk
 def test_demo_summarises_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from functools import partial
 
-    from extract.synthetic import make_cohort
+    from extract.synthetic.cohort import make_cohort
 
     small = partial(make_cohort, patients_per_class=3, slides_per_patient=1, size_l0=(512, 512))
-    monkeypatch.setattr("extract.synthetic.make_cohort", small)
+    monkeypatch.setattr("extract.synthetic.cohort.make_cohort", small)
     out = str(tmp_path / "d.csv")
     rows = bench_demo.main(["--seeds", "1", "2", "--out", out, "folds=3", "seeds=1", "epochs=1", "device=cpu"])
     gains = [row.median for row in rows if row.metric == "gain in macro-F1" and row.subject != "all data seeds"]

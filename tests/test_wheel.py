@@ -52,8 +52,8 @@ def test_it_holds_every_module_and_data_file_and_nothing_else(names: set[str]):
     packed = {name for name in names if ".dist-info/" not in name}
     assert packed == expected
     assert {f"{package}/py.typed" for package in PACKAGES} <= packed
-    assert {"extract/store/zarr_store.py", "mil/cli.py", "aggregators/abmil.py"} <= packed
-    assert any(name.startswith("mil/templates/") and name.endswith(".html") for name in packed)
+    assert {"extract/store/formats/zarr_store.py", "mil/cli/main.py", "aggregators/abmil.py"} <= packed
+    assert any(name.startswith("mil/visualization/templates/") and name.endswith(".html") for name in packed)
     assert {name.split("/")[0] for name in packed} == set(PACKAGES)
 
 
@@ -65,7 +65,7 @@ def test_its_metadata_say_what_it_is(wheel: Path, names: set[str]):
     assert metadata["Name"] == "tessera-mil"
     assert "Apache-2.0" in (metadata["License-Expression"] or metadata["License"])
     assert set(metadata["Requires-Python"].split(",")) == {">=3.11", "<3.14"}
-    assert entry_points.split() == ["[console_scripts]", "mil", "=", "mil.cli:main"]
+    assert entry_points.split() == ["[console_scripts]", "mil", "=", "mil.cli.main:main"]
     assert any(name.startswith(f"{info}/") and name.endswith("LICENSE") for name in names)
     assert metadata.get_payload().strip(), "the README is the long description"
     assert {"report", "dev"} <= set(metadata.get_all("Provides-Extra"))

@@ -1,9 +1,6 @@
 """The embedding store: what was cut, what was computed, and readers that copy nothing. Imports no torch."""
 
-from extract.store.backends import create_store, find_format, open_store
-from extract.store.base import SlideReader, Store, TilesUnit
-from extract.store.convert import ConversionReport, convert_store
-from extract.store.fingerprint import (
+from extract.store.core.fingerprint import (
     AugmentRecipe,
     Execution,
     FeatureRecipe,
@@ -18,8 +15,11 @@ from extract.store.fingerprint import (
     from_dict,
     to_dict,
 )
-from extract.store.h5_store import H5Store
-from extract.store.zarr_store import ZarrStore
+from extract.store.core.store import SlideReader, Store, TilesUnit
+from extract.store.formats.h5_store import H5Store
+from extract.store.formats.opening import create_store, find_format, open_store
+from extract.store.formats.zarr_store import ZarrStore
+from extract.store.upkeep.convert import ConversionReport, convert_store
 
 __all__ = [
     "AugmentRecipe",

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from extract.store import Store, TileRecipe, TilesUnit, create_store
-from extract.store.fingerprint import sha256_of
+from extract.store.core.fingerprint import sha256_of
 from tests.test_extract.small import EXECUTION, feature_recipe, matrix
 
 RECIPE = TileRecipe(mpp=0.5, tile_px=64)

@@ -12,9 +12,9 @@ import time
 
 import numpy as np
 
-import extract.image
-import extract.reader
-from extract.slide import Slide
+import extract.reading.reader
+import extract.slides.image
+from extract.slides.slide import Slide
 
 
 class HostileSlide(Slide):
@@ -50,9 +50,9 @@ def open_hostile(path: object, name: object = None, reader: str = "auto") -> Sli
     """Open a slide by its name."""
     if str(path).rpartition("/")[2].split("-")[0] in ("segv", "hang", "greedy", "cut", "slow"):
         return HostileSlide(path, name)
-    return extract.image.open_slide(path, name, reader)  # type: ignore[arg-type,return-value]
+    return extract.slides.image.open_slide(path, name, reader)  # type: ignore[arg-type,return-value]
 
 
 if __name__ == "__main__":
-    extract.reader.open_slide = open_hostile  # type: ignore[assignment]
-    extract.reader.main()
+    extract.reading.reader.open_slide = open_hostile  # type: ignore[assignment]
+    extract.reading.reader.main()

@@ -44,7 +44,7 @@ def forget_services() -> None:
     """Let the next use of a URL ask the environment again."""
     import fsspec
 
-    from extract.store.remote_path import _service
+    from extract.store.core.remote_path import _service
 
     _service.cache_clear()
     for scheme in {"s3", "memory"} & {*fsspec.registry}:

@@ -18,8 +18,8 @@ from extract.store import (
     create_store,
     fingerprint,
 )
-from extract.store.backends import BACKENDS
-from extract.store.fingerprint import sha256_of
+from extract.store.core.fingerprint import sha256_of
+from extract.store.formats.opening import BACKENDS
 
 FORMATS = tuple(BACKENDS)
 TILES = TileRecipe()

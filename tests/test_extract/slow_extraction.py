@@ -6,13 +6,13 @@ import time
 
 import numpy as np
 
-import extract.engine
-from extract.backbones import Backbone
-from extract.pipeline import run_extraction
+import extract.pipeline.stream
+from extract.backbones.backbone import Backbone
+from extract.pipeline.extraction import run_extraction
 from tests.test_extract.small import TILES, tiny_backbone
 
 if __name__ == "__main__":
-    extract.engine.SAVE_EVERY_S = 0.0
+    extract.pipeline.stream.SAVE_EVERY_S = 0.0
     embed = Backbone.embed
 
     def slowly(self: Backbone, tiles: np.ndarray) -> np.ndarray:

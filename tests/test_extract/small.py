@@ -8,9 +8,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
-from extract.backbones import Backbone
+from extract.backbones.backbone import Backbone
 from extract.store import Execution, FeatureRecipe, TileRecipe, TilesUnit, TissueRecipe, TransformRecipe
-from extract.synthetic import write_pyramid
+from extract.synthetic.cohort import write_pyramid
 
 TILE_PX = 64
 TILES = TileRecipe(mpp=0.5, tile_px=TILE_PX, tissue=TissueRecipe(thumbnail_px=64))

@@ -24,10 +24,10 @@ from extract.errors import (
     UnitCorruptError,
 )
 from extract.store import Store, TileRecipe, TilesUnit, TissueRecipe, create_store, difference, open_store
-from extract.store.backends import BACKENDS
-from extract.store.fingerprint import sha256_of
-from extract.store.ids import encode_id
-from extract.store.remote_path import RemotePath
+from extract.store.core.fingerprint import sha256_of
+from extract.store.core.ids import encode_id
+from extract.store.core.remote_path import RemotePath
+from extract.store.formats.opening import BACKENDS
 from tests.test_extract.small import EXECUTION, feature_recipe, matrix, tiles_unit, tree
 
 RECIPE = TileRecipe()
@@ -634,7 +634,7 @@ class StoreConformance:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("extract.store.base.replace_json", killed)
+            patch.setattr("extract.store.core.store.replace_json", killed)
             with pytest.raises(KeyboardInterrupt):
                 self.make(tmp_path / "s")
         store = self.make(tmp_path / "s")

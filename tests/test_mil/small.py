@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from extract.store import FeatureRecipe, TileRecipe, TransformRecipe
-from mil.cohort import Attrition, Cohort
-from mil.config import TrainConfig, compose_config
+from mil.cohort.cohort import Attrition, Cohort
+from mil.config.train import TrainConfig, compose_config
 
 DIM = 6
 FEATURES = FeatureRecipe(

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extract.pipeline import run_extraction
+from extract.pipeline.extraction import run_extraction
 from extract.store import open_store
-from extract.synthetic import lesion_tiles, make_cohort, read_lesions
+from extract.synthetic.cohort import lesion_tiles, make_cohort, read_lesions
 from mil import demo
 from mil.errors import RunError
 
@@ -21,7 +21,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, demo.DemoR
     folder = tmp_path_factory.mktemp("demo")
     small = partial(make_cohort, patients_per_class=3, slides_per_patient=1, size_l0=(896, 896))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("extract.synthetic.make_cohort", small)
+        patch.setattr("extract.synthetic.cohort.make_cohort", small)
         slides = demo.draw_cohort(folder / "cohort", seed=3)
     run_extraction(slides, folder / "cohort.zarr", table=folder / "cohort" / "slides.csv", mpp=0.5)
     labels = folder / "cohort" / "labels.csv"
@@ -51,7 +51,7 @@ def test_one_slide_has_a_broken_tile_that_is_listed(finished: tuple[Path, demo.D
 def test_a_finished_cohort_is_not_drawn_again(
     finished: tuple[Path, demo.DemoResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("extract.synthetic.make_cohort", lambda *_, **__: pytest.fail("drawn again"))
+    monkeypatch.setattr("extract.synthetic.cohort.make_cohort", lambda *_, **__: pytest.fail("drawn again"))
     assert demo.draw_cohort(finished[0] / "cohort", seed=3) == finished[0] / "cohort" / "slides"
     with pytest.raises(RunError, match=r"seed 4 .* seed 3"):
         demo.draw_cohort(finished[0] / "cohort", seed=4)
@@ -66,7 +66,7 @@ def test_attention_comes_from_replicas_that_never_saw_the_slide(finished: tuple[
     assert attention[slide_id].shape == (len(store[slide_id].coords(run.entry)),)
     assert attention[slide_id].sum() == pytest.approx(1, abs=1e-5)
 
-    from mil.inference import predict
+    from mil.deployment.inference import predict
 
     fold = run.splits.test_fold[0]
     names = [f"fold{fold}-seed{seed}" for seed in run.config.seeds]

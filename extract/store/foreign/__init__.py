@@ -1,9 +1,9 @@
 """Features of other tools: imported into a store, and exported from one. Imports no torch until a ``.pt`` is read."""
 
-from extract.store.foreign.base import Answers, CutFacts, ForeignBag, ForeignFile, ForeignLayout
 from extract.store.foreign.detect import LAYOUT_NAMES, Survey, survey
 from extract.store.foreign.exporting import WRITERS, export_store
 from extract.store.foreign.importing import ImportReport, Outcome, import_bags, write_labels
+from extract.store.foreign.layouts.base import Answers, CutFacts, ForeignBag, ForeignFile, ForeignLayout
 
 EXPORT_FORMATS = tuple(WRITERS)
 

@@ -15,10 +15,10 @@ import numpy as np
 
 from extract.errors import ExtractError, ForeignFileError, RecipeMismatchError, StoreError, StoreFullError
 from extract.store import Execution, Store, TilesUnit, create_store, difference, find_format, open_store
-from extract.store.files import partial_path
-from extract.store.fingerprint import UNKNOWN, SlideFingerprint, canonical_json, fingerprint, is_unknown, sha256_of
-from extract.store.foreign.base import Answers, ForeignBag
+from extract.store.core.files import partial_path
+from extract.store.core.fingerprint import UNKNOWN, SlideFingerprint, canonical_json, fingerprint, is_unknown, sha256_of
 from extract.store.foreign.detect import Found, Survey, survey
+from extract.store.foreign.layouts.base import Answers, ForeignBag
 from extract.store.foreign.recipes import imported_feature_recipe, imported_tile_recipe, source_hash
 
 OnOutcome = Callable[[int, "Outcome"], None]

@@ -1,6 +1,6 @@
 """Recipes of imported tiles and features: what is known stands there, what is not is ``unknown:<source hash>``."""
 
-from extract.store.fingerprint import (
+from extract.store.core.fingerprint import (
     UNKNOWN,
     FeatureRecipe,
     TileRecipe,
@@ -9,7 +9,7 @@ from extract.store.fingerprint import (
     fingerprint,
     sha256_of,
 )
-from extract.store.foreign.base import CutFacts, ForeignBag
+from extract.store.foreign.layouts.base import CutFacts, ForeignBag
 
 
 def source_hash(layout: str, bag: ForeignBag, part: str, name: str | None) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from extract.store.foreign.wsidata import EXPORT
+from extract.store.foreign.layouts.wsidata import EXPORT
 
 _ARRAY = {"encoding-type": "array", "encoding-version": "0.2.0"}
 _STRINGS = {"encoding-type": "string-array", "encoding-version": "0.2.0"}

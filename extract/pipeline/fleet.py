@@ -1,0 +1,135 @@
+"""Several GPUs of one machine: one process each, all pulling slides from the same queue.
+
+The queue is the store: a slide that one process is at work on is claimed by its draft, and the others go on with the
+next. So the processes need no master, one may die without harm, and the same works over machines that share a disk.
+"""
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from extract.errors import BackboneError, StoreError
+from extract.store.core.remote_path import RemotePath
+
+LEFT_TO_OTHERS = 3
+"""Exit code of a run that failed nowhere, but left slides to another process that is at work on them."""
+
+
+def devices_of(text: str) -> list[str]:
+    """The devices that ``--device`` names: ``all`` is every GPU, a comma separates several.
+
+    Raises:
+        BackboneError: a device is named twice, or there is no GPU at all.
+    """
+    if text != "all":
+        devices = [part.strip() for part in text.split(",")]
+        if len(set(devices)) < len(devices) or not all(devices):
+            raise BackboneError(f"got device {text!r} → expected each device once, such as cuda:0,cuda:1 → correct it")
+        return devices
+    import torch
+
+    count = torch.cuda.device_count()
+    if count == 0:
+        raise BackboneError("got --device all → torch sees no CUDA device → use --device cpu, or run mil doctor")
+    return [f"cuda:{i}" for i in range(count)]
+
+
+def check_claims(store: Path) -> None:
+    """Refuse to share slides among processes where none sees what another is at work on.
+
+    Raises:
+        StoreError: the store lies at a URL.
+    """
+    if isinstance(store, RemotePath):
+        raise StoreError(
+            f"got several devices for {store} → at a URL no process sees what another is at work on, and each would "
+            f"embed every slide → extract into a folder and copy it with mil store convert FOLDER {store} --format "
+            f"zarr, or give each device slides of its own with --device"
+        )
+
+
+def run_fleet(devices: Sequence[str], arguments: Sequence[str]) -> int:
+    """Run the same command once per device, and show what each prints, line by line with its device.
+
+    Ctrl-C and SIGTERM reach every process, which then finishes its batches and saves.
+
+    Args:
+        devices: one per process.
+        arguments: of the command ``mil``, with a ``--device`` that is replaced.
+
+    Returns:
+        The largest exit code. `LEFT_TO_OTHERS` counts only where all end with it: what one process leaves to another of
+        the fleet, that one accounts for.
+    """
+    processes = _start_all(devices, arguments)
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        threads = [
+            threading.Thread(target=_show, args=(device, process))
+            for device, process in zip(devices, processes, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        codes = [process.wait() for process in processes]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return max((abs(code) for code in codes if code != LEFT_TO_OTHERS), default=LEFT_TO_OTHERS)
+
+
+def _start_all(devices: Sequence[str], arguments: Sequence[str]) -> list["subprocess.Popen[str]"]:
+    """One process per device, or none."""
+    processes: list[subprocess.Popen[str]] = []
+    try:
+        for device in devices:
+            processes.append(_start(with_device(arguments, device)))
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.communicate()
+        raise
+    return processes
+
+
+def _start(arguments: Sequence[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", "from mil.cli.main import main; main()", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        # a signal from the terminal is handed on by the run, once
+        start_new_session=True,
+    )
+
+
+def with_device(arguments: Sequence[str], device: str) -> list[str]:
+    """The arguments with another ``--device``; what stands behind ``--`` are slides, whatever it looks like."""
+    end = list(arguments).index("--") if "--" in arguments else len(arguments)
+    kept, skip = [], False
+    for argument in arguments[:end]:
+        if skip or argument == "--device":
+            skip = argument == "--device" and not skip
+            continue
+        if not argument.startswith("--device="):
+            kept.append(argument)
+    return [*kept, "--device", device, *arguments[end:]]
+
+
+def _show(device: str, process: "subprocess.Popen[str]") -> None:
+    for line in process.stdout or ():
+        sys.stdout.write(f"[{device}] {line}")
+        sys.stdout.flush()

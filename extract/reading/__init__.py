@@ -1,0 +1,1 @@
+"""Tiles read in a process of their own, through a shared ring."""

@@ -1,0 +1,1 @@
+"""Slide files and what lies beside them: levels, pixels, masks, ids."""

@@ -1,0 +1,1 @@
+"""How other tools lay out their bags, one layout a file."""

@@ -1,0 +1,1 @@
+"""The formats of a store: Zarr, HDF5, objects at a URL."""

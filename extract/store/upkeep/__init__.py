@@ -1,0 +1,1 @@
+"""Stores summarised, verified, repaired and converted."""

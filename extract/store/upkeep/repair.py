@@ -1,0 +1,241 @@
+"""Mending a store: damaged units are moved aside, and what dead writers left is removed.
+
+Nothing is deleted by a repair: a unit goes to ``quarantine/<time>/`` under the path that it had, in one rename, and the
+next extraction makes it again.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from extract.errors import StoreError
+from extract.store.core.draft import LEASE_S, is_claimed
+from extract.store.core.files import disk_bytes, remove, sync
+from extract.store.core.remote_path import RemotePath
+from extract.store.core.store import Store
+from extract.store.upkeep.summary import QUARANTINE
+from extract.store.upkeep.verify import Finding
+
+YOUNGEST_S = 5 * LEASE_S
+"""What was touched more recently is never removed: someone may be at work on it, on another machine."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """A unit, or a whole entry, that goes into quarantine.
+
+    Attributes:
+        path: where it is.
+        findings: why.
+        n_bytes: its size on disk.
+        identity: tells it from a unit that a writer puts there later.
+    """
+
+    path: Path
+    findings: tuple[Finding, ...]
+    n_bytes: int
+    identity: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class RepairPlan:
+    """What a repair does.
+
+    Attributes:
+        moves: what goes into quarantine.
+        left: findings that moving a unit does not mend; each has its fix.
+    """
+
+    moves: tuple[Move, ...]
+    left: tuple[Finding, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of everything that is moved."""
+        return sum(move.n_bytes for move in self.moves)
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Something that can be removed.
+
+    Attributes:
+        path: a file or a folder.
+        kind: ``half-built unit``, ``draft``, ``saved rows`` or ``quarantine``.
+        n_bytes: its size on disk.
+        age_s: seconds since the last change in it.
+    """
+
+    path: Path
+    kind: str
+    n_bytes: int
+    age_s: float
+
+
+def plan_repair(findings: Iterable[Finding]) -> RepairPlan:
+    """Which units are to be moved aside.
+
+    The features of a slide whose tiles are moved stay: extraction cuts the slide again, takes them if they are of these
+    tiles, and makes them again if not.
+
+    Args:
+        findings: of `extract.store.upkeep.verify.verify_store`.
+    """
+    by_path: dict[Path, list[Finding]] = {}
+    left = []
+    for finding in findings:
+        if finding.movable:
+            by_path.setdefault(finding.path, []).append(finding)
+        else:
+            left.append(finding)
+    moves = [
+        Move(path, tuple(found), disk_bytes(path), identity)
+        for path, found in sorted(by_path.items())
+        if (identity := _identity(path)) is not None
+    ]
+    return RepairPlan(tuple(moves), tuple(left))
+
+
+def check_on_disk(path: Path) -> None:
+    """Refuse to mend a store at a URL: nothing can be moved there, and nobody is seen at work.
+
+    Raises:
+        StoreError: the store lies at a URL.
+    """
+    if isinstance(path, RemotePath):
+        raise StoreError(
+            f"got {path} to mend → at a URL nothing can be moved aside → find what is damaged with mil store verify "
+            f"{path}, remove these units with the tool of the service (aws s3 rm --recursive UNIT), and run mil "
+            f"extract again"
+        )
+
+
+def repair_store(store: Store, plan: RepairPlan) -> list[Path]:
+    """Move bad units aside.
+
+    Args:
+        store: the store that the plan is for.
+        plan: of `plan_repair`; what is gone or was written anew meanwhile is passed over.
+
+    Returns:
+        Where the units are now.
+
+    Raises:
+        OSError: a unit cannot be moved; those before it are.
+        StoreError: the store lies at a URL.
+    """
+    check_on_disk(store.path)
+    moved: list[Path] = []
+    folder: Path | None = None
+    for move in plan.moves:
+        if _identity(move.path) != move.identity:
+            continue
+        folder = folder or _new_quarantine(store.path)
+        target = folder / move.path.relative_to(store.path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.rename(move.path, target)
+        except FileNotFoundError:
+            # a writer that replaced it was faster
+            continue
+        for changed in (target.parent, move.path.parent):
+            sync(changed)
+        moved.append(target)
+    return moved
+
+
+def find_garbage(store: Store, older_than_s: float, quarantine: bool = False) -> list[Garbage]:
+    """What can be removed from a store: half-built units and drafts that nobody works on.
+
+    A draft keeps the rows that a stopped run has computed: once it is removed, its slide starts from its first tile.
+
+    Args:
+        store: an open store.
+        older_than_s: only what was last changed at least so many seconds ago, and never less than `YOUNGEST_S`; what
+            is in quarantine may be younger.
+        quarantine: also what repairs moved aside that long ago.
+    """
+    check_on_disk(store.path)
+    found = [
+        Garbage(path, _kind(path), disk_bytes(path), _age_s(path))
+        for path in store.leftovers()
+        if not _is_at_work(path)
+    ]
+    found = [garbage for garbage in found if garbage.age_s >= max(older_than_s, YOUNGEST_S)]
+    if quarantine and (store.path / QUARANTINE).is_dir():
+        # the folder of a repair is as old as the repair; what is in it is as old as it was
+        aside = [
+            Garbage(path, "quarantine", disk_bytes(path), time.time() - path.stat().st_mtime)
+            for path in sorted((store.path / QUARANTINE).iterdir())
+        ]
+        found += [garbage for garbage in aside if garbage.age_s >= older_than_s]
+    return found
+
+
+def gc_store(garbage: Sequence[Garbage]) -> int:
+    """Remove garbage.
+
+    Args:
+        garbage: of `find_garbage`. What someone took up meanwhile stays.
+
+    Returns:
+        Bytes freed.
+    """
+    freed = 0
+    for piece in garbage:
+        if piece.kind != "quarantine" and _is_at_work(piece.path):
+            continue
+        remove(piece.path)
+        freed += piece.n_bytes - disk_bytes(piece.path)
+    return freed
+
+
+def _new_quarantine(store: Path) -> Path:
+    """A folder of this repair's own."""
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    for attempt in range(1000):
+        folder = store / QUARANTINE / (f"{stamp}-{attempt}" if attempt else stamp)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        sync(store)
+        return folder
+    raise FileExistsError(f"{store / QUARANTINE / stamp}: no free name")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What changes when another file or folder takes this place; None where there is none."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _kind(leftover: Path) -> str:
+    kinds = {".draft": "draft", ".left": "draft", ".rows": "saved rows"}
+    return kinds.get(leftover.suffix, "half-built unit")
+
+
+def _is_at_work(leftover: Path) -> bool:
+    """Whether a live worker holds the draft that a leftover belongs to."""
+    if leftover.suffix not in (".draft", ".left", ".rows"):
+        return False
+    name = leftover.name.removeprefix("~").removesuffix(leftover.suffix)
+    # the name of rows ends in the token of their worker
+    unit = name.rpartition(".")[0] if leftover.suffix == ".rows" else name
+    return is_claimed(leftover.with_name(unit))
+
+
+def _age_s(path: Path) -> float:
+    """Seconds since the last change of a file, or of anything in a folder; 0 if it cannot be told."""
+    try:
+        times = [path.lstat().st_mtime]
+        for folder, _, names in os.walk(path):
+            times += [os.lstat(os.path.join(folder, name)).st_mtime for name in ("", *names)]
+    except OSError:
+        return 0.0
+    return time.time() - max(times)

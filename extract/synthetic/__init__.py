@@ -1,0 +1,16 @@
+"""Synthetic slides with planted lesions.
+
+Names are resolved on first use, so that importing one file of the room does not load the others.
+"""
+
+from extract.exports import lazy_exports
+
+_HOME = {
+    "lesion_tiles": "extract.synthetic.cohort",
+    "make_cohort": "extract.synthetic.cohort",
+    "read_lesions": "extract.synthetic.cohort",
+    "write_pyramid": "extract.synthetic.cohort",
+}
+
+__all__ = list(_HOME)
+__getattr__ = lazy_exports(__name__, _HOME)

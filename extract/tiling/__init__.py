@@ -1,0 +1,1 @@
+"""Where a slide is cut: tissue, pen, tiles, their quality."""

@@ -1,0 +1,313 @@
+"""``mil plan`` and ``mil doctor``: what an extraction will do, and whether the installation is fit for it."""
+
+import csv
+import inspect
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mil.cli.slides import extract as cli_extract
+
+_ROWS_SHOWN = 40
+
+_SAME = (
+    "table",
+    "images",
+    "masks",
+    "default_mpp",
+    "entry",
+    "weights",
+    "pooling",
+    "dtype",
+    "allow_remote_code",
+    "views",
+    "batch_size",
+    "runtime",
+    "precision",
+    "compile_model",
+    "reader",
+    "format",
+)
+"""Flags of ``mil extract`` that `extract.planning.plan.plan_extraction` takes under the same name."""
+
+
+def _with_flags_of_extract(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command every flag of ``mil extract`` beside its own, so that both understand the same line."""
+    own = {
+        name: parameter
+        for name, parameter in inspect.signature(command).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    flags = inspect.signature(cli_extract.extract).parameters
+    everything = [*(flags | own).values()]
+    everything.sort(key=lambda parameter: parameter.kind)
+    command.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
+    return command
+
+
+@_with_flags_of_extract
+def plan(
+    *,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            "--store", help="The store, if it is known: what is complete in it is left out.", show_default=False
+        ),
+    ] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure/--no-measure", help="Embed some tiles for a few seconds, to say how long all will take."
+        ),
+    ] = True,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Also write one line per slide to this file.", show_default=False)
+    ] = None,
+    **flags: Any,
+) -> None:
+    """Say what mil extract will do with the same flags: tiles, disk space, time, and the slides that will fail.
+
+    Writes nothing into the store. The exit code is 1 if a slide will fail, or the whole run will.
+
+    Example: `mil plan slides/ --store cohort.zarr --mpp 0.5`
+    """
+    if csv_file is not None and (csv_file.is_dir() or not csv_file.absolute().parent.is_dir()):
+        raise typer.BadParameter(
+            f"got {csv_file} → expected a file in a folder that exists → correct it", param_hint="--csv"
+        )
+    console = Console()
+    try:
+        planned = _plan(console, store=store, measure=measure, **flags)
+    except KeyboardInterrupt:
+        console.print("stopped. Nothing was written.")
+        raise typer.Exit(130) from None
+    if csv_file is not None:
+        _write_csv(csv_file, planned)
+    _print_plan(console, planned, csv_file)
+    if planned.failed or planned.problems:
+        raise typer.Exit(1)
+
+
+def _plan(console: Console, store: Path | None, measure: bool, **flags: Any) -> Any:
+    """The plan; its start-up counts the libraries too, which an extraction loads once more."""
+    began = time.monotonic()
+    from extract.planning.plan import plan_extraction
+
+    loaded_s = time.monotonic() - began
+    progress = _PlanProgress(console)
+    try:
+        planned = plan_extraction(store=store, measure=measure, progress=progress, **_arguments(flags))
+    finally:
+        progress.end()
+    return replace(planned, start_seconds=planned.start_seconds + loaded_s)
+
+
+def _arguments(flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of ``mil extract`` as arguments of `extract.planning.plan.plan_extraction`."""
+    from extract.pipeline.fleet import devices_of
+    from extract.reading.isolation import ReaderLimits
+    from extract.store import AugmentRecipe
+
+    if not flags["slides"] and flags["table"] is None:
+        raise typer.BadParameter("got no slides → name files or folders, or a --slides table", param_hint="SLIDES")
+    return {name: flags[name] for name in _SAME} | {
+        "slides": flags["slides"] or [],
+        "backbone": flags["backbone"] or ["efficientnet_lite0"],
+        "recipe": _recipe(flags),
+        "device": devices_of(flags["device"])[0],
+        "shard_text": flags["shard"],
+        "augment": AugmentRecipe(flags["augment"], flags["strength"], flags["augment_seed"]),
+        "context_mpp": flags["context_mpp"] or (),
+        "isolation": not flags["no_isolation"],
+        "limits": ReaderLimits(int(flags["reader_memory"] * 1e9), read_s=flags["reader_timeout"]),
+    }
+
+
+def _recipe(flags: dict[str, Any]) -> Any:
+    """The tile recipe that ``mil extract`` makes of the same flags."""
+    from extract.geometry import magnification_to_mpp
+    from extract.store import TileRecipe, TissueRecipe
+
+    mpp, magnification, native = flags["mpp"], flags["magnification"], flags["native"]
+    if sum((mpp is not None, magnification is not None, native)) > 1:
+        raise typer.BadParameter(
+            "got more than one of --mpp, --magnification and --native → they say the same thing → give one"
+        )
+    if magnification is not None:
+        mpp = magnification_to_mpp(magnification)
+    return TileRecipe(
+        None if native else 0.5 if mpp is None else mpp,
+        flags["tile_px"],
+        flags["overlap_px"],
+        flags["edge"],
+        flags["min_tissue"],
+        flags["allow_upsampling"],
+        tissue=TissueRecipe(method=flags["tissue"], exclude_pen=not flags["keep_pen"]),
+        gap_px=flags["gap_px"],
+        jitter_px=flags["jitter_px"],
+        jitter_seed=flags["jitter_seed"],
+    )
+
+
+class _PlanProgress:
+    """Shows slides as they are planned, and that the rate is being measured."""
+
+    def __init__(self, console: Console) -> None:
+        from mil.cli.console import LiveCount
+
+        self._count, self._tiles = LiveCount(console, "slides planned"), 0
+
+    def start(self, n_slides: int) -> None:
+        """Slides are being cut."""
+        self._count.begin(n_slides)
+
+    def slide_done(self, slide: Any) -> None:
+        """One more slide is planned."""
+        self._tiles += slide.n_tiles
+        self._count.add(done=1, note=f"{self._tiles} tiles")
+
+    def measuring(self, device: str) -> None:
+        """All are planned, and the rate is being measured."""
+        self._count.say(f"embedding some tiles on {device} to measure the rate ...")
+
+    def end(self) -> None:
+        """Planning is over."""
+        self._count.end()
+
+
+def _write_csv(file: Path, planned: Any) -> None:
+    from extract.planning.plan import PlannedSlide
+
+    with open(file, "w", newline="", encoding="utf-8") as target:
+        writer = csv.DictWriter(target, [field.name for field in fields(PlannedSlide)])
+        writer.writeheader()
+        writer.writerows(asdict(slide) for slide in planned.slides)
+
+
+def _print_plan(console: Console, planned: Any, csv_file: Path | None) -> None:
+    """Print the slides, the totals, and what will fail."""
+    from mil.cli.console import plain_reason, print_table
+
+    rows = [_row(slide) for slide in planned.to_embed]
+    if rows:
+        print_table(
+            console, "slides to embed", ["slide", "tiles", "µm/px", "level", "mm²", "reader"], rows[:_ROWS_SHOWN]
+        )
+    if len(rows) > _ROWS_SHOWN:
+        hidden = len(rows) - _ROWS_SHOWN
+        where = f"{csv_file} lists all" if csv_file is not None else "--csv FILE lists all"
+        console.print(f"... and {hidden} more; {where}", markup=False, soft_wrap=True, highlight=False)
+    if planned.failed:
+        failed = [[slide.slide_id, plain_reason(slide.slide_id, slide.reason)] for slide in planned.failed]
+        print_table(console, "slides that will fail", ["slide", "reason"], failed)
+    for line in (*_notes(planned.to_embed), *_totals(planned)):
+        console.print(line, markup=False, soft_wrap=True, highlight=False)
+    for problem in planned.problems:
+        console.print(f"problem: {problem}", style="red", markup=False, soft_wrap=True, highlight=False)
+
+
+def _row(slide: Any) -> list[str]:
+    return [
+        slide.slide_id,
+        str(slide.n_tiles),
+        _number(slide.native_mpp) + (f" → {_number(slide.achieved_mpp)}" if slide.resampled else ""),
+        f"{slide.level}, resampled" if slide.resampled else str(slide.level),
+        "–" if slide.tissue_mm2 is None else f"{slide.tissue_mm2:.2f}",
+        slide.reader or "–",
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _notes(slides: Sequence[Any]) -> list[str]:
+    """Where the scales come from, and why slides are not read the fastest way; each with the number of slides."""
+    notes = Counter(f"µm/px from {slide.mpp_source}" for slide in slides)
+    notes += Counter(f"read by {slide.reader}: {slide.reader_note}" for slide in slides if slide.reader_note)
+    return [f"{_count(n, 'slide')}: {note}" for note, n in notes.items()]
+
+
+def _totals(planned: Any) -> list[str]:
+    """Counts, size and time."""
+    counts = [f"{len(planned.to_embed)} to embed", f"{len(planned.failed)} will fail"]
+    if planned.complete:
+        counts.insert(1, f"{len(planned.complete)} complete in {planned.store}")
+    entries = ", ".join(f"{entry.name} ({entry.dim} x {entry.dtype})" for entry in planned.entries)
+    size = f"{planned.n_tiles} tiles, {_size(planned.cache_bytes)} of embeddings: {entries}"
+    if planned.free_bytes is not None:
+        fits = "enough" if planned.free_bytes >= planned.cache_bytes else "NOT ENOUGH"
+        size += f"; {_size(planned.free_bytes)} free: {fits}"
+    lines = [f"{_count(len(planned.slides), 'slide')}: {', '.join(counts)}", size]
+    if planned.rate is not None:
+        rate = planned.rate
+        again = ", some of them again and again" if rate.n_different < rate.n_tiles else ""
+        lines.append(
+            f"about {_duration(planned.seconds)} on {rate.device}: {_duration(planned.start_seconds)} to start, "
+            f"{_duration(planned.cut_seconds)} to cut slides, then {rate.tiles_per_s:.1f} tiles/s; measured in "
+            f"{rate.seconds:.1f} s with {_count(rate.n_different, 'tile')} of the first slides{again}, waiting for "
+            f"{rate.bottleneck}"
+        )
+    else:
+        lines.append(f"cutting takes {_duration(planned.cut_seconds)}, which mil extract does again")
+    return lines
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds, minutes, or hours and minutes."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def doctor(
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Where the store lies or will lie.  [default: the present folder]", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The checks as JSON.")] = False,
+) -> None:
+    """Check the installation: GPU and driver, readers, weights, precision, disk; and say what to do.
+
+    The exit code is 1 if something does not work.
+
+    Example: `mil doctor --store cohort.zarr`
+    """
+    from extract.planning.doctor import run_doctor
+
+    console = Console()
+    checks = run_doctor(store, (lambda check: None) if as_json else (lambda check: _print_check(console, check)))
+    errors, warnings = (sum(check.status == status for check in checks) for status in ("error", "warning"))
+    if as_json:
+        text = json.dumps([asdict(check) for check in checks], indent=2, ensure_ascii=False)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    else:
+        console.print(
+            f"{_count(len(checks), 'check')}: {_count(errors, 'error')}, {_count(warnings, 'warning')}", highlight=False
+        )
+    if errors:
+        raise typer.Exit(1)
+
+
+def _print_check(console: Console, check: Any) -> None:
+    """One line: status, part, what was found, and the fix."""
+    style = {"ok": "green", "warning": "yellow", "error": "bold red"}[check.status]
+    fix = f" → {check.fix}" if check.fix else ""
+    console.print(f"{check.status:<7}", style=style, end=" ", highlight=False)
+    console.print(f"{check.name}: {check.detail}{fix}", markup=False, soft_wrap=True, highlight=False)

@@ -1,0 +1,16 @@
+"""Who is in a cohort and what is to be predicted: the label table, its joining with a store, targets.
+
+Names are resolved on first use, so that importing one file of the room does not load the others.
+"""
+
+from extract.exports import lazy_exports
+
+_HOME = {
+    "Attrition": "mil.cohort.cohort",
+    "Cohort": "mil.cohort.cohort",
+    "join_store": "mil.cohort.cohort",
+    "read_cohort": "mil.cohort.cohort",
+}
+
+__all__ = list(_HOME)
+__getattr__ = lazy_exports(__name__, _HOME)

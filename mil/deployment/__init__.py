@@ -1,0 +1,1 @@
+"""A model leaves the house: packed, applied, judged on another cohort, exported, described."""

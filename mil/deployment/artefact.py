@@ -1,0 +1,213 @@
+"""The artefact: one folder with everything that applies a trained model to new slides, each file known by its hash.
+
+MODEL/
+  model.json               what it predicts, recipes, temperatures, thresholds, metrics, hash of every other file
+  README.md                the model card
+  training_cohort.json     salted hashes of the slides and patients that were trained on
+  checkpoints/             weights and record of every replica
+
+Of an ensemble, every member is such a folder of its own, and predicts alone too:
+
+MODEL/
+  model.json               what is averaged, threshold, metrics, hash of every other file
+  README.md                the model card
+  members/1-abmil/         a model as above
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from extract.store import fingerprint
+from mil.cohort.targets import CLASSIFICATION
+from mil.errors import CheckpointError, RunError
+from mil.evaluation.averaging import Averaging, Scale
+from mil.files import put_in_place, write_atomically
+
+FORMAT = 1
+MODEL = "model.json"
+CARD = "README.md"
+MEMBERS = "members"
+ENSEMBLE = "ensemble"
+"""What ``kind`` says in the record of an ensemble; other models are of one run."""
+_REQUIRED = ("format", "target", "class_names", "replicas", "abstention", "files", "sha256")
+
+
+@dataclass(frozen=True, eq=False)
+class Artefact:
+    """A packed model whose files are those that were written.
+
+    Attributes:
+        folder: where it lies.
+        record: the content of ``model.json``.
+
+    Example:
+        >>> artefact = read_artefact("models/subtype")          # doctest: +SKIP
+        >>> artefact.temperatures["fold0-seed0"]                # doctest: +SKIP
+        1.31
+    """
+
+    folder: Path
+    record: Mapping[str, Any]
+
+    @property
+    def replicas(self) -> tuple[str, ...]:
+        """Names of the replicas, in the order of their fold and seed; in an ensemble after their member's name."""
+        return tuple(each["name"] for each in self.record["replicas"])
+
+    @property
+    def temperatures(self) -> dict[str, float]:
+        """By replica; 1 is what the head itself says, as of numbers and risks."""
+        return {each["name"]: float(each["temperature"]) for each in self.record["replicas"]}
+
+    @property
+    def abstain_below(self) -> float | None:
+        """The confidence below which the model abstains, or None."""
+        chosen = self.record["abstention"]
+        return None if chosen is None else float(chosen["below"])
+
+    @property
+    def members(self) -> tuple[Path, ...]:
+        """The models that an ensemble averages; none where this is a single one."""
+        return tuple(self.folder / MEMBERS / each["name"] for each in self.record.get("members", ()))
+
+    @property
+    def task(self) -> str:
+        """What it predicts, one of `TASKS`; what was packed before there were others is of classes."""
+        return str(self.record.get("task", CLASSIFICATION))
+
+    @property
+    def averaging(self) -> Averaging:
+        """How an ensemble averages its members."""
+        scales = tuple(Scale(**each["scale"]) for each in self.record["members"] if "scale" in each)
+        return Averaging(self.record["average"], self.task, scales)
+
+
+def is_artefact(folder: Path) -> bool:
+    """Whether a folder holds a packed model."""
+    return (folder / MODEL).is_file()
+
+
+def refuse_artefact(folder: Path, wanted: str = "the --out folder of a finished mil train") -> None:
+    """Refuse a packed model where a run is needed: it has lost the predictions of its slides.
+
+    Args:
+        folder: what was given.
+        wanted: what is needed instead.
+
+    Raises:
+        RunError: it is a packed model.
+    """
+    if is_artefact(folder):
+        raise RunError(
+            f"got {folder}, a model that mil pack wrote, without the predictions of its run → expected {wanted} → give "
+            f"the run that it was packed from; its own figures are in {folder / CARD}"
+        )
+
+
+def read_artefact(folder: str | Path) -> Artefact:
+    """Open a packed model and compare every file with its hash.
+
+    Raises:
+        RunError: there is none.
+        CheckpointError: a file is missing, damaged or edited, or the artefact is of another format.
+    """
+    folder = Path(folder)
+    record = _read_record(folder)
+    content = {name: value for name, value in record.items() if name != "sha256"}
+    if fingerprint(content) != record["sha256"]:
+        raise CheckpointError(
+            f"got {folder / MODEL}, which is not as it was packed → expected the content of its hash "
+            f"{record['sha256'][:12]}... → copy the model again, or pack the run again with other settings"
+        )
+    for name, expected in record["files"].items():
+        _check_file(folder / name, expected)
+    return Artefact(folder, record)
+
+
+def write_artefact(folder: Path, record: Mapping[str, Any], files: Mapping[str, bytes]) -> Artefact:
+    """Write a model folder: beside its place first, then renamed, so that a folder that exists is whole.
+
+    Args:
+        folder: must be new or empty.
+        record: the content of ``model.json``, but for the hashes, which are added.
+        files: content of every other file by its path in the folder.
+
+    Raises:
+        RunError: ``folder`` exists and is not empty, or cannot be written.
+    """
+    folder = folder.absolute()
+    check_new_folder(folder)
+    content = seal(record, files)
+    partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
+    try:
+        for name, each in content.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(partial / name, each)
+        put_in_place(partial, folder)
+    except OSError as error:
+        raise RunError(f"got {error} while writing {folder} → free some space or choose another --out") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Artefact(folder, json.loads(content[MODEL]))
+
+
+def seal(record: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The files of a model, ``model.json`` with the hashes of all others included; arguments as in `write_artefact`."""
+    hashes = {name: sha256(content).hexdigest() for name, content in files.items()}
+    full = dict(record) | {"format": FORMAT, "files": hashes}
+    full["sha256"] = fingerprint(full)
+    text = json.dumps(full, indent=2, ensure_ascii=False, allow_nan=False)
+    return dict(files) | {MODEL: text.encode("utf-8", "backslashreplace")}
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse a folder that holds anything, or is a file.
+
+    Raises:
+        RunError: it does.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "it exists and is not empty" if folder.is_dir() else "it is a file"
+        raise RunError(f"got {folder} as folder to write → {what} → give a new folder with --out")
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / MODEL
+    try:
+        record = json.loads(path.read_bytes())
+    except OSError as error:
+        raise RunError(
+            f"got {folder} as model → its {MODEL} cannot be read ({error.strerror}) → give a folder that mil pack wrote"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"got {path}, which is not JSON ({error}) → expected what mil pack wrote → copy the model again"
+        ) from error
+    known = record.get("format") if isinstance(record, dict) else None
+    if known != FORMAT or not set(_REQUIRED) <= set(record):
+        raise CheckpointError(
+            f"got {path} of format {known} → expected a model of format {FORMAT} → use the version of tessera-mil that "
+            f"packed it"
+        )
+    return dict(record)
+
+
+def _check_file(path: Path, expected: str) -> None:
+    try:
+        found = sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CheckpointError(
+            f"got a model whose {path} cannot be read ({error.strerror}) → expected every file that was packed → copy "
+            f"the model again"
+        ) from error
+    if found != expected:
+        raise CheckpointError(
+            f"got {path}, which was damaged or edited (SHA-256 {found[:12]}...) → expected {expected[:12]}... → copy "
+            f"the model again"
+        )

@@ -1,0 +1,1 @@
+"""What heads said beside the truth, whatever the task."""

@@ -1,0 +1,122 @@
+"""The mean of what several models say, whatever the target.
+
+Probabilities and numbers of several models have one scale, and so are averaged as they are. Risks have none: Cox's is a
+log hazard against a baseline of its own, that of discrete time counts intervals. So every model's risks are first put
+into units of their own spread among its validation slides; this keeps the order in which it ranks slides. Of the
+replicas of one run, which say the same thing in the same unit, the plain mean is taken, as `mil.predict` does.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL
+from mil.errors import RunError
+from mil.runs.run import ReplicaPredictions
+
+Average = Literal["probabilities", "logits"]
+FloatArray = npt.NDArray[np.float64]
+_SMALLEST = 1e-12
+_ROUNDING = 1e-9
+
+
+def combine(
+    members: Sequence[FloatArray], average: Average = "probabilities", task: str = CLASSIFICATION
+) -> FloatArray:
+    """The mean of several predictions [n, values]; of classes rows sum to one.
+
+    ``logits`` takes the mean of log p, which is the geometric mean: one member that rules a class out decides. Of
+    labels it is taken of yes and of no. Numbers and risks are averaged as they are.
+
+    >>> combine([np.array([[0.9, 0.1]]), np.array([[0.5, 0.5]])]).round(3).tolist()
+    [[0.7, 0.3]]
+    """
+    means: FloatArray = np.mean(members, axis=0)
+    if task == MULTI_LABEL and average == "logits":
+        return _geometric([np.stack([1 - each, each], axis=-1) for each in members])[..., 1]
+    if task != CLASSIFICATION:
+        return means
+    return _geometric(members) if average == "logits" else means / means.sum(axis=1, keepdims=True)
+
+
+def _geometric(members: Sequence[FloatArray]) -> FloatArray:
+    """The geometric mean of probabilities [..., C], scaled to sum to one."""
+    means = np.exp(np.mean([np.log(np.maximum(each, _SMALLEST)) for each in members], axis=0))
+    total: FloatArray = means / means.sum(axis=-1, keepdims=True)
+    return total
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Where the risks of a model lie.
+
+    Attributes:
+        centre: their mean among its validation slides.
+        deviation: their standard deviation there; above 0.
+    """
+
+    centre: float
+    deviation: float
+
+    @classmethod
+    def of(cls, said: ReplicaPredictions, fold: int | None = None) -> "Scale":
+        """That of a run's replicas, or of those of one fold: means over them, each on its own validation part.
+
+        No slide that a fold tests has a say in that fold's scale.
+
+        Raises:
+            RunError: the risks of all validation slides are the same, or there are none.
+        """
+        centres, variances = [], []
+        for replica, parts, risks in zip(said.replicas, said.parts, said.probabilities[:, :, 0], strict=True):
+            validated = risks[parts == "validation"]
+            if (fold is None or replica.fold == fold) and len(validated):
+                centres.append(float(validated.mean()))
+                variances.append(float(validated.var()))
+        deviation = math.sqrt(np.mean(variances)) if variances else 0.0
+        # tables hold nine digits: what is less is rounding, and no spread
+        if not deviation > _ROUNDING * max(map(abs, centres), default=0.0):
+            raise RunError(
+                f"got a run of {said.replicas[0].config.head.name} whose risks are the same for all "
+                f"{'' if fold is None else f'of fold {fold} '}validation slides → expected some that differ, which "
+                f"tell its scale from that of others → leave it out"
+            )
+        return cls(float(np.mean(centres)), deviation)
+
+    def apply(self, risks: FloatArray) -> FloatArray:
+        """Risks in this unit."""
+        scaled: FloatArray = (risks - self.centre) / self.deviation
+        return scaled
+
+
+def standardise_risks(said: ReplicaPredictions) -> ReplicaPredictions:
+    """A run whose risks have, in every fold, the unit of that fold's validation slides."""
+    folds = [replica.fold for replica in said.replicas]
+    scales = {fold: Scale.of(said, fold) for fold in dict.fromkeys(folds)}
+    risks = [scales[fold].apply(each) for fold, each in zip(folds, said.probabilities, strict=True)]
+    return replace(said, probabilities=np.stack(risks))
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """How the members of an ensemble are averaged on new slides.
+
+    Attributes:
+        average: what is averaged.
+        task: of all members.
+        scales: of each member's risks, for survival; else none.
+    """
+
+    average: Average = "probabilities"
+    task: str = CLASSIFICATION
+    scales: tuple[Scale, ...] = ()
+
+    def of(self, members: Sequence[FloatArray]) -> FloatArray:
+        """The mean of what each member says [n, values]; a run's risks are the plain mean over its replicas."""
+        if self.scales:
+            members = [scale.apply(said) for scale, said in zip(self.scales, members, strict=True)]
+        return combine(members, self.average, self.task)

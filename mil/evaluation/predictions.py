@@ -1,0 +1,166 @@
+"""Truth beside prediction: what a model says of slides out of fold, which runs are scored and compared by.
+
+A row is a slide. For survival it is a slide in a fold that tests it, and metrics compare the patients of one fold:
+risks of other folds come from other models and have no common scale.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import rankdata
+
+from mil.cohort.cohort import Cohort
+from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, REGRESSION, SURVIVAL
+from mil.runs.run import ReplicaPredictions
+from mil.statistics import metrics, multi_label, regression
+from mil.statistics.survival import PatientRows, concordance, count_events
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Outcomes:
+    """What is true of n rows, and what a model says of them.
+
+    Attributes:
+        cohort: the slides; for survival one stands there once for every fold that tests it.
+        said: float64 [n, values], see `mil.training.tasks.decode`.
+        folds: [n] for survival, else empty.
+    """
+
+    cohort: Cohort
+    said: FloatArray
+    folds: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, predictions: ReplicaPredictions, chosen: npt.NDArray[np.bool_] | None = None) -> "Outcomes":
+        """Those of a training; the replicas of different seeds are averaged, for survival those of one fold.
+
+        Args:
+            predictions: of R replicas.
+            chosen: bool [R], which to take; all by default.
+        """
+        if predictions.cohort.task != SURVIVAL:
+            return cls(*predictions.tested(chosen))
+        fold_of = np.array([replica.fold for replica in predictions.replicas])
+        taken = np.ones(len(fold_of), dtype=bool) if chosen is None else chosen
+        return cls.of_folds(cls(*predictions.tested(taken & (fold_of == fold))) for fold in np.unique(fold_of[taken]))
+
+    @classmethod
+    def of_folds(cls, parts: Iterable["Outcomes"]) -> "Outcomes":
+        """Test parts of the folds for survival, put together in an order that tells the same folds alike."""
+        ordered = sorted((part.sorted() for part in parts), key=lambda part: part.cohort.slide_ids)
+        cohorts = [part.cohort for part in ordered]
+        cohort = replace(
+            cohorts[0],
+            slide_ids=tuple(slide_id for each in cohorts for slide_id in each.slide_ids),
+            patient_ids=tuple(patient for each in cohorts for patient in each.patient_ids),
+            labels=np.concatenate([each.labels for each in cohorts]),
+            values=np.concatenate([each.targets for each in cohorts]),
+        )
+        folds = tuple(at for at, each in enumerate(cohorts) for _ in range(len(each)))
+        return cls(cohort, np.concatenate([part.said for part in ordered]), folds)
+
+    def sorted(self) -> "Outcomes":
+        """The rows by slide id."""
+        order = np.argsort(self.cohort.slide_ids, kind="stable")
+        return replace(self, cohort=self.cohort.subset(order), said=self.said[order])
+
+    @property
+    def patient_ids(self) -> tuple[str, ...]:
+        """[n]."""
+        return self.cohort.patient_ids
+
+    @property
+    def values(self) -> FloatArray:
+        """The truth [n, columns] of other targets than classes."""
+        return np.asarray(self.cohort.values, dtype=np.float64)
+
+    @cached_property
+    def _patients(self) -> PatientRows:
+        return PatientRows.of(self.patient_ids, self.folds or None)
+
+    def scores(
+        self, weights: FloatArray | None = None, said: FloatArray | None = None, only: str | None = None
+    ) -> dict[str, FloatArray]:
+        """The headline metrics of the task under every weighting, each [B]; NaN where one is undefined.
+
+        Args:
+            weights: [B, n], the same for all slides of a patient; None weighs every row once (B = 1).
+            said: [n, values], in place of what the model says.
+            only: the metric that is needed; others may then be missing.
+        """
+        said = self.said if said is None else said
+        if self.cohort.task == CLASSIFICATION:
+            return _score_classes(self.cohort, said, weights)
+        if self.cohort.task == MULTI_LABEL:
+            return multi_label.summarise(self.values, said, weights, only)
+        if self.cohort.task == REGRESSION:
+            return regression.summarise(self.values, said, weights, only)
+        rows = self._patients
+        times, events = self.values[rows.first, 0], self.values[rows.first, 1] == 1
+        weighed = None if weights is None else weights[:, rows.first]
+        return {"concordance": concordance(times, events, rows.mean(said[:, 0]), weighed, rows.groups)}
+
+    def is_claimable(self) -> bool:
+        """Whether enough patients stand behind the headlines for an interval; classes know better themselves."""
+        if self.cohort.task == MULTI_LABEL:
+            return min(multi_label.count_fewest(self.values, self.patient_ids)) >= 2
+        if self.cohort.task == SURVIVAL:
+            return count_events(self.patient_ids, self.values[:, 1] == 1) >= 2
+        return len(set(self.patient_ids)) >= 2
+
+    def exchanged(self, other: "Outcomes", swaps: FloatArray, metric: str) -> FloatArray:
+        """A headline metric [B] of what is said here where swaps are 0, and of what ``other`` says where they are 1.
+
+        Risks of two models have no common scale: the ranks of patients within their fold are exchanged.
+
+        Args:
+            other: of the same rows in the same order.
+            swaps: [B, n], the same for all slides of a patient.
+            metric: which.
+        """
+        if self.cohort.task != SURVIVAL:
+            mixed = (np.where(row[:, None] > 0, other.said, self.said) for row in swaps)
+            return np.array([self.scores(said=said, only=metric)[metric][0] for said in mixed])
+        rows = self._patients
+        chosen, truth = swaps[:, rows.first], self.values[rows.first]
+        # every patient stands there with both ranks, one of which has no weight: all exchanges are one call
+        twice, ranks = np.concatenate([truth, truth]), np.concatenate([self._ranks, other._ranks])
+        weights = np.concatenate([1 - chosen, chosen], axis=1)
+        return concordance(twice[:, 0], twice[:, 1] == 1, ranks, weights, rows.groups * 2)
+
+    @cached_property
+    def _ranks(self) -> FloatArray:
+        """Of the patients' risks within their fold."""
+        rows = self._patients
+        risks, groups = rows.mean(self.said[:, 0]), np.array(rows.groups)
+        ranks = np.zeros(len(risks))
+        for group in np.unique(groups):
+            ranks[groups == group] = rankdata(risks[groups == group])
+        return ranks
+
+
+def _score_classes(cohort: Cohort, said: FloatArray, weights: FloatArray | None) -> dict[str, FloatArray]:
+    matrix = metrics.confusion(cohort.labels, said.argmax(axis=1), len(cohort.class_names), weights)
+    return {
+        "macro_f1": metrics.macro_f1(matrix),
+        "balanced_accuracy": metrics.balanced_accuracy(matrix),
+        "auroc": metrics.auroc(cohort.labels, said, weights),
+        "accuracy": metrics.accuracy(matrix),
+    }
+
+
+def seed_scores(predictions: ReplicaPredictions, metric: str) -> Iterator[float]:
+    """A headline metric of what the replicas of each seed alone say out of fold."""
+    seed_of = np.array([replica.seed for replica in predictions.replicas])
+    for seed in dict.fromkeys(seed_of.tolist()):
+        yield float(Outcomes.of(predictions, seed_of == seed).scores(only=metric)[metric][0])
+
+
+def mean_outcomes(parts: Sequence[Outcomes]) -> Outcomes:
+    """The mean of what several models say of the same rows."""
+    return replace(parts[0], said=np.mean([part.said for part in parts], axis=0))

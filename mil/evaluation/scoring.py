@@ -1,0 +1,52 @@
+"""What a finished training scored out of fold, by the kind of its target; the content of ``metrics.json``."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, REGRESSION, SURVIVAL
+from mil.evaluation.predictions import Outcomes
+from mil.runs.run import ReplicaPredictions
+from mil.statistics import classification as statistics
+from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling
+from mil.statistics.multi_label import evaluate_multi_label
+from mil.statistics.regression import evaluate_regression
+from mil.statistics.survival import evaluate_survival
+
+OF_A_REPLICA = {
+    CLASSIFICATION: ("macro_f1", "balanced_accuracy", "auroc"),
+    MULTI_LABEL: ("macro_auroc", "macro_f1"),
+    REGRESSION: ("r2", "pearson", "mae"),
+    SURVIVAL: ("concordance",),
+}
+"""What is told of one replica, whose test part is small."""
+
+
+def evaluate_out_of_fold(predictions: ReplicaPredictions) -> dict[str, Any]:
+    """Every metric of the test parts with its interval, see `evaluate_outcomes`."""
+    return evaluate_outcomes(Outcomes.of(predictions))
+
+
+def evaluate_outcomes(outcomes: Outcomes, resampling: Resampling = USUAL_RESAMPLING) -> dict[str, Any]:
+    """Every metric with its interval, see `mil.statistics.classification.evaluate` and its likes of other tasks."""
+    cohort, said, how = outcomes.cohort, outcomes.said, asdict(resampling)
+    patients, values = cohort.patient_ids, cohort.values
+    if values is None:
+        return statistics.evaluate(cohort.labels, said, patients, cohort.class_names, **how)
+    if cohort.task == MULTI_LABEL:
+        return evaluate_multi_label(values, said, patients, cohort.columns, **how)
+    if cohort.task == REGRESSION:
+        return evaluate_regression(values, said, patients, cohort.columns, **how)
+    n_slides = len(set(cohort.slide_ids))
+    return evaluate_survival(values, said[:, 0], patients, outcomes.folds, n_slides=n_slides, **how)
+
+
+def score_replica(predictions: ReplicaPredictions, at: int) -> dict[str, float | None]:
+    """The metrics of one replica on its test part; None where one is undefined."""
+    test = np.flatnonzero(predictions.parts[at] == "test")
+    cohort = predictions.cohort.subset(test)
+    scores = Outcomes(cohort, predictions.probabilities[at][test]).scores()
+    found = {name: float(scores[name][0]) for name in OF_A_REPLICA[cohort.task]}
+    return {name: None if math.isnan(value) else value for name, value in found.items()}

@@ -1,0 +1,78 @@
+"""Truth and prediction of slides as the tables of a run folder hold them (``oof.csv``, ``predictions.csv``)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mil.cohort.cohort import Attrition, Cohort
+from mil.cohort.targets import CLASSIFICATION, find_strata, target_columns
+from mil.files import Row, probability_text
+from mil.training.tasks import Record, value_names
+
+FloatArray = npt.NDArray[np.float64]
+
+
+def truth_names(cohort: Cohort) -> tuple[str, ...]:
+    """Columns of tables that hold the truth: ``target``, or one per column of other targets than classes."""
+    return ("target",) if cohort.values is None else tuple(f"target_{column}" for column in cohort.columns)
+
+
+def truth_cells(cohort: Cohort, at: int) -> tuple[str, ...]:
+    """What stands there for a slide; nothing where a label is unknown."""
+    if cohort.values is None:
+        return (cohort.class_names[cohort.labels[at]],)
+    return tuple("" if np.isnan(value) else f"{value:.9g}" for value in cohort.values[at].tolist())
+
+
+def said_names(cohort: Cohort, task: Record | None) -> tuple[str, ...]:
+    """Columns of tables that hold what a replica says: ``p_<class>``, or see `mil.training.tasks.value_names`."""
+    if task is None or cohort.values is None:
+        return tuple(f"p_{name}" for name in cohort.class_names)
+    return value_names(task)
+
+
+def out_of_fold_rows(cohort: Cohort, probabilities: FloatArray, task: Record | None = None) -> Iterator[Row]:
+    """Rows of ``oof.csv``; of classes with the predicted one. Other targets need the record of their task."""
+    classes = cohort.values is None
+    predicted = ("predicted",) if classes else ()
+    yield ("slide_id", "patient_id", *truth_names(cohort), *predicted, *said_names(cohort, task))
+    for at, slide_id in enumerate(cohort.slide_ids):
+        best = (cohort.class_names[probabilities[at].argmax()],) if classes else ()
+        values = map(probability_text, probabilities[at])
+        yield (slide_id, cohort.patient_ids[at], *truth_cells(cohort, at), *best, *values)
+
+
+def stated_cohort(metrics: Mapping[str, Any], rows: Sequence[tuple[str, str, Sequence[str]]] = ()) -> Cohort:
+    """The slides of a run as its tables hold them.
+
+    Args:
+        metrics: the run's ``metrics.json``.
+        rows: slide id, patient id and the cells of the truth, see `truth_names`.
+
+    Raises:
+        ValueError, KeyError: they are not what `mil train` writes.
+    """
+    task, target = metrics.get("task", CLASSIFICATION), metrics["target"]
+    slide_ids, patients = tuple(row[0] for row in rows), tuple(row[1] for row in rows)
+    attrition = Attrition(len(rows), len(rows))
+    if task == CLASSIFICATION:
+        names = tuple(metrics["class_names"])
+        labels = np.array([names.index(cells[0]) for _, _, cells in rows], dtype=np.int64)
+        return Cohort(slide_ids, patients, labels, names, target, attrition)
+    columns = target_columns(task, target)
+    cells = [[float(cell) if cell else np.nan for cell in cells] for _, _, cells in rows]
+    values = np.array(cells, dtype=np.float64).reshape(len(rows), len(columns))
+    strata, names = find_strata(task, columns, values, patients)
+    return Cohort(slide_ids, patients, strata, names, target, attrition, task, values)
+
+
+def stated_task(cohort: Cohort) -> Record:
+    """What a run's tables tell of its task: the kind and the columns, which name the values."""
+    return {"task": cohort.task, "columns": list(cohort.columns)}
+
+
+def stated_said(cohort: Cohort) -> tuple[str, ...]:
+    """Columns of a run's tables that hold what it says."""
+    return said_names(cohort, stated_task(cohort))

@@ -1,0 +1,1 @@
+"""What trains to answer a question: cross-validation, benchmark, comparison."""

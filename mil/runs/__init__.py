@@ -1,0 +1,1 @@
+"""Folders that hold results, written and read."""

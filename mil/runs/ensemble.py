@@ -1,0 +1,199 @@
+"""Ensembles: the mean of what several runs of one target say, over heads, features, folds and seeds.
+
+A run's out-of-fold predictions already are an ensemble of its seeds; for a new slide it is one of all its replicas.
+Several runs are averaged with equal weights. Nothing is fitted but the scale of risks, to validation slides, so that
+out-of-fold predictions stay honest; runs that were picked by their test folds make the figures of their ensemble too
+good, and only whoever picked can know that.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+
+from mil.cohort.cohort import Cohort
+from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL
+from mil.deployment.artefact import refuse_artefact
+from mil.errors import RunError, listed
+from mil.evaluation.averaging import Average, Averaging, Scale
+from mil.evaluation.gains import gain_over, member_metrics
+from mil.evaluation.members import MemberPredictions
+from mil.evaluation.scoring import evaluate_outcomes
+from mil.evaluation.tables import out_of_fold_rows, stated_task
+from mil.files import put_in_place, write_csv, write_json
+from mil.runs.look_ledger import Look
+from mil.runs.run import ReplicaPredictions
+from mil.runs.run_folder import read_predictions
+
+FloatArray = npt.NDArray[np.float64]
+ENSEMBLE = "ensemble.json"
+_FILES = frozenset({ENSEMBLE, "oof.csv", "metrics.json"})
+
+
+@dataclass(frozen=True, eq=False)
+class Ensemble:
+    """Several runs as one.
+
+    Attributes:
+        folders: of the members, which stay where they are.
+        cohort: slides, patients and labels that all members share.
+        probabilities: float64 [n, C], out of fold; for other targets than classes [n, values].
+        metrics: the content of ``metrics.json``.
+        averaging: what is averaged: probabilities, their logarithms (then scaled to sum to one), numbers or risks.
+
+    Example:
+        >>> ensemble = make_ensemble(["runs/abmil", "runs/transmil"])       # doctest: +SKIP
+        >>> ensemble.metrics["out_of_fold"]["macro_f1"]                     # doctest: +SKIP
+    """
+
+    folders: tuple[Path, ...]
+    cohort: Cohort
+    probabilities: FloatArray
+    metrics: dict[str, Any]
+    averaging: Averaging
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``oof.csv``, ``metrics.json`` and ``ensemble.json``; the look at the test folds is counted.
+
+        Raises:
+            RunError: ``folder`` holds anything but an earlier ensemble.
+        """
+        folder = Path(folder).absolute()
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else {""} if folder.exists() else set()
+        if there - _FILES:
+            raise RunError(f"got {folder} for an ensemble → it holds {listed(sorted(there))} → give a new folder")
+        look = Look.at(folder, self.cohort, "ensemble", self.metrics["entry"])
+        metrics = self.metrics | {"looks": look.count_earlier() + 1}
+        partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
+        try:
+            partial.mkdir(parents=True)
+            members = {"members": [str(path) for path in self.folders]}
+            write_json(partial / ENSEMBLE, asdict(self.averaging) | members)
+            write_csv(partial / "oof.csv", out_of_fold_rows(self.cohort, self.probabilities, stated_task(self.cohort)))
+            write_json(partial / "metrics.json", metrics)
+            look.append()
+            put_in_place(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return folder
+
+
+def make_ensemble(folders: Sequence[str | Path], average: Average = "probabilities") -> Ensemble:
+    """Average the out-of-fold predictions of runs of the same slides.
+
+    Every prediction comes from a replica that saw neither the slide nor its patient, whatever the folds of its run.
+    Of survival runs need the same folds, as patients are compared within a fold alone, and risks are averaged in units
+    of their spread among the validation slides of each run and fold, see `mil.evaluation.averaging`.
+
+    Raises:
+        RunError: fewer than two runs, one run twice, a run that cannot be read, a packed model or an ensemble, runs of
+            other slides, patients, labels, tasks or columns, or an average that the task does not have.
+    """
+    paths = tuple(Path(folder).absolute() for folder in folders)
+    if len(set(paths)) < len(paths) or len(paths) < 2:
+        raise RunError(f"got {listed(map(str, paths))} → expected two or more different runs → name each once")
+    for path in paths:
+        refuse_artefact(path, "runs, which are averaged before they are packed")
+        if is_ensemble(path):
+            raise RunError(f"got the ensemble {path} → expected runs of mil train → name its members instead")
+    runs = [read_predictions(path) for path in paths]
+    _require_same_slides(paths, runs)
+    said = MemberPredictions.aligned(runs, average)
+    _check_average(average, said.cohort.task)
+    cohort, probabilities = said.tested()
+    scales = tuple(map(Scale.of, runs)) if cohort.task == SURVIVAL else ()
+    averaging = Averaging(average, cohort.task, scales)
+    return Ensemble(paths, cohort, probabilities, _metrics(paths, said), averaging)
+
+
+def _require_same_slides(paths: Sequence[Path], runs: Sequence[ReplicaPredictions]) -> None:
+    """Every run must have tested what the first has; patients and labels are compared when they are aligned."""
+    first = set(runs[0].tested()[0].slide_ids)
+    for path, run in zip(paths, runs, strict=True):
+        differing = sorted(first ^ set(run.tested()[0].slide_ids))
+        if differing:
+            raise RunError(
+                f"got {paths[0]} and {path}, of which one alone tested {listed(differing)} → expected runs of the same "
+                f"slides, patients and labels → train both with one label table and target, on stores with the same "
+                f"slides"
+            )
+
+
+def _check_average(average: Average, task: str) -> None:
+    if average == "logits" and task not in (CLASSIFICATION, MULTI_LABEL):
+        raise RunError(
+            f"got average=logits for runs of task {task} → expected probabilities to take the logarithm of, of which "
+            f"{task} has none → leave --average out"
+        )
+
+
+def read_ensemble(folder: Path) -> tuple[tuple[Path, ...], Averaging]:
+    """The members of a saved ensemble, and how they are averaged.
+
+    Raises:
+        RunError: there is none, or a member has gone.
+    """
+    try:
+        plain = json.loads((folder / ENSEMBLE).read_text(encoding="utf-8"))
+        members = tuple(Path(each) for each in plain["members"])
+        scales = tuple(Scale(**each) for each in plain.get("scales", ()))
+        averaging = Averaging(plain["average"], plain.get("task", CLASSIFICATION), scales)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"got {folder} as ensemble → its {ENSEMBLE} cannot be read → make it again") from error
+    gone = [str(path) for path in members if not (path / "metrics.json").is_file()]
+    if gone:
+        raise RunError(
+            f"got the ensemble {folder} → its member {listed(gone)} has gone → bring it back, or make another"
+        )
+    return members, averaging
+
+
+def is_ensemble(folder: Path) -> bool:
+    """Whether a folder was written by `Ensemble.save`."""
+    return (folder / ENSEMBLE).is_file()
+
+
+def over_members(
+    members: Sequence[Path], averaging: Averaging, predict: Callable[[Path], tuple[tuple[str, ...], FloatArray]]
+) -> tuple[tuple[str, ...], FloatArray]:
+    """Slide ids and predictions [n, values] of an ensemble for new slides, from those of each member."""
+    found = [predict(member) for member in members]
+    ids = found[0][0]
+    for member, (other, _) in zip(members, found, strict=True):
+        if other != ids:
+            raise RunError(f"got other slides for {member} than for {members[0]} → name the slides, or extract all")
+    return ids, averaging.of([values for _, values in found])
+
+
+def _metrics(paths: Sequence[Path], said: MemberPredictions) -> dict[str, Any]:
+    cohort, together = said.cohort, said.outcomes()
+    found = evaluate_outcomes(together)
+    facts = [json.loads((path / "metrics.json").read_text(encoding="utf-8")) for path in paths]
+    members = [
+        {"run": str(path), "head": run["head"], "entry": run["entry"]}
+        | {name: run["out_of_fold"][name] for name in member_metrics(cohort.task)}
+        | gain_over(together, MemberPredictions((member,)).outcomes())
+        for path, run, member in zip(paths, facts, said.members, strict=True)
+    ]
+    return {
+        "target": cohort.target,
+        "task": cohort.task,
+        "class_names": list(cohort.class_names) if cohort.values is None else [],
+        "head": "ensemble of " + ", ".join(run["head"] for run in facts),
+        "entry": ", ".join(dict.fromkeys(run["entry"] for run in facts)),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "average": said.average,
+        "members": members,
+        "n_replicas": sum(run["n_replicas"] for run in facts),
+        "synthetic": any(run["synthetic"] for run in facts),
+        "warnings": list(found["warnings"]),
+        "looks": 1,
+        "out_of_fold": found,
+    }

@@ -1,0 +1,16 @@
+"""Patient-grouped folds: drawn, given or by site; verified, and written.
+
+Names are resolved on first use, so that importing one file of the room does not load the others.
+"""
+
+from extract.exports import lazy_exports
+
+_HOME = {
+    "Splits": "mil.splits.splits",
+    "make_splits": "mil.splits.splits",
+    "read_splits": "mil.splits.splits",
+    "verify_splits": "mil.splits.splits",
+}
+
+__all__ = list(_HOME)
+__getattr__ = lazy_exports(__name__, _HOME)

@@ -1,0 +1,1 @@
+"""Arrays in, numbers with intervals out; knows no run, no head and no file."""

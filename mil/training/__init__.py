@@ -1,0 +1,1 @@
+"""Training: one replica, many replicas, checkpoints, going on after a stop."""

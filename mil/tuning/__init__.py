@@ -1,0 +1,1 @@
+"""Sweeps: the search space, trials, the nested choice."""
