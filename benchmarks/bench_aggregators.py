@@ -28,8 +28,7 @@ from aggregators import create_aggregator, list_aggregators
 from aggregators.registry import aggregator_record
 from benchmarks import torchmil_peer
 from benchmarks.machine import Result, print_results, write_results
-from mil.bags.devices import PeakMemory
-from mil.bags.forward import resolve_device
+from mil.bags.devices import PeakMemory, resolve_device
 
 SIZES = (100, 1_000, 10_000, 100_000)
 N_CLASSES = 4

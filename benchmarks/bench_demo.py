@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.machine import Result, print_results, write_results
 from extract.pipeline.extraction import run_extraction
 from mil.demo import DemoResult, draw_cohort, judge, train_heads
-from mil.statistics.classification import paired_t_interval
+from mil.statistics.paired_tests import paired_t_interval
 
 DATA_SEEDS = (100, 101, 102, 103, 104)
 

@@ -23,7 +23,7 @@ from benchmarks.machine import Result, print_results, write_results
 from extract.backbones.backbone import Backbone, load_backbone
 from extract.memory import keep_freed_memory
 from extract.pipeline.extraction import run_extraction
-from extract.pipeline.stream import CPU_BATCH_SIZE, GPU_BATCH_SIZE, available_cores
+from extract.pipeline.jobs import CPU_BATCH_SIZE, GPU_BATCH_SIZE, available_cores
 from extract.slides.slide import Slide
 from extract.slides.sources import SlideSource, find_slides
 from extract.store import TileRecipe, TissueRecipe, open_store

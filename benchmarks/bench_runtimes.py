@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from benchmarks.machine import Result, print_results, write_results
 from extract.backbones.runtimes import Forward, available_runtimes, check_parity, compile_model
 from extract.memory import keep_freed_memory
-from extract.pipeline.stream import available_cores
+from extract.pipeline.jobs import available_cores
 
 INPUT_PX = 224
 MODELS = ("tf_efficientnet_lite0", "resnet18", "vit_small_patch16_224")

@@ -38,7 +38,7 @@ from benchmarks.machine import Result, print_results, write_results
 from benchmarks.our_recipe import Recipe
 from benchmarks.quality_curve import Curve, Kind, Task
 from benchmarks.torchmil_peer import TorchmilPeer
-from mil.bags.forward import resolve_device
+from mil.bags.devices import resolve_device
 
 THEIR_LR = 2e-4
 GRID = (2e-4, 1e-3, 4e-3)

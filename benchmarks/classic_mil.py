@@ -34,10 +34,13 @@ from benchmarks.published_protocol import (
 )
 from mil.bags.bags import Bags
 from mil.cohort.cohort import Attrition, Cohort
-from mil.config.train import HeadConfig, OptimizerConfig, TrainConfig
-from mil.splits.splits import Splits, make_splits
+from mil.config.sections import HeadConfig, OptimizerConfig
+from mil.config.train import TrainConfig
+from mil.splits.folds import make_splits
+from mil.splits.splits import Splits
 from mil.statistics.metrics import auroc
-from mil.training.loop import Replica, TrainedReplica, train_replica
+from mil.training.loop import train_replica
+from mil.training.replica import Replica, TrainedReplica
 
 SETS = ("musk1", "musk2", "fox", "elephant")
 LEARNING_RATES = (5e-4, 2e-3)

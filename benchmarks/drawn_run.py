@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from mil.cohort.cohort import Attrition, Cohort
-from mil.config.train import compose_config
+from mil.config.compose import compose_config
+from mil.evaluation.predictions import ReplicaPredictions
 from mil.evaluation.tables import out_of_fold_rows
 from mil.files import Row, write_csv, write_json
-from mil.runs.run import ReplicaPredictions
-from mil.splits.splits import make_splits
+from mil.splits.folds import make_splits
 from mil.statistics.calibration import evaluate_calibration
 from mil.statistics.classification import evaluate
-from mil.training.loop import Replica
+from mil.training.replica import Replica
 
 EPOCHS = 20
 

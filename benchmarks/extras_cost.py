@@ -19,13 +19,17 @@ from aggregators import Aggregator, create_aggregator
 from aggregators.base import Standardize
 from benchmarks.ceiling_cohort import EASY, N_CLASSES, CohortSize, draw_cohort
 from benchmarks.machine import Result
+from mil.arrays import IntArray
 from mil.bags.bags import Bags
-from mil.bags.forward import bag_logits, cpu_threads
+from mil.bags.devices import cpu_threads
+from mil.bags.forward import bag_logits
 from mil.bags.samplers import natural_order
-from mil.config.train import TrainConfig, compose_config
-from mil.training.loop import IntArray, PartArray, Replica, train_replica
+from mil.config.compose import compose_config
+from mil.config.train import TrainConfig
+from mil.training.loop import train_replica
 from mil.training.losses import balanced_class_weights, weighted_cross_entropy
-from mil.training.optimizers import learning_rate
+from mil.training.replica import PartArray, Replica
+from mil.training.schedules import learning_rate
 
 CPU = torch.device("cpu")
 SUBJECT = "extras"

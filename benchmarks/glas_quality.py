@@ -29,10 +29,11 @@ from benchmarks.our_recipe import Recipe
 from benchmarks.quality_curve import FloatArray, IntArray, Task
 from benchmarks.torchmil_peer import TorchmilPeer
 from extract.store import open_store
-from mil.bags.bags import choose_entry
-from mil.cohort.cohort import join_store, read_cohort
+from mil.bags.stored import choose_entry
+from mil.cohort.cohort import read_cohort
+from mil.cohort.joining import join_store
 from mil.errors import TrainingDivergedError
-from mil.splits.splits import make_splits
+from mil.splits.folds import make_splits
 from mil.statistics.bootstrap import Spread
 from mil.statistics.metrics import auroc
 

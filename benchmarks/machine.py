@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from extract.pipeline.stream import available_cores
+from extract.pipeline.jobs import available_cores
 
 
 @dataclass(frozen=True)

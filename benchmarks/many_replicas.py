@@ -23,10 +23,11 @@ from benchmarks.ceiling_cohort import N_CLASSES, CeilingCohort, CohortSize, Diff
 from benchmarks.machine import Result
 from mil.bags.bags import Bags
 from mil.bags.devices import PeakMemory
-from mil.config.train import TrainConfig, compose_config
+from mil.config.compose import compose_config
+from mil.config.train import TrainConfig
 from mil.statistics.metrics import auroc
-from mil.training.loop import PartArray, Replica, TrainedReplica
 from mil.training.losses import probabilities
+from mil.training.replica import PartArray, Replica, TrainedReplica
 from mil.training.replicas import train_replicas
 
 LEAN_LR = 2e-4

@@ -17,8 +17,10 @@ from aggregators import create_aggregator
 from benchmarks.quality_curve import Curve, CurveWriter, IntArray, Task
 from mil.bags.bags import Bags
 from mil.bags.forward import bag_logits
-from mil.config.train import TrainConfig, compose_config
-from mil.training.loop import PartArray, Replica, train_replica
+from mil.config.compose import compose_config
+from mil.config.train import TrainConfig
+from mil.training.loop import train_replica
+from mil.training.replica import PartArray, Replica
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from extract.store import Store, open_store
-from mil.config.train import compose_config
+from mil.config.compose import compose_config
 from mil.deployment.inference import predict
 from mil.errors import RunError
 from mil.experiments.crossval import run_training
 from mil.runs.run import Run
-from mil.statistics.classification import PairedDifference, paired_difference
+from mil.statistics.paired_tests import PairedDifference, paired_difference
 from mil.training.replicas import OnProgress
 
 HEADS = ("mean", "abmil")
@@ -85,7 +85,7 @@ def lesion_aurocs(store: Store, cohort_folder: Path, run: Run) -> list[float]:
     """Per slide, the AUROC with which the attention of replicas that never saw its patient ranks lesion tiles first."""
     from sklearn.metrics import roc_auc_score
 
-    from extract.synthetic.cohort import lesion_tiles, read_lesions
+    from extract.synthetic.lesions import lesion_tiles, read_lesions
 
     lesions = read_lesions(cohort_folder / "lesions.json")
     areas = []

@@ -40,10 +40,11 @@ from extract.store import TileRecipe, TissueRecipe
 from mil.bags.bags import Bags
 from mil.bags.forward import bag_logits
 from mil.errors import TrainingDivergedError
-from mil.splits.splits import make_splits
+from mil.splits.folds import make_splits
 from mil.statistics.metrics import auroc
-from mil.training.loop import Replica, train_replica
+from mil.training.loop import train_replica
 from mil.training.losses import probabilities
+from mil.training.replica import Replica
 from tests.conftest import REPOSITORY
 from tests.test_extract.small import write_slide
 from tests.test_mil.small import make_cohort, make_store

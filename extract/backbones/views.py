@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from extract.errors import RecipeError
-from extract.store.core.fingerprint import AugmentRecipe, fingerprint
+from extract.store.core.fingerprint import fingerprint
+from extract.store.core.recipes import AugmentRecipe
 
 MAX_LIGHT = {"brightness": 0.25, "contrast": 0.25, "saturation": 0.25}
 """Reach of the colour jitter at strength 1, as `v2.ColorJitter` takes it; hue has its own."""

@@ -6,9 +6,9 @@ Names are resolved on first use, so that importing one file of the room does not
 from extract.exports import lazy_exports
 
 _HOME = {
-    "ExtractionReport": "extract.pipeline.extraction",
-    "Progress": "extract.pipeline.extraction",
-    "SlideOutcome": "extract.pipeline.extraction",
+    "ExtractionReport": "extract.pipeline.report",
+    "Progress": "extract.pipeline.report",
+    "SlideOutcome": "extract.pipeline.report",
     "run_extraction": "extract.pipeline.extraction",
 }
 

@@ -52,20 +52,21 @@ def check_claims(store: Path) -> None:
         )
 
 
-def run_fleet(devices: Sequence[str], arguments: Sequence[str]) -> int:
+def run_fleet(devices: Sequence[str], program: Sequence[str], arguments: Sequence[str]) -> int:
     """Run the same command once per device, and show what each prints, line by line with its device.
 
     Ctrl-C and SIGTERM reach every process, which then finishes its batches and saves.
 
     Args:
         devices: one per process.
-        arguments: of the command ``mil``, with a ``--device`` that is replaced.
+        program: what starts the command line in a process of its own, such as ``python -m mil``.
+        arguments: its arguments, with a ``--device`` that is replaced.
 
     Returns:
         The largest exit code. `LEFT_TO_OTHERS` counts only where all end with it: what one process leaves to another of
         the fleet, that one accounts for.
     """
-    processes = _start_all(devices, arguments)
+    processes = _start_all([[*program, *with_device(arguments, device)] for device in devices])
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         for process in processes:
@@ -88,12 +89,12 @@ def run_fleet(devices: Sequence[str], arguments: Sequence[str]) -> int:
     return max((abs(code) for code in codes if code != LEFT_TO_OTHERS), default=LEFT_TO_OTHERS)
 
 
-def _start_all(devices: Sequence[str], arguments: Sequence[str]) -> list["subprocess.Popen[str]"]:
-    """One process per device, or none."""
+def _start_all(commands: Sequence[Sequence[str]]) -> list["subprocess.Popen[str]"]:
+    """One process per command, or none."""
     processes: list[subprocess.Popen[str]] = []
     try:
-        for device in devices:
-            processes.append(_start(with_device(arguments, device)))
+        for command in commands:
+            processes.append(_start(command))
     except BaseException:
         for process in processes:
             process.terminate()
@@ -103,9 +104,9 @@ def _start_all(devices: Sequence[str], arguments: Sequence[str]) -> list["subpro
     return processes
 
 
-def _start(arguments: Sequence[str]) -> "subprocess.Popen[str]":
+def _start(command: Sequence[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-P", "-c", "from mil.cli.main import main; main()", *arguments],
+        command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

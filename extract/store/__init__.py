@@ -1,21 +1,19 @@
 """The embedding store: what was cut, what was computed, and readers that copy nothing. Imports no torch."""
 
-from extract.store.core.fingerprint import (
+from extract.store.core.fingerprint import SlideFingerprint, difference, fingerprint, to_dict
+from extract.store.core.recipes import (
     AugmentRecipe,
     Execution,
     FeatureRecipe,
     PenRecipe,
     QualityRecipe,
-    SlideFingerprint,
     TileRecipe,
     TissueRecipe,
     TransformRecipe,
-    difference,
-    fingerprint,
     from_dict,
-    to_dict,
 )
-from extract.store.core.store import SlideReader, Store, TilesUnit
+from extract.store.core.slide_reader import SlideReader
+from extract.store.core.store import Store, TilesUnit
 from extract.store.formats.h5_store import H5Store
 from extract.store.formats.opening import create_store, find_format, open_store
 from extract.store.formats.zarr_store import ZarrStore

@@ -6,10 +6,10 @@ Names are resolved on first use, so that importing one file of the room does not
 from extract.exports import lazy_exports
 
 _HOME = {
-    "lesion_tiles": "extract.synthetic.cohort",
+    "lesion_tiles": "extract.synthetic.lesions",
     "make_cohort": "extract.synthetic.cohort",
-    "read_lesions": "extract.synthetic.cohort",
-    "write_pyramid": "extract.synthetic.cohort",
+    "read_lesions": "extract.synthetic.lesions",
+    "write_pyramid": "extract.synthetic.pyramid",
 }
 
 __all__ = list(_HOME)

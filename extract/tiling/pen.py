@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from extract.store.core.fingerprint import PenRecipe
+from extract.store.core.recipes import PenRecipe
 
 _DARK_PART = 0.9
 

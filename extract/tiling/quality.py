@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from extract.store.core.fingerprint import QualityRecipe
+from extract.store.core.recipes import QualityRecipe
 from extract.tiling.pen import find_colours
 
 BLURRED, EMPTY, PEN = 1, 2, 4

@@ -7,7 +7,7 @@ from extract.exports import lazy_exports
 
 _HOME = {
     "Bags": "mil.bags.bags",
-    "open_bags": "mil.bags.bags",
+    "open_bags": "mil.bags.stored",
 }
 
 __all__ = list(_HOME)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mil.config.train import AugmentConfig
+from mil.config.sections import AugmentConfig
 
 
 class Batch(NamedTuple):

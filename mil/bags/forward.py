@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -11,46 +10,10 @@ from torch import Tensor
 
 from aggregators import Aggregator, BagOutput
 from mil.bags.bags import Bags, Pack
-from mil.errors import BagError, ConfigError, listed
+from mil.errors import BagError, listed
 
 # 16,384 instances of 1,280 float32 features are 84 MB.
 MAX_INSTANCES = 16_384
-ELEMENTS_PER_THREAD = 1 << 18
-
-
-def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA when there is one, else the CPU.
-
-    Raises:
-        ConfigError: torch does not have this device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    known = ["cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(count))]
-    if name not in known:
-        raise ConfigError(
-            f"got device={name} → torch can use {', '.join(known)} here → use device=auto, or check the driver"
-        )
-    return torch.device(name)
-
-
-@contextmanager
-def cpu_threads(elements: float) -> Iterator[None]:
-    """Let torch use no more CPU threads than a step has work for, and give it back its own number afterwards.
-
-    Steps of a few hundred instances gain next to nothing from a second thread, and lose up to eight times when another
-    process wants its core (measured: 0.10 against 0.80 s an epoch), because threads wait for each other by spinning.
-
-    Args:
-        elements: numbers in the instances of a step.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(before, round(elements / ELEMENTS_PER_THREAD))))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @torch.inference_mode()

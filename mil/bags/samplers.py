@@ -4,13 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from mil.arrays import BoolArray, IntArray
 from mil.bags.bags import Bags
 from mil.errors import ConfigError
-
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 # what a draw is for; 1 draws the instances of a budget, in mil.bags.bags
 _DRAW_ORDER = 0

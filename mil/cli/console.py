@@ -127,7 +127,7 @@ class ExtractionProgress:
         self._count.begin(n_slides)
 
     def tiles_done(self, n: int, stats: Any) -> None:
-        """``n`` more tiles are embedded; ``stats`` is an `extract.pipeline.stream.StreamStats`."""
+        """``n`` more tiles are embedded; ``stats`` is an `extract.pipeline.jobs.StreamStats`."""
         self._count.add(units=n, note=f"device busy {stats.device_busy:.0%}  waiting for {stats.bottleneck}")
 
     def slide_done(self, outcome: Any) -> None:
@@ -216,7 +216,7 @@ def print_target_metrics(
         evaluation: see `mil.evaluation.scoring.evaluate_outcomes`.
         compared: with whom the patients of survival are compared.
     """
-    from mil.cohort.targets import HEADLINES
+    from mil.evaluation.headlines import HEADLINES
 
     rows = []
     for key, label in HEADLINES[task].items():

@@ -8,7 +8,7 @@ from extract.exports import lazy_exports
 _HOME = {
     "Attrition": "mil.cohort.cohort",
     "Cohort": "mil.cohort.cohort",
-    "join_store": "mil.cohort.cohort",
+    "join_store": "mil.cohort.joining",
     "read_cohort": "mil.cohort.cohort",
 }
 

@@ -1,23 +1,21 @@
 """The cohort: which slides, of which patients, with which label; and which rows were left out, and why."""
 
-import csv
-import io
 import json
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from mil.arrays import FloatArray
+from mil.cohort.table import PATIENT_COLUMNS, SLIDE_COLUMNS, find_column, read_table
 from mil.cohort.targets import (
     CLASSIFICATION,
     MULTI_LABEL,
     SURVIVAL,
-    FloatArray,
     check_values,
     find_strata,
     parse_values,
@@ -25,18 +23,8 @@ from mil.cohort.targets import (
 )
 from mil.errors import CohortError, did_you_mean, listed
 
-SLIDE_COLUMNS = ("slide_id", "filename", "slide")
-PATIENT_COLUMNS = ("patient_id", "case_id", "patient")
 # What spreadsheets, R and pandas write for an empty cell. "none" is not among them: it is a real class in some tables.
 MISSING_LABELS = frozenset({"na", "n/a", "#n/a", "nan", "<na>", "null"})
-# Endings that tables add to ids. Anything else after a dot belongs to the name ("S1.A1", "TCGA-A1.0a7f").
-SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm")
-OTHER_SUFFIXES = (".jpg", ".jpeg", ".png", ".h5", ".hdf5", ".pt", ".npy", ".zarr")
-NO_COLUMN = {
-    "slide": "pass slide_column=<its name>; a table of patients only must first be merged with a table of slides",
-    "patient": "pass patient_column=<its name>; if every slide is a patient of its own, say so by passing "
-    "patient_column=<the slide column>",
-}
 
 
 @dataclass(frozen=True)
@@ -237,189 +225,8 @@ def read_cohort(
         values=values,
     )
     if for_training:
-        _refuse_unlearnable(cohort, f"{path}, column {target!r}")
+        refuse_unlearnable(cohort, f"{path}, column {target!r}")
     return cohort
-
-
-def join_store(cohort: Cohort, available_slide_ids: Iterable[str], for_training: bool = True) -> Cohort:
-    """Keep the slides that a store holds, under the store's ids, and complete the attrition.
-
-    A row joins the slide of exactly its id; else the only slide of its file name, with or without a file's ending
-    (`x.svs` joins `siteA/x`). Folders that both sides name must agree: `siteB/x` never joins `siteA/x`.
-
-    Raises:
-        CohortError: a row fits several slides, two rows fit one, nothing fits, or a class is left with fewer than
-            two patients although it is ``for_training``.
-    """
-    available = tuple(dict.fromkeys(available_slide_ids))
-    index = SlideIndex(available)
-    found = [index.find(slide_id) for slide_id in cohort.slide_ids]
-    _refuse_ambiguous(cohort.slide_ids, found)
-    joined = {position: ids[0] for position, ids in enumerate(found) if ids}
-    if not joined:
-        raise CohortError(
-            f"got no slide in common: table ids such as {listed(cohort.slide_ids, 3)}, store ids such as "
-            f"{listed(available, 3)} → expected the same names → choose the table's slide column with slide_column="
-        )
-    old = cohort.attrition
-    unlabelled = (*old.no_label, *old.missing_label, *old.other_class)
-    has_row = set(joined.values()).union(*(index.find(slide_id) for slide_id in unlabelled))
-    attrition = replace(
-        old,
-        n_kept=len(joined),
-        no_slide=tuple(name for at, name in enumerate(cohort.slide_ids) if at not in joined),
-        no_row=tuple(name for name in available if name not in has_row),
-    )
-    result = replace(cohort.subset(joined), slide_ids=tuple(joined.values()), attrition=attrition)
-    where = f"slides of column {cohort.target!r} that the store holds"
-    if attrition.no_slide:
-        where = (
-            f"{where} ({len(attrition.no_slide)} rows name slides that it lacks, such as "
-            f"{listed(attrition.no_slide, 3)}; it "
-            f"has {listed(available, 3)}; were leading zeros lost?)"
-        )
-    if result.values is not None:
-        labels, class_names = find_strata(result.task, result.columns, result.values, result.patient_ids)
-        result = replace(result, labels=labels, class_names=class_names)
-    if for_training:
-        _refuse_unlearnable(result, where)
-    return result
-
-
-class SlideIndex:
-    """Store ids by file name, to find the one that a table means."""
-
-    def __init__(self, slide_ids: Iterable[str]) -> None:
-        self._exact = frozenset(slide_ids)
-        self._full: dict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
-        self._stem: dict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
-        for slide_id in self._exact:
-            full, stem = _path_parts(slide_id)
-            self._full[full[-1]].append((slide_id, full))
-            if stem != full:
-                self._stem[stem[-1]].append((slide_id, stem))
-
-    def find(self, slide_id: str) -> list[str]:
-        """The store ids that this table id may mean: none, one, or several where it is ambiguous."""
-        if slide_id in self._exact:
-            return [slide_id]
-        full, stem = _path_parts(slide_id)
-        for wanted, names in ((full, self._full), (stem, self._full), (full, self._stem)):
-            near = names.get(wanted[-1], [])
-            same = [name for name, parts in near if parts == wanted]
-            tails = [name for name, parts in near if _one_ends_with_other(parts, wanted)]
-            if same or tails:
-                return sorted(same or tails)
-        return []
-
-
-def _path_parts(slide_id: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The folders and name of an id, and the same without a file's ending."""
-    # macOS writes file names decomposed (NFD), spreadsheets composed (NFC): the same letters to a reader.
-    path = PurePosixPath(unicodedata.normalize("NFC", slide_id).replace("\\", "/"))
-    parts = path.parts or (slide_id,)
-    stem = path.stem if path.suffix.lower() in (*SLIDE_SUFFIXES, *OTHER_SUFFIXES) else parts[-1]
-    return parts, (*parts[:-1], stem)
-
-
-def _one_ends_with_other(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    shared = min(len(one), len(other))
-    return one[-shared:] == other[-shared:]
-
-
-def read_table(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Column names, and (line number, cells) of every row that is not blank."""
-    text = _read_text(path)
-    delimiter = _find_delimiter(path, text)
-    try:
-        lines = _parse(text, delimiter)
-    except csv.Error as error:
-        raise CohortError(
-            f"{path}: got a table that does not parse ({error}) → expected CSV with balanced quotes → mend the quotes"
-        ) from error
-    header = lines[0][1]
-    for line, cells in lines[1:]:
-        if len(cells) != len(header):
-            raise CohortError(
-                f"{path}: got {len(cells)} cells in row {line} → expected {len(header)}, as in the header, separated "
-                f"by {delimiter!r} → quote cells that hold the separator, or fill in the missing ones"
-            )
-    if len(lines) == 1:
-        raise CohortError(f"{path}: got a header and no rows → expected a row per slide → check the export")
-    return header, lines[1:]
-
-
-def _read_text(path: Path) -> str:
-    if not path.is_file():
-        beside = [each.name for each in path.parent.glob("*.[ct]sv")] if path.parent.is_dir() else []
-        raise CohortError(
-            f"got {path}, {'a folder' if path.is_dir() else 'which does not exist'} → expected a label table (CSV) → "
-            f"{did_you_mean(path.name, beside)}check the path"
-        )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CohortError(
-            f"{path}: got bytes that are not UTF-8 (byte {error.start}) → expected a CSV file in UTF-8 → export the "
-            f"table as 'CSV UTF-8'"
-        ) from error
-    if not text.strip():
-        raise CohortError(f"{path}: got an empty file → expected a header and a row per slide → check the export")
-    return text
-
-
-def _find_delimiter(path: Path, text: str) -> str:
-    """The one of comma, semicolon and tab that splits the header, and every row alike."""
-    splitting = [each for each in ",;\t" if _header_width(text, each) > 1]
-    if len(splitting) > 1:
-        splitting = [each for each in splitting if _is_rectangular(text, each)] or splitting
-    if len(splitting) == 1:
-        return splitting[0]
-    first = text.strip().splitlines()[0]
-    raise CohortError(
-        f"{path}: got the header {first!r}, split by {listed(splitting) if splitting else 'no separator'} → expected "
-        f"at least two columns, separated by comma, semicolon or tab → export with one separator"
-    )
-
-
-def _parse(text: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
-    rows = ([cell.strip() for cell in cells] for cells in reader)
-    return [(reader.line_num, cells) for cells in rows if any(cells)]
-
-
-def _header_width(text: str, delimiter: str) -> int:
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    return len(next((cells for cells in lines if any(cell.strip() for cell in cells)), []))
-
-
-def _is_rectangular(text: str, delimiter: str) -> bool:
-    try:
-        return len({len(cells) for _, cells in _parse(text, delimiter)}) == 1
-    except csv.Error:
-        return False
-
-
-def find_column(path: Path, header: list[str], role: str, asked: str | None, known: tuple[str, ...]) -> int:
-    """Position of the column that was asked for, else of the first known name (in any case)."""
-    names = (asked,) if asked is not None else known
-    for name in names:
-        spelled = [at for at, each in enumerate(header) if (each if asked is not None else each.lower()) == name]
-        if len(spelled) > 1:
-            raise CohortError(
-                f"{path}: got {len(spelled)} columns named {name!r} → expected one {role} column → rename the others"
-            )
-        if spelled:
-            return spelled[0]
-    columns = listed((name for name in header if name), limit=30)
-    if asked is not None:
-        raise CohortError(
-            f"{path}: got {asked!r} as {role} column → expected one of {columns} → "
-            f"{did_you_mean(asked, header)}name one of these columns"
-        )
-    raise CohortError(
-        f"{path}: got the columns {columns} and no {role} column → expected one of {listed(known)} → " + NO_COLUMN[role]
-    )
 
 
 def _refuse_duplicates(path: Path, rows: list[_Row]) -> None:
@@ -511,7 +318,7 @@ def _known(cell: str) -> bool:
     return bool(cell) and cell.lower() not in MISSING_LABELS
 
 
-def _refuse_unlearnable(cohort: Cohort, where: str) -> None:
+def refuse_unlearnable(cohort: Cohort, where: str) -> None:
     if cohort.values is not None:
         check_values(where, cohort.task, cohort.columns, cohort.values, cohort.patient_ids)
     _refuse_small_classes(cohort, where)
@@ -541,20 +348,3 @@ def _refuse_small_classes(cohort: Cohort, where: str) -> None:
             f"that one can be trained on while another is tested → add slides of other patients, merge the class with "
             f"another in the table, or empty its cells, which leaves it out"
         )
-
-
-def _refuse_ambiguous(slide_ids: tuple[str, ...], found: list[list[str]]) -> None:
-    owners: dict[str, str] = {}
-    for slide_id, candidates in zip(slide_ids, found, strict=True):
-        if len(candidates) > 1:
-            raise CohortError(
-                f"got table id {slide_id!r}, which fits several slides of the store: {listed(candidates)} → expected "
-                f"one → write the store's id of the slide that is meant into the table"
-            )
-        for candidate in candidates:
-            if candidate in owners:
-                raise CohortError(
-                    f"got table ids {owners[candidate]!r} and {slide_id!r}, which both fit the slide {candidate!r} of "
-                    f"the store → expected one row per slide → delete one, or write the store's ids into the table"
-                )
-            owners[candidate] = slide_id

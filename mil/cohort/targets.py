@@ -13,10 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mil.arrays import FloatArray, IntArray
 from mil.errors import CohortError, listed
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 CLASSIFICATION, MULTI_LABEL, REGRESSION, SURVIVAL = TASKS = ("classification", "multilabel", "regression", "survival")
 COLUMNS = {
@@ -24,34 +22,14 @@ COLUMNS = {
     REGRESSION: "one or more columns of numbers, such as ki67",
     SURVIVAL: "two columns, the time and whether the event happened then, such as months,died",
 }
+
+
 # What a spreadsheet, R and cBioPortal write for yes and no.
 YES = frozenset({"1", "1.0", "true", "yes", "positive", "pos", "dead", "deceased", "event"})
 NO = frozenset({"0", "0.0", "false", "no", "negative", "neg", "alive", "living", "censored"})
 _CBIOPORTAL = re.compile(r"([01]):[A-Za-z ]+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 STRATA = 4
-HEADLINES = {
-    CLASSIFICATION: {
-        "macro_f1": "Macro-F1",
-        "balanced_accuracy": "Balanced accuracy",
-        "auroc": "AUROC",
-        "accuracy": "Accuracy",
-    },
-    MULTI_LABEL: {
-        "macro_auroc": "Mean AUROC",
-        "macro_f1": "Mean F1",
-        "macro_balanced_accuracy": "Mean balanced accuracy",
-    },
-    REGRESSION: {
-        "r2": "R²",
-        "pearson": "Pearson's correlation",
-        "spearman": "Spearman's correlation",
-        "mae": "Mean absolute error",
-        "rmse": "Root mean squared error",
-    },
-    SURVIVAL: {"concordance": "Concordance index"},
-}
-"""The metrics of every task with their names, as tables and figures show them."""
 
 
 def target_columns(task: str, target: str) -> tuple[str, ...]:

@@ -7,8 +7,8 @@ from extract.exports import lazy_exports
 
 _HOME = {
     "TrainConfig": "mil.config.train",
-    "compose_config": "mil.config.train",
-    "parse_overrides": "mil.config.train",
+    "compose_config": "mil.config.compose",
+    "parse_overrides": "mil.config.overrides",
 }
 
 __all__ = list(_HOME)

@@ -6,9 +6,12 @@ where its field is, in `mil.config.train`.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
+
+from mil.config.head_keywords import head_keywords
 
 _ADAM_BETAS = (0.9, 0.999)
+
 LOOKAHEAD = "lookahead_"
 """Before the name of an optimizer: the same with Lookahead around it."""
 
@@ -70,7 +73,6 @@ _SIMPLE_OPTIMIZERS = {
 }
 _LOOKAHEAD_KEYS = {"lookahead_steps": 5, "lookahead_fraction": 0.5}
 _LOOKAHEAD_PAPER = "Zhang, Lucas, Hinton and Ba, Lookahead Optimizer: k steps forward, 1 step back, NeurIPS 2019."
-
 OPTIMIZERS: dict[str, OptionRecord] = {
     **_SIMPLE_OPTIMIZERS,
     "muon": OptionRecord(
@@ -87,7 +89,6 @@ OPTIMIZERS: dict[str, OptionRecord] = {
         for name, record in _SIMPLE_OPTIMIZERS.items()
     },
 }
-
 SCHEDULERS = {
     "cosine": OptionRecord(
         {"warmup_fraction": 0.1}, "Loshchilov and Hutter, SGDR, ICLR 2017 (one cosine, without restarts)."
@@ -103,7 +104,6 @@ SCHEDULERS = {
     ),
     "constant": OptionRecord({"warmup_fraction": 0.0}, "Common practice."),
 }
-
 LOSSES = {
     "auto": OptionRecord({"label_smoothing": 0.0}, "The first loss of the task."),
     "cross_entropy": OptionRecord(
@@ -132,6 +132,7 @@ LOSSES = {
     ),
     "cox": OptionRecord({}, "Cox, Regression Models and Life-Tables, JRSS B 1972, over the bags of a step (Breslow)."),
 }
+
 TASK_LOSSES = {
     "classification": ("cross_entropy", "focal", "ordinal"),
     "multilabel": ("bce",),
@@ -151,9 +152,8 @@ _AUGMENT_KEYS = {
 }
 _AUGMENT_PAPER = (
     "Zhang et al., mixup, ICLR 2018; Yang et al., ReMix, MICCAI 2022; Zhang et al., DTFD-MIL, CVPR 2022; Mueller and "
-    "Hutter, TrivialAugment, ICCV 2021; see `mil.config.train.AugmentConfig`."
+    "Hutter, TrivialAugment, ICCV 2021; see `mil.config.sections.AugmentConfig`."
 )
-
 AUGMENTATIONS = {
     "none": OptionRecord(_AUGMENT_KEYS, "Nothing is augmented until a key says so."),
     "gentle": OptionRecord(_AUGMENT_KEYS | {"noise": 0.1, "schedule": "linear"}, _AUGMENT_PAPER),
@@ -163,7 +163,6 @@ AUGMENTATIONS = {
         _AUGMENT_PAPER,
     ),
 }
-
 RECIPES = {
     "default": RecipeRecord(),
     "fast": RecipeRecord({"instance_budget": 512, "scheduler": "onecycle", "epochs": 15, "patience": 5}),
@@ -204,3 +203,35 @@ RECIPES = {
 def keys_of(group: Mapping[str, OptionRecord]) -> dict[str, dict[str, Any]]:
     """The keys of every option of a group, with their defaults."""
     return {name: dict(record.keys) for name, record in group.items()}
+
+
+GROUPS = ("head", "optimizer", "scheduler", "loss", "augment")
+
+
+# ---------------------------------------------------------------------------------------------------------- the tree
+
+_RECORDS = {"optimizer": OPTIMIZERS, "scheduler": SCHEDULERS, "loss": LOSSES, "augment": AUGMENTATIONS}
+
+
+def group_options(group: str) -> dict[str, dict[str, object]]:
+    """The options of a group with their keys and defaults, such as those of ``optimizer``."""
+    if group in _RECORDS:
+        return keys_of(_RECORDS[group])
+    from aggregators import list_aggregators
+    from aggregators.registry import keyword_names
+
+    return {name: dict(keyword_names(name)) for name in list_aggregators()}
+
+
+def option_keys(group: str) -> dict[str, tuple[str, ...]]:
+    """The options of a group with their keys; it does not load torch, as the defaults of heads in `group_options`."""
+    if group == "head":
+        return head_keywords()
+    return {name: tuple(keys) for name, keys in group_options(group).items()}
+
+
+def keyword_types(head: str) -> dict[str, Any]:
+    """The annotated types of a head's keywords."""
+    from aggregators.registry import aggregator_record
+
+    return get_type_hints(aggregator_record(head).builder.__init__)

@@ -6,9 +6,12 @@ from typing import Any
 
 from extract.store import open_store
 from extract.store.core.remote_path import RemotePath, store_path
-from mil.cohort.cohort import read_cohort, read_table
+from mil.cohort.cohort import read_cohort
+from mil.cohort.table import read_table
 from mil.cohort.targets import CLASSIFICATION, TASKS
-from mil.config.train import check_given, check_option, read_config_file, take_overrides
+from mil.config.checks import check_option
+from mil.config.compose import check_given, read_config_file
+from mil.config.overrides import take_overrides
 from mil.errors import ConfigError
 
 _INPUTS = ("store", "stores", "labels", "target", "task", "slide_column", "patient_column")
@@ -31,7 +34,7 @@ def check_inputs(what: str, overrides: Sequence[str], file: Path | None, given: 
 
     Args:
         what: what they are for, such as ``a training``.
-        overrides: as in `mil.config.train.compose_config`.
+        overrides: as in `mil.config.compose.compose_config`.
         file: likewise.
         given: values of flags by name; they go before the others.
 

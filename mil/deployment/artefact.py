@@ -28,13 +28,14 @@ from mil.cohort.targets import CLASSIFICATION
 from mil.errors import CheckpointError, RunError
 from mil.evaluation.averaging import Averaging, Scale
 from mil.files import put_in_place, write_atomically
+from mil.runs.folders import MODEL, check_new_folder
 
 FORMAT = 1
-MODEL = "model.json"
-CARD = "README.md"
 MEMBERS = "members"
+
 ENSEMBLE = "ensemble"
 """What ``kind`` says in the record of an ensemble; other models are of one run."""
+
 _REQUIRED = ("format", "target", "class_names", "replicas", "abstention", "files", "sha256")
 
 
@@ -86,28 +87,6 @@ class Artefact:
         """How an ensemble averages its members."""
         scales = tuple(Scale(**each["scale"]) for each in self.record["members"] if "scale" in each)
         return Averaging(self.record["average"], self.task, scales)
-
-
-def is_artefact(folder: Path) -> bool:
-    """Whether a folder holds a packed model."""
-    return (folder / MODEL).is_file()
-
-
-def refuse_artefact(folder: Path, wanted: str = "the --out folder of a finished mil train") -> None:
-    """Refuse a packed model where a run is needed: it has lost the predictions of its slides.
-
-    Args:
-        folder: what was given.
-        wanted: what is needed instead.
-
-    Raises:
-        RunError: it is a packed model.
-    """
-    if is_artefact(folder):
-        raise RunError(
-            f"got {folder}, a model that mil pack wrote, without the predictions of its run → expected {wanted} → give "
-            f"the run that it was packed from; its own figures are in {folder / CARD}"
-        )
 
 
 def read_artefact(folder: str | Path) -> Artefact:
@@ -164,17 +143,6 @@ def seal(record: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, byt
     full["sha256"] = fingerprint(full)
     text = json.dumps(full, indent=2, ensure_ascii=False, allow_nan=False)
     return dict(files) | {MODEL: text.encode("utf-8", "backslashreplace")}
-
-
-def check_new_folder(folder: Path) -> None:
-    """Refuse a folder that holds anything, or is a file.
-
-    Raises:
-        RunError: it does.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "it exists and is not empty" if folder.is_dir() else "it is a file"
-        raise RunError(f"got {folder} as folder to write → {what} → give a new folder with --out")
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from extract.errors import BackboneError
 from extract.store import FeatureRecipe, Store, TileRecipe, difference, find_format, fingerprint, from_dict, open_store
-from extract.store.core.fingerprint import is_unknown
+from extract.store.core.recipes import is_unknown
 from mil.errors import CheckpointError, RunError
 from mil.training.checkpoint import CheckpointRecord
 

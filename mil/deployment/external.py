@@ -9,12 +9,13 @@ from typing import Any, Literal
 from uuid import uuid4
 
 import numpy as np
-import numpy.typing as npt
 
 from extract.store import Store, open_store
-from mil.cohort.cohort import Cohort, join_store, read_cohort
+from mil.arrays import BoolArray
+from mil.bags.stored import is_synthetic
+from mil.cohort.cohort import Cohort, read_cohort
+from mil.cohort.joining import join_store
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL, check_times, target_columns
-from mil.deployment.artefact import check_new_folder
 from mil.deployment.inference import available_slides, predict
 from mil.deployment.model import model_folders, model_records
 from mil.deployment.predictions import Predictions
@@ -23,18 +24,16 @@ from mil.evaluation.abstention_rule import abstention_of
 from mil.evaluation.predictions import Outcomes
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.evaluation.tables import truth_cells, truth_names
-from mil.experiments.crossval import is_synthetic
 from mil.files import Row, probability_text, put_in_place, write_csv, write_json
+from mil.runs.folders import check_new_folder
 from mil.runs.lineage import Lineage, TrainingCohort, read_lineage
 from mil.runs.lineage import overlap as overlap_with
 from mil.runs.look_ledger import Look
-from mil.statistics.calibration import evaluate_calibration
-from mil.statistics.label_calibration import evaluate_label_calibration
+from mil.statistics.calibration import evaluate_calibration, evaluate_label_calibration
 from mil.training.checkpoint import CheckpointRecord, package_versions
 
 Overlap = Literal["refuse", "drop", "mark"]
 OVERLAPS = ("refuse", "drop", "mark")
-BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,18 +12,20 @@ from torch import Tensor
 
 from aggregators import BagOutput
 from extract.store import Store, open_store
-from mil.bags.bags import Bags, choose_entry, needs_coords, open_bags
-from mil.bags.forward import MAX_INSTANCES, cpu_threads, fitting_packs, resolve_device
+from mil.arrays import FloatArray
+from mil.bags.bags import Bags
+from mil.bags.devices import cpu_threads, resolve_device
+from mil.bags.forward import MAX_INSTANCES, fitting_packs
+from mil.bags.stored import choose_entry, needs_coords, open_bags
 from mil.deployment.embed import Slides, extract_for, fitting_entries
 from mil.deployment.model import Members, Model, load_model, model_records, read_members
 from mil.deployment.predictions import Predictions
 from mil.errors import RunError, listed
+from mil.evaluation.tables import value_names
 from mil.runs.ensemble import over_members
 from mil.training.checkpoint import CheckpointRecord, require_recipes
-from mil.training.tasks import decode, value_names
+from mil.training.tasks import decode
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 NO_TILE = "it has no valid tile in the store"
 """Why a slide with features is not predicted."""
 

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 from aggregators import Aggregator
 from extract.store import difference
-from mil.deployment.artefact import is_artefact, read_artefact
+from mil.deployment.artefact import read_artefact
 from mil.errors import CheckpointError, RunError, did_you_mean, listed
 from mil.evaluation.averaging import Averaging
-from mil.runs.ensemble import is_ensemble, read_ensemble
+from mil.runs.ensemble import read_ensemble
+from mil.runs.folders import is_artefact, is_ensemble
 from mil.training.checkpoint import CheckpointRecord, load_checkpoint
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from mil.cohort.targets import CLASSIFICATION, HEADLINES, MULTI_LABEL
+from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL
 from mil.deployment import target_card
 from mil.deployment.target_card import NOUNS, both
-from mil.evaluation.gains import gain_name, member_metrics
-from mil.evaluation.headlines import metric_name
+from mil.evaluation.headlines import HEADLINES, metric_name
+from mil.evaluation.paired import gain_name, member_metrics
 
 NOT_A_DEVICE = (
     "This is research software. It is **not a medical device**: it is neither approved nor validated for diagnosis, "

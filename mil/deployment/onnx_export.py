@@ -22,15 +22,16 @@ from torch import Tensor, nn
 from aggregators import Aggregator, BagOutput
 from aggregators.base import Standardize
 from extract.store import Store
-from mil.bags.bags import needs_coords, open_bags
+from mil.bags.stored import needs_coords, open_bags
 from mil.cohort.targets import MULTI_LABEL, REGRESSION, SURVIVAL
-from mil.deployment.artefact import check_new_folder
 from mil.deployment.inference import available_slides, fitting_entry
 from mil.deployment.model import load_model, read_members
 from mil.errors import MissingExtraError, RunError, listed
+from mil.evaluation.tables import value_names
 from mil.files import put_in_place, write_atomically, write_json
+from mil.runs.folders import check_new_folder
 from mil.training.checkpoint import CheckpointRecord, package_versions
-from mil.training.tasks import Record, value_names
+from mil.training.tasks import Record
 
 TOLERANCE = 1e-4
 BAG_SIZES = (1, 2, 7, 64, 500)

@@ -15,34 +15,25 @@ import numpy as np
 
 from extract.store import difference, fingerprint
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL
-from mil.deployment.artefact import (
-    CARD,
-    ENSEMBLE,
-    MEMBERS,
-    Artefact,
-    check_new_folder,
-    refuse_artefact,
-    seal,
-    write_artefact,
-)
+from mil.deployment.artefact import ENSEMBLE, MEMBERS, Artefact, seal, write_artefact
 from mil.deployment.cohort_counts import count_classes, describe_targets
 from mil.deployment.model import load_model
 from mil.deployment.model_card import write_card
 from mil.errors import RunError
 from mil.evaluation.abstention_rule import Wish, choose_abstention
 from mil.evaluation.averaging import Scale
-from mil.evaluation.gains import gain_over, member_metrics
 from mil.evaluation.members import MemberPredictions
+from mil.evaluation.paired import gain_over, member_metrics
+from mil.evaluation.predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.evaluation.tables import said_names
 from mil.evaluation.temperature import scale_temperatures
-from mil.runs.ensemble import is_ensemble, read_ensemble
+from mil.runs.ensemble import read_ensemble
+from mil.runs.folders import CARD, check_new_folder, is_ensemble, refuse_artefact
 from mil.runs.lineage import COHORT, read_lineage
-from mil.runs.run import ReplicaPredictions
 from mil.runs.run_folder import read_predictions, read_values
 from mil.splits.splits import PARTS
-from mil.statistics.calibration import evaluate_calibration
-from mil.statistics.label_calibration import evaluate_label_calibration
+from mil.statistics.calibration import evaluate_calibration, evaluate_label_calibration
 from mil.training.checkpoint import CheckpointRecord, package_versions
 
 CALIBRATED = (CLASSIFICATION, MULTI_LABEL)

@@ -10,11 +10,10 @@ import numpy.typing as npt
 
 from extract.store import Store
 from extract.store.core.ids import encode_id
+from mil.arrays import BoolArray, FloatArray
 from mil.errors import RunError, did_you_mean, listed
 from mil.files import Row, probability_text, write_atomically, write_csv
 
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 SUBMISSION_COLUMNS = ("sample_index", "label")
 
 

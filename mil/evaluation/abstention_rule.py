@@ -4,15 +4,12 @@ import math
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from mil.arrays import FloatArray, IntArray
 from mil.cohort.targets import CLASSIFICATION
 from mil.errors import RunError
 from mil.evaluation.members import MemberPredictions
 from mil.statistics.abstention import choose_confidence
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 class Wish(NamedTuple):

@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from mil.arrays import FloatArray
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL
 from mil.errors import RunError
-from mil.runs.run import ReplicaPredictions
+from mil.evaluation.predictions import ReplicaPredictions
 
 Average = Literal["probabilities", "logits"]
-FloatArray = npt.NDArray[np.float64]
 _SMALLEST = 1e-12
 _ROUNDING = 1e-9
 

@@ -1,10 +1,10 @@
 """Names of metrics within a sentence, and which of them are better when lower."""
 
-from mil.cohort.targets import CLASSIFICATION, HEADLINES
+from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, REGRESSION, SURVIVAL
+from mil.statistics.regression import OF_A_UNIT
 
-OF_A_UNIT = ("mae", "rmse")
-"""Metrics in the unit of a target, of which several targets have no common mean."""
 LOWER_IS_BETTER = frozenset({*OF_A_UNIT, "log_loss", "loss"})
+
 SHORT_NAMES = {
     "balanced_accuracy": "bal. accuracy",
     "macro_balanced_accuracy": "mean bal. accuracy",
@@ -15,6 +15,7 @@ SHORT_NAMES = {
     "concordance": "concordance",
 }
 """Where a table has no room for the whole name."""
+
 _PROPER = ("AUROC", "R²", "Pearson", "Spearman")
 
 
@@ -53,3 +54,27 @@ def first_headline(task: str) -> str:
 def short_name(task: str, metric: str) -> str:
     """A headline's name for the head of a narrow column."""
     return SHORT_NAMES.get(metric) or metric_name(task, metric)
+
+
+HEADLINES = {
+    CLASSIFICATION: {
+        "macro_f1": "Macro-F1",
+        "balanced_accuracy": "Balanced accuracy",
+        "auroc": "AUROC",
+        "accuracy": "Accuracy",
+    },
+    MULTI_LABEL: {
+        "macro_auroc": "Mean AUROC",
+        "macro_f1": "Mean F1",
+        "macro_balanced_accuracy": "Mean balanced accuracy",
+    },
+    REGRESSION: {
+        "r2": "R²",
+        "pearson": "Pearson's correlation",
+        "spearman": "Spearman's correlation",
+        "mae": "Mean absolute error",
+        "rmse": "Root mean squared error",
+    },
+    SURVIVAL: {"concordance": "Concordance index"},
+}
+"""The metrics of every task with their names, as tables and figures show them."""

@@ -4,18 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from mil.arrays import BoolArray, FloatArray, IntArray
 from mil.cohort.cohort import Cohort
 from mil.cohort.targets import SURVIVAL
 from mil.errors import RunError, listed
 from mil.evaluation.averaging import Average, combine, standardise_risks
-from mil.evaluation.predictions import Outcomes
-from mil.runs.run import ReplicaPredictions
-
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from mil.evaluation.predictions import Outcomes, ReplicaPredictions
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,15 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mil.arrays import BoolArray, FloatArray, IntArray
 from mil.errors import EvaluationError, did_you_mean, listed
+from mil.evaluation.predictions import ReplicaPredictions
 from mil.evaluation.temperature import warn_of_validation
-from mil.runs.run import ReplicaPredictions
 from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling
-from mil.statistics.classification import few_patients
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
+from mil.statistics.checks import few_patients
 
 DEFAULT = 0.5
 """The threshold of a replica whose validation part lacks positive or negative slides."""

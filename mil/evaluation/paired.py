@@ -1,20 +1,26 @@
 """Two models on the same slides: the difference in a metric, whatever their task, and how sure it is."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mil.arrays import FloatArray
 from mil.cohort.targets import CLASSIFICATION
+from mil.evaluation.headlines import HEADLINES, first_headline
 from mil.evaluation.predictions import Outcomes
-from mil.statistics import classification as statistics
 from mil.statistics.bootstrap import Spread
-from mil.statistics.classification import PairedDifference
-from mil.statistics.paired_tests import exchange_test, permutation_test
-from mil.statistics.power import detectable, minimum_detectable_difference
-
-FloatArray = npt.NDArray[np.float64]
+from mil.statistics.paired_tests import (
+    PairedDifference,
+    detectable,
+    exchange_test,
+    minimum_detectable_difference,
+    paired_difference,
+    permutation_test,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +30,7 @@ class Pair:
     Attributes:
         one: whose metric is taken first.
         other: whose is taken off; its rows are those of `one`, in one order.
-        metric: one of the task's, see `mil.cohort.targets.HEADLINES`.
+        metric: one of the task's, see `mil.evaluation.headlines.HEADLINES`.
         replicates: bootstrap and permutation resamples.
         seed: of the resamples.
     """
@@ -38,7 +44,7 @@ class Pair:
     def difference(self) -> PairedDifference:
         """One minus other, with its interval over resampled patients, the same for both."""
         if self._classes:
-            return statistics.paired_difference(*self._arguments, replicates=self.replicates, seed=self.seed)
+            return paired_difference(*self._arguments, replicates=self.replicates, seed=self.seed)
         entry = self._spread.entry(self.metric, self.one.is_claimable())
         return PairedDifference(float(self._spread.value[self.metric]), entry["low"], entry["high"])
 
@@ -58,7 +64,7 @@ class Pair:
         return exchange_test(score, self.one.patient_ids, self.replicates, self.seed)
 
     def detectable(self) -> float | None:
-        """See `mil.statistics.power.minimum_detectable_difference`."""
+        """See `mil.statistics.paired_tests.minimum_detectable_difference`."""
         if self._classes:
             return minimum_detectable_difference(*self._arguments, replicates=self.replicates, seed=self.seed)
         differences = self._spread.resampled[self.metric]
@@ -83,3 +89,52 @@ class Pair:
             return {self.metric: one - other}
 
         return Spread.of(difference, self.one.patient_ids, self.replicates, self.seed)
+
+
+def member_metrics(task: str) -> tuple[str, ...]:
+    """The metrics that members are shown with: the one that gains are of, and one more where there is one."""
+    return ("macro_f1", "auroc") if task == CLASSIFICATION else tuple(HEADLINES[task])[:2]
+
+
+def gain_name(task: str) -> str:
+    """The key of a gain, such as ``gain_macro_f1``."""
+    return f"gain_{first_headline(task)}"
+
+
+def gain_over(together: Outcomes, alone: Outcomes) -> dict[str, Any]:
+    """The first headline of an average minus that of a member, by `gain_name`, with its interval over patients.
+
+    None where the headline is undefined, as concordance is of patients without an event.
+    """
+    task = together.cohort.task
+    found = Pair(together, alone, first_headline(task)).difference()
+    defined = None if math.isnan(found.difference) else found.difference
+    return {gain_name(task): found._asdict() | {"difference": defined}}
+
+
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value and its 95 % interval over patients; None where there is none."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, found: PairedDifference) -> "Interval":
+        """A difference; NaN is none."""
+        return NOTHING if math.isnan(found.difference) else cls(*found)
+
+    def flat(self, name: str) -> dict[str, object]:
+        """Three columns of a table."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
+    def __str__(self) -> str:
+        point = "–" if self.value is None else f"{self.value:.3f}"
+        return point if self.low is None else f"{point} [{self.low:.3f}, {self.high:.3f}]"
+
+
+NOTHING = Interval(None, None, None)

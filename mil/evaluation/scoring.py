@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, REGRESSION, SURVIVAL
-from mil.evaluation.predictions import Outcomes
-from mil.runs.run import ReplicaPredictions
+from mil.evaluation.predictions import Outcomes, ReplicaPredictions
 from mil.statistics import classification as statistics
 from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling
 from mil.statistics.multi_label import evaluate_multi_label

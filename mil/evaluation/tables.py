@@ -4,14 +4,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from mil.arrays import FloatArray
 from mil.cohort.cohort import Attrition, Cohort
-from mil.cohort.targets import CLASSIFICATION, find_strata, target_columns
+from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL, find_strata, target_columns
 from mil.files import Row, probability_text
-from mil.training.tasks import Record, value_names
-
-FloatArray = npt.NDArray[np.float64]
+from mil.training.tasks import Record
 
 
 def truth_names(cohort: Cohort) -> tuple[str, ...]:
@@ -27,7 +25,7 @@ def truth_cells(cohort: Cohort, at: int) -> tuple[str, ...]:
 
 
 def said_names(cohort: Cohort, task: Record | None) -> tuple[str, ...]:
-    """Columns of tables that hold what a replica says: ``p_<class>``, or see `mil.training.tasks.value_names`."""
+    """Columns of tables that hold what a replica says: ``p_<class>``, or see `mil.evaluation.tables.value_names`."""
     if task is None or cohort.values is None:
         return tuple(f"p_{name}" for name in cohort.class_names)
     return value_names(task)
@@ -76,3 +74,11 @@ def stated_task(cohort: Cohort) -> Record:
 def stated_said(cohort: Cohort) -> tuple[str, ...]:
     """Columns of a run's tables that hold what it says."""
     return said_names(cohort, stated_task(cohort))
+
+
+def value_names(record: Record) -> tuple[str, ...]:
+    """Names of what `decode` gives, as columns of tables; of classes they are those of `mil.cohort.cohort.Cohort`."""
+    if record["task"] == SURVIVAL:
+        return ("risk",)
+    start = "p_" if record["task"] == MULTI_LABEL else "predicted_"
+    return tuple(f"{start}{column}" for column in record["columns"])

@@ -6,17 +6,14 @@ The labels of a multi-label head share the temperature of the replica. Numbers a
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.special import softmax
 
+from mil.arrays import FloatArray, IntArray
 from mil.cohort.targets import MULTI_LABEL
 from mil.errors import EvaluationError
-from mil.runs.run import ReplicaPredictions
-from mil.statistics.classification import FEW_PATIENTS
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from mil.evaluation.predictions import ReplicaPredictions
+from mil.statistics.checks import FEW_PATIENTS
 
 LOWEST, HIGHEST = 0.05, 20.0
 

@@ -7,20 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from mil.cohort.targets import CLASSIFICATION, HEADLINES, MULTI_LABEL
+from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL
 from mil.errors import EvaluationError, RunError, did_you_mean, listed
+from mil.evaluation.alignment import aligned
 from mil.evaluation.fold_scores import FoldScore, differing_folds, mean_over_seeds, mean_test_to_train, read_fold_scores
-from mil.evaluation.headlines import LOWER_IS_BETTER, OF_A_UNIT, first_headline
-from mil.evaluation.paired import Pair
+from mil.evaluation.headlines import HEADLINES, LOWER_IS_BETTER, first_headline
+from mil.evaluation.paired import NOTHING, SIGNIFICANT, Interval, Pair
 from mil.evaluation.predictions import Outcomes
 from mil.evaluation.scoring import evaluate_outcomes
-from mil.experiments.leaderboard import NOTHING, SIGNIFICANT, Interval
 from mil.files import Row, write_csv
-from mil.runs.ensemble import is_ensemble
-from mil.runs.saved_outcomes import aligned, read_outcomes
+from mil.runs.folders import is_ensemble
+from mil.runs.saved_outcomes import read_outcomes
 from mil.statistics.bootstrap import Resampling
 from mil.statistics.delong import delong_test
 from mil.statistics.paired_tests import corrected_t_test, holm
+from mil.statistics.regression import OF_A_UNIT
 
 NO_DIFFERENCE = "no difference shown"
 
@@ -40,7 +41,7 @@ class ComparedRun:
         p_delong: of the difference in AUROC, DeLong's test over patients; None but for two classes or one label.
         p_t_test: of the mean difference over test folds, the corrected resampled t test; None under other folds, and
             for ensembles, which have none.
-        detectable: difference that cohorts like this one find in four of five cases, see `mil.statistics.power`.
+        detectable: difference that cohorts like this one find in four of five cases, see `mil.statistics.paired_tests`.
         verdict: "reference", "better", "worse" or "no difference shown".
     """
 
@@ -74,7 +75,7 @@ class RunComparison:
 
     Attributes:
         metric: what the runs are compared by.
-        task: one of `mil.cohort.targets.TASKS`; `mil.cohort.targets.HEADLINES` has its metrics.
+        task: one of `mil.cohort.targets.TASKS`; `mil.evaluation.headlines.HEADLINES` has its metrics.
         target: the label column, or columns.
         n_slides: slides that all runs were scored on.
         n_patients: their patients.
@@ -133,7 +134,7 @@ def compare_runs(
 
     Args:
         folders: two or more folders that `mil train` or `mil ensemble` wrote; the first is the reference.
-        metric: one of the task's, see `mil.cohort.targets.HEADLINES`; by default the first of them.
+        metric: one of the task's, see `mil.evaluation.headlines.HEADLINES`; by default the first of them.
         replicates: bootstrap and permutation resamples.
         seed: of the resamples.
 

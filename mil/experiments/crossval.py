@@ -9,26 +9,29 @@ from typing import Any
 import numpy as np
 
 from extract.store import Store, open_store, to_dict
-from mil.bags.bags import Bags, choose_entry, needs_coords, open_bags, place_bags
-from mil.bags.forward import resolve_device
-from mil.cohort.cohort import Cohort, join_store, read_cohort
+from mil.bags.bags import Bags, place_bags
+from mil.bags.devices import resolve_device
+from mil.bags.stored import choose_entry, is_synthetic, needs_coords, open_bags
+from mil.cohort.cohort import Cohort, read_cohort
+from mil.cohort.joining import join_store
 from mil.cohort.targets import CLASSIFICATION, target_columns
+from mil.config.compose import compose_config
 from mil.config.preflight import missing_inputs
-from mil.config.train import TrainConfig, compose_config
+from mil.config.train import TrainConfig
 from mil.errors import ConfigError
-from mil.evaluation.predictions import seed_scores
+from mil.evaluation.predictions import ReplicaPredictions, seed_scores
 from mil.evaluation.scoring import evaluate_out_of_fold, score_replica
 from mil.experiments.tracking import Tracking
-from mil.runs.run import ReplicaPredictions, Run, check_folder
+from mil.experiments.warm_start import check_initial
+from mil.runs.run import Run, check_folder
 from mil.splits.plan import SplitPlan, split_cohort
 from mil.splits.splits import Splits
 from mil.statistics.calibration import evaluate_calibration
 from mil.training.checkpoint import load_checkpoint, package_versions, require_recipes
-from mil.training.loop import Replica, TrainedReplica
+from mil.training.replica import Replica, TrainedReplica
 from mil.training.replicas import OnProgress, Progress, train_replicas
 from mil.training.resume import UnfinishedTraining, discard_unfinished, training_key, unfinished_folder
 from mil.training.tasks import count_outputs
-from mil.training.warm_start import check_initial
 
 
 def train(
@@ -220,11 +223,6 @@ def split_plan(config: TrainConfig) -> SplitPlan:
         table=config.labels,
         slide_column=config.slide_column,
     )
-
-
-def is_synthetic(store: Store, slide_ids: Sequence[str]) -> bool:
-    """Whether any slide was drawn by `extract.synthetic.cohort`; what is made of it must say so."""
-    return any(store[slide_id].record.get("synthetic", False) for slide_id in slide_ids)
 
 
 def _metrics(

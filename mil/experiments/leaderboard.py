@@ -1,6 +1,5 @@
 """A leaderboard: how heads and baselines did on one cohort, and which of them beat mean pooling."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -9,44 +8,18 @@ from typing import Any
 import numpy as np
 
 from mil.cohort.cohort import Cohort
-from mil.cohort.targets import CLASSIFICATION, HEADLINES
-from mil.evaluation.headlines import OF_A_UNIT, first_headline
-from mil.evaluation.paired import Pair
+from mil.cohort.targets import CLASSIFICATION
+from mil.evaluation.headlines import HEADLINES, first_headline
+from mil.evaluation.paired import NOTHING, SIGNIFICANT, Interval, Pair
 from mil.evaluation.predictions import Outcomes, seed_scores
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.files import Row, write_csv
 from mil.runs.run_folder import read_predictions
 from mil.runs.saved_outcomes import read_outcomes
-from mil.statistics.classification import PairedDifference
 from mil.statistics.paired_tests import holm
+from mil.statistics.regression import OF_A_UNIT
 
 REFERENCE = "mean"
-SIGNIFICANT = 0.05
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value and its 95 % interval over patients; None where there is none."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-
-    @classmethod
-    def of(cls, found: PairedDifference) -> "Interval":
-        """A difference; NaN is none."""
-        return NOTHING if math.isnan(found.difference) else cls(*found)
-
-    def flat(self, name: str) -> dict[str, object]:
-        """Three columns of a table."""
-        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
-
-    def __str__(self) -> str:
-        point = "–" if self.value is None else f"{self.value:.3f}"
-        return point if self.low is None else f"{point} [{self.low:.3f}, {self.high:.3f}]"
-
-
-NOTHING = Interval(None, None, None)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from mil.cohort.targets import HEADLINES
-from mil.evaluation.headlines import metric_name
-from mil.experiments.leaderboard import Board, BoardRow, Interval
+from mil.evaluation.headlines import HEADLINES, metric_name
+from mil.evaluation.paired import Interval
+from mil.experiments.leaderboard import Board, BoardRow
 from mil.files import write_atomically
 from mil.visualization.html_page import load_template
 

@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from mil.cohort.targets import HEADLINES
 from mil.errors import ConfigError, MissingExtraError, did_you_mean, listed
-from mil.training.loop import EpochRecord
+from mil.evaluation.headlines import HEADLINES
+from mil.training.replica import EpochRecord
 
 TRACKERS = ("wandb", "mlflow", "tensorboard")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from mil.arrays import BoolArray, FloatArray
 from mil.files import write_atomically
 from mil.runs.run_tables import RunFiles, Table, finite
 from mil.statistics.curves import precision_recall_curve, roc_curve
@@ -24,8 +24,6 @@ ERRORS = ("mae", "rmse")
 
 Thumbnails = Callable[[str], np.ndarray | None]
 Interval = Mapping[str, float | None]
-BoolArray = npt.NDArray[np.bool_]
-FloatArray = npt.NDArray[np.float64]
 
 
 def write_page(

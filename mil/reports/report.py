@@ -5,42 +5,32 @@ its head holds the browser to that. Slide ids, class names and settings come fro
 reach the page through jinja2's escaping. matplotlib and jinja2 are optional and imported only in
 `mil.visualization.html_page` and `mil.visualization.plotting`, when a report is written.
 
-Here is the page of classes; `mil.reports.target_report` has that of other targets.
+What a task's page holds of its own is in `class_page`, `multi_label_page`, `regression_page` and `survival_page`.
 """
 
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from mil.cohort.targets import CLASSIFICATION, HEADLINES, TASKS
-from mil.deployment.artefact import refuse_artefact
-from mil.errors import ConfigError, RunError, listed
+from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, REGRESSION, SURVIVAL, TASKS
+from mil.errors import RunError, listed
+from mil.evaluation.headlines import HEADLINES
+from mil.reports.class_page import class_figures, class_view, read_classes
+from mil.reports.multi_label_page import label_figures, label_view
 from mil.reports.page import (
     Thumbnails,
-    curve_pair,
     learning_curves,
     shared_view,
     slide_rows,
     spread_of,
-    triple,
     write_page,
 )
-from mil.reports.target_report import write_target_report
-from mil.runs.run_tables import RunFiles, finite, read_metrics, read_run
-from mil.statistics.abstention import evaluate_abstention
-from mil.statistics.calibration import evaluate_calibration
-from mil.visualization import curve_figures, plotting
-from mil.visualization.plotting import ForestRow
-
-METRICS = HEADLINES[CLASSIFICATION]
-SPREAD_METRICS = ("macro_f1", "balanced_accuracy", "auroc")
-CLASS_METRICS = {"recall": "Recall", "precision": "Precision", "f1": "F1", "auroc": "AUROC"}
-COUNTS = {"tp": "TP", "fp": "FP", "fn": "FN", "tn": "TN"}
+from mil.reports.regression_page import number_figures, number_view
+from mil.reports.survival_page import survival_figures, survival_view
+from mil.reports.values import GUESSES, Answers, read_answers
+from mil.runs.folders import refuse_artefact
+from mil.runs.run_tables import RunFiles, read_metrics
+from mil.visualization import plotting, target_figures
 
 
 def write_report(
@@ -71,192 +61,93 @@ def write_report(
         )
     if task != CLASSIFICATION:
         return write_target_report(folder, metrics, thumbnails, title)
-    classes = _read_classes(folder, metrics)
-    return write_page(classes.run, "report.html", lambda: _figures(classes), lambda: _view(classes, thumbnails), title)
-
-
-# ---------------------------------------------------------------------------------------------- reading
-
-
-@dataclass(frozen=True)
-class _Classes:
-    """A run of classes, and every class at its operating point."""
-
-    run: RunFiles
-    operating: list[dict[str, Any]]
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.run.metrics["class_names"])
-
-    @cached_property
-    def predictions(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Labels [n], probabilities [n, C] and patients [n], out of fold."""
-        rows, names = self.run.out_of_fold, self.names
-        labels = np.array([names.index(row["target"]) for row in rows], dtype=np.int64)
-        values = np.array([[float(row[f"p_{name}"]) for name in names] for row in rows])
-        return labels, values / values.sum(axis=1, keepdims=True), self.run.patient_ids
-
-    @cached_property
-    def calibration(self) -> dict[str, Any]:
-        """See `mil.statistics.calibration.evaluate_calibration`; runs of earlier versions do not hold it."""
-        stored: dict[str, Any] | None = self.run.metrics.get("calibration")
-        return stored or evaluate_calibration(*self.predictions, self.names)
-
-    @cached_property
-    def abstention(self) -> dict[str, Any]:
-        """See `mil.statistics.abstention.evaluate_abstention`."""
-        return evaluate_abstention(*self.predictions, self.names)
-
-
-def _read_classes(folder: Path, metrics: dict[str, Any]) -> _Classes:
-    run = read_run(folder, metrics, ("target", "predicted"))
-    classes = _Classes(run, _operating_points(folder))
-    _check_classes(classes)
-    return classes
-
-
-def _operating_points(folder: Path) -> list[dict[str, Any]]:
-    """Every class at the highest Youden index, see `mil.evaluation.operating_points`; none of a run that holds no such
-    predictions."""
-    # they load torch, which no other part of a page needs
-    from mil.evaluation.operating_points import operate_one_vs_rest
-    from mil.runs.run_folder import read_predictions
-
-    if not (folder / "predictions.csv").is_file():
-        return []
-    try:
-        points = operate_one_vs_rest(read_predictions(folder))
-    except ConfigError:
-        # a setting that this version does not know costs the table, not the page
-        return []
-    return [
-        {
-            "class_name": point.class_name,
-            "thresholds": [min(point.thresholds), max(point.thresholds)],
-            "sensitivity": point.sensitivity,
-            "specificity": point.specificity,
-        }
-        for point in points
-    ]
-
-
-def _check_classes(classes: _Classes) -> None:
-    """Every label and probability column of oof.csv belongs to a class of metrics.json."""
-    names, run = classes.names, classes.run
-    for row in run.out_of_fold:
-        lacking = [f"p_{name}" for name in names if f"p_{name}" not in row]
-        strange = [row[key] for key in ("target", "predicted") if row[key] not in names]
-        if lacking or strange:
-            found = f"without {', '.join(lacking)}" if lacking else f"with the class {strange[0]!r}"
-            raise RunError(
-                f"got {run.folder / 'oof.csv'} {found} (slide {row['slide_id']!r}) → expected the classes "
-                f"{', '.join(map(repr, names))} of metrics.json → keep the files of one run together"
-            )
-
-
-# ---------------------------------------------------------------------------------------------- figures
-
-
-def _figures(classes: _Classes) -> Iterator[tuple[str, Any]]:
-    """The figures of a run by file name."""
-    run, guesses = classes.run, _guesses(classes)
-    evaluation = run.evaluation
-    yield (
-        "metrics",
-        plotting.forest_plot(
-            [ForestRow(label, *triple(evaluation[key]), reference=guesses[key]) for key, label in METRICS.items()]
-        ),
+    classes = read_classes(folder, metrics)
+    return write_page(
+        classes.run, "report.html", lambda: class_figures(classes), lambda: class_view(classes, thumbnails), title
     )
-    yield (
-        "classes",
-        plotting.forest_plot(
-            [
-                ForestRow(label, *triple(evaluation["classes"][name][key]), group=name)
-                for name in classes.names
-                for key, label in CLASS_METRICS.items()
-            ]
-        ),
-    )
-    yield "confusion", plotting.confusion_plot(np.asarray(evaluation["confusion"]), classes.names)
-    yield from _class_curves(classes)
-    yield "reliability", curve_figures.reliability_plot(classes.calibration["reliability"])
-    yield "abstention", curve_figures.abstention_plot({"": classes.abstention["curve"]})
-    yield from learning_curves(run)
-    for metric in SPREAD_METRICS:
-        yield f"spread-{metric}", plotting.spread_plot(spread_of(run, metric), run.folds)
 
 
-def _class_curves(classes: _Classes) -> Iterator[tuple[str, Any]]:
-    """ROC and precision-recall curves of the classes that have slides on both sides."""
-    labels, probabilities, patients = classes.predictions
-    for at in _curved_classes(classes):
-        yield from curve_pair(at, labels == at, probabilities[:, at], patients)
+SPREAD_METRICS = {
+    MULTI_LABEL: ("macro_auroc", "macro_f1"),
+    REGRESSION: ("r2", "pearson", "mae"),
+    SURVIVAL: ("concordance",),
+}
 
 
-def _curved_classes(classes: _Classes) -> list[int]:
-    """Classes with a curve, by number; of two classes one tells all."""
-    labels, _, _ = classes.predictions
-    found = [at for at in range(len(classes.names)) if 0 < (labels == at).sum() < len(labels)]
-    return found[1:] if len(classes.names) == 2 else found
+def write_target_report(
+    folder: Path, metrics: dict[str, Any], thumbnails: Thumbnails | None = None, title: str | None = None
+) -> Path:
+    """Write the page and figures of a run of labels, numbers or survival; returns the page's path.
+
+    Args:
+        folder: of the run.
+        metrics: see `mil.runs.run_tables.read_metrics`.
+        thumbnails: gives a slide's thumbnail, uint8 [height, width, 3], or None where it has none.
+        title: the heading; target and head by default.
+
+    Raises:
+        RunError: a file of the run is missing, or lacks columns or values.
+        MissingExtraError: matplotlib or jinja2 is not installed.
+    """
+    answers = read_answers(folder, metrics)
+    own = _PAGES[answers.run.metrics["task"]]
+
+    def figures() -> Iterator[tuple[str, Any]]:
+        yield from own.figures(answers)
+        yield from learning_curves(answers.run)
+        yield from _spread_figures(answers.run)
+
+    def view() -> dict[str, Any]:
+        shown = _view(answers) | own.view(answers)
+        bases = slide_rows(answers.run, thumbnails)
+        slides = [base | row for base, row in zip(bases, shown["slides"], strict=True)]
+        has_thumbnails = any(slide["thumbnail"] for slide in slides)
+        return shown | {"slides": sorted(slides, key=lambda slide: slide["place"]), "has_thumbnails": has_thumbnails}
+
+    return write_page(answers.run, "target_report.html", figures, view, title)
 
 
-def _guesses(classes: _Classes) -> dict[str, float | None]:
-    """What guessing without looking at the slides gives: always the commonest class, or a draw."""
-    supports = [classes.run.evaluation["classes"][name]["support"] for name in classes.names]
-    return {
-        "macro_f1": None,
-        "balanced_accuracy": 1 / sum(support > 0 for support in supports),
-        "auroc": 0.5,
-        "accuracy": max(supports) / sum(supports),
+# ---------------------------------------------------------------------------------------------- all three
+
+
+def _spread_metrics(run: RunFiles) -> list[str]:
+    """Those that have a value somewhere: errors of several units have no mean, see `mil.statistics.regression`."""
+    wanted = SPREAD_METRICS[run.metrics["task"]]
+    found = [key for key in wanted if any(replica[key] is not None for replica in run.replicas)]
+    return found or [wanted[0]]
+
+
+def _spread_figures(run: RunFiles) -> Iterator[tuple[str, Any]]:
+    task = run.metrics["task"]
+    # R² has no lower end, and errors have the unit of their target
+    draw = target_figures.free_spread_plot if task == REGRESSION else plotting.spread_plot
+    for metric in _spread_metrics(run):
+        yield f"spread-{metric}", draw(spread_of(run, metric), run.folds)
+
+
+def _view(answers: Answers) -> dict[str, Any]:
+    """What the template shows of every task, besides figures and slides."""
+    run = answers.run
+    task, evaluation = run.metrics["task"], run.evaluation
+    names = HEADLINES[task]
+    word = {MULTI_LABEL: "Labels", REGRESSION: "Numbers"}.get(task)
+    outputs = (word, f"{len(answers.columns)}") if word else ("Patients with the event", f"{evaluation['n_events']}")
+    return shared_view(run, outputs, {key: names[key] for key in _spread_metrics(run)}) | {
+        "task": task,
+        "columns": list(answers.columns),
+        "metric_rows": [(key, label, evaluation[key], GUESSES.get(key)) for key, label in names.items()],
     }
 
 
-# ---------------------------------------------------------------------------------------------- the page
+class _Page(NamedTuple):
+    """What is a task's own."""
+
+    figures: Callable[[Answers], Iterator[tuple[str, Any]]]
+    view: Callable[[Answers], dict[str, Any]]
 
 
-def _view(classes: _Classes, thumbnails: Thumbnails | None) -> dict[str, Any]:
-    """All that the template shows, besides the figures."""
-    run, names = classes.run, classes.names
-    evaluation, guesses = run.evaluation, _guesses(classes)
-    slides = _slides(classes, thumbnails)
-    return shared_view(run, ("Classes", f"{len(names)}"), {key: METRICS[key] for key in SPREAD_METRICS}) | {
-        "class_names": names,
-        "metric_rows": [(label, evaluation[key], guesses[key]) for key, label in METRICS.items()],
-        "class_rows": [(name, evaluation["classes"][name]) for name in names],
-        "class_metrics": CLASS_METRICS,
-        "counts": COUNTS,
-        "curves": [(at, names[at]) for at in _curved_classes(classes)],
-        "calibration": classes.calibration,
-        "abstention": classes.abstention,
-        "operating": classes.operating,
-        "composition": _composition(classes),
-        "slides": slides,
-        "has_thumbnails": any(slide["thumbnail"] for slide in slides),
-    }
-
-
-def _composition(classes: _Classes) -> list[tuple[int, list[tuple[int, int]]]]:
-    """By fold, the (slides, patients) of each class in its test part."""
-    run = classes.run
-    found = []
-    for fold, rows in run.rows_by_fold.items():
-        patients = defaultdict(list)
-        for at in rows:
-            patients[run.out_of_fold[at]["target"]].append(run.patient_ids[at])
-        found.append((fold, [(len(patients[name]), len(set(patients[name]))) for name in classes.names]))
-    return found
-
-
-def _slides(classes: _Classes, thumbnails: Thumbnails | None) -> list[dict[str, Any]]:
-    run = classes.run
-    return [
-        slide
-        | {
-            "true": row["target"],
-            "predicted": row["predicted"],
-            "wrong": row["predicted"] != row["target"],
-            "probabilities": [(name, finite(row[f"p_{name}"])) for name in classes.names],
-        }
-        for slide, row in zip(slide_rows(run, thumbnails), run.out_of_fold, strict=True)
-    ]
+_PAGES = {
+    MULTI_LABEL: _Page(label_figures, label_view),
+    REGRESSION: _Page(number_figures, number_view),
+    SURVIVAL: _Page(survival_figures, survival_view),
+}

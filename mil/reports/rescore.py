@@ -15,15 +15,14 @@ from uuid import uuid4
 
 import numpy as np
 
-from mil.cohort.targets import CLASSIFICATION, HEADLINES
-from mil.deployment.artefact import check_new_folder, refuse_artefact
+from mil.cohort.targets import CLASSIFICATION
 from mil.errors import RunError, listed
+from mil.evaluation.headlines import HEADLINES
 from mil.evaluation.operating_points import check_targets, operate, operate_one_vs_rest
-from mil.evaluation.predictions import Outcomes
+from mil.evaluation.predictions import Outcomes, ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.files import Row, put_in_place, write_csv, write_json
-from mil.runs.ensemble import is_ensemble
-from mil.runs.run import ReplicaPredictions
+from mil.runs.folders import check_new_folder, is_ensemble, refuse_artefact
 from mil.runs.run_folder import read_predictions
 from mil.runs.saved_outcomes import SavedOutcomes, read_outcomes
 from mil.statistics.abstention import evaluate_abstention

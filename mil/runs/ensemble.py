@@ -15,25 +15,21 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
-import numpy.typing as npt
-
+from mil.arrays import FloatArray
 from mil.cohort.cohort import Cohort
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL
-from mil.deployment.artefact import refuse_artefact
 from mil.errors import RunError, listed
 from mil.evaluation.averaging import Average, Averaging, Scale
-from mil.evaluation.gains import gain_over, member_metrics
 from mil.evaluation.members import MemberPredictions
+from mil.evaluation.paired import gain_over, member_metrics
+from mil.evaluation.predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.evaluation.tables import out_of_fold_rows, stated_task
 from mil.files import put_in_place, write_csv, write_json
+from mil.runs.folders import ENSEMBLE, is_ensemble, refuse_artefact
 from mil.runs.look_ledger import Look
-from mil.runs.run import ReplicaPredictions
 from mil.runs.run_folder import read_predictions
 
-FloatArray = npt.NDArray[np.float64]
-ENSEMBLE = "ensemble.json"
 _FILES = frozenset({ENSEMBLE, "oof.csv", "metrics.json"})
 
 
@@ -153,11 +149,6 @@ def read_ensemble(folder: Path) -> tuple[tuple[Path, ...], Averaging]:
             f"got the ensemble {folder} → its member {listed(gone)} has gone → bring it back, or make another"
         )
     return members, averaging
-
-
-def is_ensemble(folder: Path) -> bool:
-    """Whether a folder was written by `Ensemble.save`."""
-    return (folder / ENSEMBLE).is_file()
 
 
 def over_members(

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mil.config.train import read_config_file
+from mil.config.compose import read_config_file
 from mil.errors import ConfigError, RunError
 from mil.files import require_writable
 
@@ -78,3 +78,48 @@ def _is_sweep(path: Path) -> bool:
         return "sweep" in read_config_file(path)
     except ConfigError:
         return False
+
+
+MODEL = "model.json"
+CARD = "README.md"
+
+
+def is_artefact(folder: Path) -> bool:
+    """Whether a folder holds a packed model."""
+    return (folder / MODEL).is_file()
+
+
+def refuse_artefact(folder: Path, wanted: str = "the --out folder of a finished mil train") -> None:
+    """Refuse a packed model where a run is needed: it has lost the predictions of its slides.
+
+    Args:
+        folder: what was given.
+        wanted: what is needed instead.
+
+    Raises:
+        RunError: it is a packed model.
+    """
+    if is_artefact(folder):
+        raise RunError(
+            f"got {folder}, a model that mil pack wrote, without the predictions of its run → expected {wanted} → give "
+            f"the run that it was packed from; its own figures are in {folder / CARD}"
+        )
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse a folder that holds anything, or is a file.
+
+    Raises:
+        RunError: it does.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "it exists and is not empty" if folder.is_dir() else "it is a file"
+        raise RunError(f"got {folder} as folder to write → {what} → give a new folder with --out")
+
+
+ENSEMBLE = "ensemble.json"
+
+
+def is_ensemble(folder: Path) -> bool:
+    """Whether a folder was written by `Ensemble.save`."""
+    return (folder / ENSEMBLE).is_file()

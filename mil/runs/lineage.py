@@ -18,12 +18,11 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from mil.cohort.cohort import OTHER_SUFFIXES, SLIDE_SUFFIXES
+from mil.arrays import BoolArray
+from mil.cohort.joining import OTHER_SUFFIXES, SLIDE_SUFFIXES
 from mil.errors import RunError
 
-BoolArray = npt.NDArray[np.bool_]
 COHORT = "training_cohort.json"
 _DIGITS = 24
 

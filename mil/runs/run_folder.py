@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from mil.arrays import FloatArray
 from mil.cohort.cohort import Cohort
-from mil.config.train import compose_config
+from mil.config.compose import compose_config
 from mil.errors import RunError
+from mil.evaluation.predictions import ReplicaPredictions
 from mil.evaluation.tables import stated_cohort, stated_said, stated_task, truth_names
-from mil.runs.run import ReplicaPredictions
-from mil.training.loop import Replica
-
-FloatArray = npt.NDArray[np.float64]
+from mil.training.replica import Replica
 
 
 def read_predictions(folder: Path) -> ReplicaPredictions:

@@ -7,9 +7,9 @@ from extract.exports import lazy_exports
 
 _HOME = {
     "Splits": "mil.splits.splits",
-    "make_splits": "mil.splits.splits",
-    "read_splits": "mil.splits.splits",
-    "verify_splits": "mil.splits.splits",
+    "make_splits": "mil.splits.folds",
+    "read_splits": "mil.splits.tables",
+    "verify_splits": "mil.splits.verification",
 }
 
 __all__ = list(_HOME)

@@ -5,20 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from mil.arrays import BoolArray, IntArray
 from mil.cohort.cohort import Cohort
 from mil.errors import SplitError, did_you_mean, listed
-from mil.splits.patients import BoolArray, IntArray, Patients
+from mil.splits.patients import Patients
 from mil.splits.record import SplitRecord
-from mil.splits.splits import (
-    PARTS,
-    UNUSED,
-    CodeArray,
-    Splits,
-    check_draws,
-    draw_validation,
-    refuse_shared_patients,
-    verify_splits,
-)
+from mil.splits.splits import PARTS, UNUSED, CodeArray, Splits
+from mil.splits.validation import check_draws, draw_validation
+from mil.splits.verification import refuse_shared_patients, verify_splits
 
 _CODES = {part: code for code, part in enumerate((*PARTS, UNUSED))}
 _VALIDATION = _CODES["validation"]

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from mil.cohort.cohort import Cohort
 from mil.errors import SplitError, did_you_mean
+from mil.splits.folds import make_splits
 from mil.splits.sites import leave_one_site_out, site_preserved_splits, tcga_site
-from mil.splits.splits import Splits, make_splits
+from mil.splits.splits import Splits
 from mil.splits.tables import read_column, read_split_column, read_split_file
 
 TCGA = "tcga"

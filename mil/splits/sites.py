@@ -15,17 +15,18 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
+from mil.arrays import BoolArray, FloatArray, IntArray
 from mil.cohort.cohort import Cohort
 from mil.errors import SplitError, listed
-from mil.splits.patients import BoolArray, IntArray, Patients
+from mil.splits.folds import check_repeats, draw_test_folds
+from mil.splits.patients import Patients
 from mil.splits.record import SplitRecord
-from mil.splits.splits import Splits, check_draws, check_repeats, draw_parts, draw_test_folds, verify_splits
+from mil.splits.splits import Splits
+from mil.splits.validation import check_draws, draw_parts
+from mil.splits.verification import verify_splits
 
 SHAKES = 8
-FloatArray = npt.NDArray[np.float64]
-
 _BARCODE = re.compile(r"(?<![A-Z0-9])TCGA-([A-Z0-9]{2})-[A-Z0-9]{4}(?![A-Z0-9])", re.IGNORECASE)
 
 

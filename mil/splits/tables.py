@@ -3,16 +3,23 @@
 Slide ids join by the rules of `join_store`: exactly, else by a unique file name, with or without its ending.
 """
 
+import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mil.cohort.cohort import MISSING_LABELS, SLIDE_COLUMNS, Cohort, SlideIndex, find_column, read_table
+import numpy as np
+
+from mil.cohort.cohort import MISSING_LABELS, Cohort
+from mil.cohort.joining import SlideIndex
+from mil.cohort.table import SLIDE_COLUMNS, find_column, read_table
 from mil.errors import SplitError, listed
 from mil.splits.fixed import fixed_splits, part_name
 from mil.splits.record import SplitRecord, file_hash
-from mil.splits.splits import SPLIT_COLUMNS, UNUSED, Splits, read_splits
+from mil.splits.splits import PART_NAMES, TEST_CODE, UNUSED, UNUSED_CODE, Splits, number_of_repeat
+from mil.splits.verification import verify_splits
 
 OWN_FILE = "splits.csv"
 _CLAM_FILE = re.compile(r"splits_(\d+)\.csv")
@@ -203,3 +210,114 @@ def _join(rows: Iterable[tuple[str, str]], cohort: Cohort, where: str) -> tuple[
                 f"delete the row that does not hold"
             )
     return [values.get(slide_id, ("", ""))[1] for slide_id in cohort.slide_ids], unknown
+
+
+SPLIT_COLUMNS = ("fold", "seed", "slide_id", "patient_id", "split")
+
+
+def split_rows(splits: Splits, cohort: Cohort) -> Iterator[tuple[int, int, str, str, str]]:
+    """Rows of `splits.csv`, in the order of `SPLIT_COLUMNS`: one per fold, seed and slide."""
+    for fold in range(splits.n_folds):
+        for seed in splits.seeds:
+            parts = splits.parts(fold, seed).tolist()
+            for slide_id, patient_id, part in zip(cohort.slide_ids, cohort.patient_ids, parts, strict=True):
+                yield fold, seed, slide_id, patient_id, part
+
+
+def write_splits(path: str | Path, splits: Splits, cohort: Cohort) -> None:
+    """Write `splits.csv`, from which `read_splits` gives the same parts back."""
+    with Path(path).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(SPLIT_COLUMNS)
+        writer.writerows(split_rows(splits, cohort))
+
+
+def read_splits(path: str | Path, cohort: Cohort, fixed: bool = False) -> Splits:
+    """Read a `splits.csv` for exactly these slides, and verify it as if it had just been drawn.
+
+    Slide ids join by the rules of `mil.cohort.joining.join_store`.
+
+    Args:
+        path: the file.
+        cohort: n slides.
+        fixed: accept slides that are unused, or tested in no fold or in several, as splits from elsewhere have them.
+
+    Raises:
+        SplitError: the file is no split file, is of other slides or patients, misses a (fold, seed), tests a slide in
+            no fold or in several (unless `fixed`), or breaks another promise of `make_splits`.
+    """
+    path = Path(path)
+    table = _read_parts(path, cohort)
+    folds = 1 + max(fold for fold, _ in table)
+    seeds = tuple(sorted({seed for _, seed in table}))
+    missing = [f"fold {f}, seed {s}" for f in range(folds) for s in seeds if len(table[f, s]) != len(cohort)]
+    if missing:
+        raise SplitError(
+            f"{path}: got no row for some of the {len(cohort)} slides in {listed(missing)} → expected every slide in "
+            f"every fold and seed → make the splits anew for this cohort"
+        )
+    code = {name: at for at, name in enumerate(PART_NAMES.tolist())}
+    codes = np.array(
+        [[[code[table[f, s][x]] for x in cohort.slide_ids] for s in seeds] for f in range(folds)], dtype=np.int8
+    )
+    test = codes == TEST_CODE
+    uneven = number_of_repeat(test[:, 0]) is None or (codes == UNUSED_CODE).any()
+    if (test != test[:, :1]).any() or (uneven and not fixed):
+        raise SplitError(
+            f"{path}: got a slide that is tested in no fold, in several, or for some seeds only → expected one test "
+            f"fold per slide (and repeat), common to all seeds → make the splits anew"
+        )
+    record = SplitRecord("file", {"seeds": list(seeds)}, str(path), file_hash(path), "given")
+    return verify_splits(Splits(codes, None, seeds, record), cohort)
+
+
+def _read_parts(path: Path, cohort: Cohort) -> defaultdict[tuple[int, int], dict[str, str]]:
+    """The part of every slide by (fold, seed), as written."""
+    if not path.is_file():
+        raise SplitError(f"got {path}, which is no file → expected a splits.csv → check the path")
+    patient_of = dict(zip(cohort.slide_ids, cohort.patient_ids, strict=True))
+    index = SlideIndex(cohort.slide_ids)
+    table: defaultdict[tuple[int, int], dict[str, str]] = defaultdict(dict)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != SPLIT_COLUMNS:
+            raise SplitError(
+                f"{path}: got the columns {listed(reader.fieldnames or ())} → expected {listed(SPLIT_COLUMNS)} → pass "
+                f"the splits.csv of a run"
+            )
+        for row in reader:
+            where = f"{path}, row {reader.line_num}"
+            slide_id = _check_split_row(where, row, index, patient_of)
+            parts = table[int(row["fold"]), int(row["seed"])]
+            if slide_id in parts:
+                raise SplitError(
+                    f"{where}: got slide {slide_id!r} again → expected it once per fold and seed → delete it"
+                )
+            parts[slide_id] = row["split"]
+    if not table:
+        raise SplitError(f"{path}: got no rows → expected one per fold, seed and slide → make the splits anew")
+    return table
+
+
+def _check_split_row(where: str, row: dict[str, str], index: SlideIndex, patient_of: dict[str, str]) -> str:
+    """The cohort's id of the slide of a row that fits the cohort."""
+    slide_id, patient_id = row["slide_id"], row["patient_id"]
+    found = index.find(slide_id)
+    if len(found) > 1:
+        raise SplitError(
+            f"{where}: got slide {slide_id!r}, which fits {listed(found)} → expected the id of one slide → write the "
+            f"store's id into the file"
+        )
+    slide_id = found[0] if found else slide_id
+    if patient_of.get(slide_id) != patient_id:
+        expected = f"patient {patient_of[slide_id]!r}" if slide_id in patient_of else "slides of this cohort only"
+        raise SplitError(
+            f"{where}: got slide {slide_id!r} of patient {patient_id!r} → expected {expected} → use the label table "
+            f"and the store the splits were made for, or make them anew"
+        )
+    if row["split"] not in PART_NAMES or not (row["fold"].isdecimal() and row["seed"].isdecimal()):
+        raise SplitError(
+            f"{where}: got fold {row['fold']!r}, seed {row['seed']!r}, split {row['split']!r} → expected two integers "
+            f"and one of {listed(PART_NAMES.tolist())} → mend the row"
+        )
+    return slide_id

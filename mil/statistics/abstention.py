@@ -7,13 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mil.arrays import BoolArray, FloatArray, IntArray
 from mil.errors import EvaluationError, listed
 from mil.statistics.bootstrap import Spread
-from mil.statistics.classification import check_scores, few_patients
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
+from mil.statistics.checks import check_scores, few_patients
 
 COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Shares of slides to answer at which the accuracy is told with an interval."""

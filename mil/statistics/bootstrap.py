@@ -13,10 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtr, ndtri
 
+from mil.arrays import FloatArray, IntArray
 from mil.errors import EvaluationError, did_you_mean, listed
 
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 Statistic = Callable[[FloatArray], dict[str, FloatArray]]
 """Takes weights [B, n], how often each slide was drawn, and returns named arrays [B, ...]."""
 

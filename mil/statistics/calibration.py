@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mil.arrays import FloatArray, IntArray
 from mil.errors import EvaluationError, did_you_mean, listed
 from mil.statistics.bootstrap import Spread
-from mil.statistics.classification import FEW_PATIENTS, check_scores, few_patients
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
+from mil.statistics.checks import FEW_PATIENTS, check_scores, few_patients
 
 BINNINGS = ("width", "mass")
 CALIBRATED_DRAWS = 500
@@ -225,3 +223,27 @@ def _checked(labels: npt.ArrayLike, probabilities: npt.ArrayLike) -> tuple[IntAr
             f"logits first"
         )
     return truth, scores
+
+
+def evaluate_label_calibration(
+    truth: FloatArray, chances: FloatArray, patient_ids: Sequence[str], columns: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """`mil.statistics.calibration.evaluate_calibration` of every label as two classes, no and yes, by its name.
+
+    Labels without a known answer are left out.
+
+    Args:
+        truth: [n, L] of 0, 1 and NaN (unknown).
+        chances: [n, L], probability of yes.
+        patient_ids: [n].
+        columns: [L], names of the labels.
+    """
+    patients = np.array(patient_ids)
+    found = {}
+    for at, column in enumerate(columns):
+        known = np.isfinite(truth[:, at])
+        if known.any():
+            yes, answers = chances[known, at], truth[known, at].astype(np.int64)
+            both = np.stack([1 - yes, yes], axis=1)
+            found[column] = evaluate_calibration(answers, both, patients[known].tolist(), (f"no {column}", column))
+    return found

@@ -6,10 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mil.arrays import BoolArray, FloatArray
 from mil.statistics.bootstrap import patient_bootstrap
-
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 
 GRID = np.linspace(0, 1, 101)
 REPLICATES = 500

@@ -12,12 +12,9 @@ import numpy.typing as npt
 from scipy.special import ndtr, ndtri
 from scipy.stats import rankdata
 
+from mil.arrays import BoolArray, FloatArray, IntArray
 from mil.errors import EvaluationError, listed
 from mil.statistics.bootstrap import check_confidence
-
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 
 
 class Area(NamedTuple):

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mil.arrays import FloatArray
 from mil.cohort.targets import MULTI_LABEL, find_strata
 from mil.statistics.bootstrap import Spread
-from mil.statistics.checks import check_values, describe_resampling
-from mil.statistics.classification import FEW_PATIENTS, warn_of_strata
+from mil.statistics.checks import FEW_PATIENTS, check_values, describe_resampling, warn_of_strata
 from mil.statistics.metrics import binary_auroc, confusion, f1, mean_defined, one_vs_all, recall, weightings
 
-FloatArray = npt.NDArray[np.float64]
 SUMMARY = {"macro_auroc": "auroc", "macro_f1": "f1", "macro_balanced_accuracy": "balanced_accuracy"}
 LABEL_METRICS = ("auroc", "f1", "sensitivity", "specificity", "balanced_accuracy")
 

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtr, stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
 
+from mil.arrays import FloatArray
 from mil.errors import EvaluationError, listed
 from mil.statistics import metrics
-from mil.statistics.bootstrap import check_confidence
-from mil.statistics.classification import SUMMARY_METRICS
-
-FloatArray = npt.NDArray[np.float64]
+from mil.statistics.bootstrap import Spread, check_confidence
+from mil.statistics.checks import check_scores, patients_per_class
+from mil.statistics.classification import SUMMARY_METRICS, check_metric, class_scores, is_claimable
 
 
 def permutation_test(
@@ -164,3 +164,164 @@ def corrected_t_test(differences: Sequence[float], test_to_train: float, confide
     if error > 0:
         return TTest(mean, mean - half, mean + half, float(2 * stdtr(freedom, -abs(mean) / error)))
     return TTest(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+
+
+class PairedDifference(NamedTuple):
+    """Metric of A minus metric of B on the same slides, with its interval (None where none can be claimed)."""
+
+    difference: float
+    low: float | None
+    high: float | None
+
+
+def paired_difference(
+    labels: npt.ArrayLike,
+    probabilities_a: npt.ArrayLike,
+    probabilities_b: npt.ArrayLike,
+    patient_ids: Sequence[str],
+    metric: str = "macro_f1",
+    replicates: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    interval: str = "percentile",
+    stratified: bool = False,
+) -> PairedDifference:
+    """Difference A - B of a summary metric on the same slides, with both scored on the same resamples of patients.
+
+    Args:
+        labels: [n] class index.
+        probabilities_a: [n, C].
+        probabilities_b: [n, C].
+        patient_ids: [n].
+        metric: one of `SUMMARY_METRICS`.
+        replicates: number of bootstrap resamples.
+        seed: of the resamples.
+        confidence: of the interval.
+        interval: "percentile" or "bca".
+        stratified: draw patients among those with the same set of classes.
+
+    Raises:
+        EvaluationError: an unknown metric, or arguments that do not belong together.
+    """
+    spread = difference_spread(
+        labels,
+        probabilities_a,
+        probabilities_b,
+        patient_ids,
+        metric,
+        replicates,
+        seed,
+        confidence,
+        interval,
+        stratified,
+    )
+    truth = np.asarray(labels).astype(np.int64)
+    patients = patients_per_class(truth, patient_ids, np.shape(probabilities_a)[-1])
+    entry = spread.entry(metric, is_claimable(metric, patients))
+    return PairedDifference(float(spread.value[metric]), entry["low"], entry["high"])
+
+
+def difference_spread(
+    labels: npt.ArrayLike,
+    probabilities_a: npt.ArrayLike,
+    probabilities_b: npt.ArrayLike,
+    patient_ids: Sequence[str],
+    metric: str = "macro_f1",
+    replicates: int = 2000,
+    seed: int = 0,
+    confidence: float = 0.95,
+    interval: str = "percentile",
+    stratified: bool = False,
+) -> Spread:
+    """The replicates behind `paired_difference`, under the name of the metric; same arguments and errors."""
+    check_metric(metric)
+    n_classes = np.shape(probabilities_a)[-1]
+    truth, scores_a = check_scores(labels, probabilities_a, patient_ids, n_classes)
+    _, scores_b = check_scores(labels, probabilities_b, patient_ids, n_classes)
+
+    def difference(weights: FloatArray | None) -> dict[str, FloatArray]:
+        return {metric: class_scores(truth, scores_a, weights)[metric] - class_scores(truth, scores_b, weights)[metric]}
+
+    strata = truth if stratified else None
+    return Spread.of(difference, patient_ids, replicates, seed, confidence, interval, strata)
+
+
+def paired_t_interval(differences: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean, low and high of paired differences from independent repeats, such as data seeds, by Student's t.
+
+    Not for folds or training seeds of one cohort: these share slides and are not independent.
+
+    Raises:
+        EvaluationError: fewer than two repeats, or a difference that is not finite.
+    """
+    check_confidence(confidence)
+    values = np.asarray(differences, dtype=np.float64)
+    if values.ndim != 1 or values.size < 2 or not np.isfinite(values).all():
+        raise EvaluationError(
+            f"got differences {listed(differences)} → expected two or more finite ones → repeat with more data seeds"
+        )
+    mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(values.size)
+    half = float(stdtrit(values.size - 1, (1 + confidence) / 2)) * error
+    return mean, mean - half, mean + half
+
+
+def minimum_detectable_difference(
+    labels: npt.ArrayLike,
+    probabilities_a: npt.ArrayLike,
+    probabilities_b: npt.ArrayLike,
+    patient_ids: Sequence[str],
+    metric: str = "macro_f1",
+    power: float = 0.8,
+    significance: float = 0.05,
+    replicates: int = 2000,
+    seed: int = 0,
+) -> float | None:
+    """Difference of a metric that cohorts of this size detect in a share `power` of cases, see `detectable`.
+
+    The standard error is that of the paired difference of these two heads over resampled patients. The assumption is
+    that two heads which differ by more, or by less, would err together as often as these two do.
+
+    Args:
+        labels: [n] class index.
+        probabilities_a: [n, C].
+        probabilities_b: [n, C].
+        patient_ids: [n].
+        metric: one of `mil.statistics.classification.SUMMARY_METRICS`.
+        power: share of such cohorts in which the test finds the difference.
+        significance: of the two-sided test.
+        replicates: number of bootstrap resamples.
+        seed: of the resamples.
+
+    Returns:
+        The difference, 0 or more. None where no standard error can be told: a single patient, or two heads whose
+        difference is the same in all resamples, such as equal ones.
+
+    Raises:
+        EvaluationError: an unknown metric, impossible shares, or arguments that do not belong together.
+    """
+    spread = difference_spread(labels, probabilities_a, probabilities_b, patient_ids, metric, replicates, seed)
+    differences = spread.resampled[metric]
+    differences = differences[~np.isnan(differences)]
+    if len(set(patient_ids)) < 2 or differences.size < 2 or np.ptp(differences) == 0:
+        return None
+    return detectable(float(differences.std(ddof=1)), power, significance)
+
+
+def detectable(standard_error: float, power: float = 0.8, significance: float = 0.05) -> float:
+    """True difference that a two-sided z test finds in a share `power` of cases.
+
+    It is (z[1 - significance / 2] + z[power]) · standard error, 2.8 standard errors by default.
+
+    Raises:
+        EvaluationError: a share that is not between 0 and 1.
+
+    Example:
+        >>> round(detectable(0.05), 3)
+        0.14
+    """
+    if not (0 < power < 1 and 0 < significance < 1):
+        raise EvaluationError(
+            f"got power={power}, significance={significance} → expected shares between 0 and 1 → pass 0.8 and 0.05, "
+            f"for example"
+        )
+    return float(ndtri(1 - significance / 2) + ndtri(power)) * standard_error

@@ -10,15 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
+from mil.arrays import FloatArray
 from mil.cohort.targets import REGRESSION, find_strata
 from mil.errors import EvaluationError
-from mil.evaluation.headlines import OF_A_UNIT
 from mil.statistics.bootstrap import Spread
-from mil.statistics.checks import check_values, describe_resampling
-from mil.statistics.classification import FEW_PATIENTS, warn_of_strata
+from mil.statistics.checks import FEW_PATIENTS, check_values, describe_resampling, warn_of_strata
 from mil.statistics.metrics import mean_defined, weightings
 
-FloatArray = npt.NDArray[np.float64]
 METRICS = ("r2", "pearson", "spearman", "mae", "rmse")
 
 
@@ -159,3 +157,7 @@ def _warn_of_few(n_patients: int) -> list[str]:
         return []
     what = "the intervals are too narrow to be trusted" if n_patients >= 2 else "no interval is given"
     return [f"all slides are of {n_patients} patient(s): {what}"]
+
+
+OF_A_UNIT = ("mae", "rmse")
+"""Metrics in the unit of a target, of which several targets have no common mean."""

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mil.arrays import BoolArray, FloatArray
 from mil.cohort.targets import SURVIVAL, find_strata
 from mil.errors import EvaluationError
 from mil.statistics.bootstrap import Spread
 from mil.statistics.checks import describe_resampling
 from mil.statistics.metrics import weightings
 
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 # pairs are compared in blocks of this many rows, which bounds the memory
 ROWS_AT_ONCE = 1_000
 FEW_EVENTS = 10

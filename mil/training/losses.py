@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mil.config.train import LossConfig
+from mil.config.sections import LossConfig
 
 
 def balanced_class_weights(labels: npt.NDArray[np.int64], n_classes: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Optimizers and the learning rate over the steps of a training."""
 
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mil.config.options import LOOKAHEAD
-from mil.config.train import OptimizerConfig, SchedulerConfig
-from mil.training.compound import Joined, Lookahead
+from mil.config.sections import OptimizerConfig
 
 Groups = list[dict[str, Any]]
 
@@ -99,68 +97,6 @@ def _is_matrix(weight: torch.Tensor) -> bool:
     return weight.ndim == 2 and min(weight.shape) > 1
 
 
-def learning_rate(
-    base: float, config: SchedulerConfig, step: int, n_steps: int, validation_losses: Sequence[float] = ()
-) -> float:
-    """The learning rate of step ``step`` of ``n_steps``: warm-up to ``base``, then the schedule.
-
-    It depends on nothing but its arguments, so replicas that skip a step stay on one schedule, and a training that was
-    stopped goes on with the same rates.
-
-    Args:
-        base: the peak.
-        config: the schedule; its warm-up takes ``warmup_fraction`` of the steps. It is linear, from zero, but for
-            ``onecycle``, where it follows a cosine.
-        step: 0 to n_steps - 1.
-        n_steps: steps of all epochs.
-        validation_losses: of the epochs that are over; only ``plateau`` looks at them.
-
-    References:
-        `mil.config.options.SCHEDULERS` names the paper of each.
-    """
-    if config.name == "onecycle":
-        return _onecycle(base, config, step, n_steps)
-    warmup = round(config.warmup_fraction * n_steps)
-    if step < warmup:
-        return base * (step + 1) / warmup
-    if config.name == "cosine":
-        return base * (1 + math.cos(math.pi * (step - warmup) / (n_steps - warmup))) / 2
-    if config.name == "step" and config.factor is not None and config.period_fraction is not None:
-        # a step that lies on the border up to rounding belongs to the next period
-        return base * config.factor ** math.floor(step / (config.period_fraction * n_steps) + 1e-9)
-    if config.name == "plateau" and config.factor is not None:
-        return base * config.factor ** _plateaus(config, validation_losses)
-    return base
-
-
-def _onecycle(base: float, config: SchedulerConfig, step: int, n_steps: int) -> float:
-    """From base / start_divisor along a cosine to the peak, and along another to a start_divisor · end_divisor-th."""
-    start = base / (config.start_divisor or 1.0)
-    end = start / (config.end_divisor or 1.0)
-    peak = config.warmup_fraction * n_steps - 1
-    if step <= peak:
-        return _along_cosine(start, base, step / peak if peak > 0 else 1.0)
-    peak = max(peak, 0.0)
-    return _along_cosine(base, end, (step - peak) / (n_steps - 1 - peak) if n_steps - 1 > peak else 0.0)
-
-
-def _along_cosine(first: float, last: float, part: float) -> float:
-    return last + (first - last) * (1 + math.cos(math.pi * part)) / 2
-
-
-def _plateaus(config: SchedulerConfig, losses: Sequence[float]) -> int:
-    """How often more than ``patience`` epochs in a row were no better than the best before them."""
-    best, waited, found = math.inf, 0, 0
-    for loss in losses:
-        if loss < best * (1 - (config.threshold or 0.0)):
-            best, waited = loss, 0
-        else:
-            waited += 1
-        if waited > (config.patience or 0):
-            found, waited = found + 1, 0
-    return found
-
-
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Give every parameter group this learning rate, times its own factor."""
     for group in optimizer.param_groups:
@@ -174,3 +110,82 @@ def add_l1_gradient(optimizer: Optimizer, penalty: float) -> None:
         for weight in group["params"]:
             if weight.ndim > 1 and weight.grad is not None:
                 weight.grad.add_(weight.sign(), alpha=penalty)
+
+
+class Lookahead(Optimizer):
+    """Lets an optimizer take some fast steps, then goes a part of the way from where it started, and goes on there.
+
+        every k steps: φ ← φ + α (θ - φ), θ ← φ
+
+    The slow weights φ start as the weights do. A model between two such moments has the fast weights θ.
+
+    Args:
+        fast: the optimizer inside.
+        steps: k.
+        fraction: α.
+
+    References:
+        Zhang, Lucas, Hinton and Ba, Lookahead Optimizer: k steps forward, 1 step back, NeurIPS 2019. The moments of
+        the inner optimizer are kept, which is the paper's default.
+    """
+
+    def __init__(self, fast: Optimizer, steps: int, fraction: float) -> None:
+        # the groups are the same objects, so that a learning rate set here reaches the inner optimizer
+        super().__init__(fast.param_groups, {})
+        self._fast, self._steps, self._fraction, self._taken = fast, steps, fraction, 0
+        self._slow = [parameter.detach().clone() for parameter in self._parameters()]
+
+    def _parameters(self) -> list[torch.Tensor]:
+        return [parameter for group in self._fast.param_groups for parameter in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One fast step; after every k of them the slow weights follow."""
+        loss = self._fast.step(closure) if closure is not None else self._fast.step()
+        self._taken += 1
+        if self._taken % self._steps == 0:
+            parameters = self._parameters()
+            torch._foreach_lerp_(self._slow, parameters, self._fraction)
+            torch._foreach_copy_(parameters, self._slow)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's state, the slow weights, and how many steps were taken."""
+        return {"fast": self._fast.state_dict(), "slow": [slow.clone() for slow in self._slow], "taken": self._taken}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from another's state."""
+        self._fast.load_state_dict(state_dict["fast"])
+        self.param_groups = self._fast.param_groups
+        for slow, saved in zip(self._slow, state_dict["slow"], strict=True):
+            slow.copy_(saved)
+        self._taken = state_dict["taken"]
+
+
+class Joined(Optimizer):
+    """Several optimizers, each with its own parameters, as one.
+
+    Args:
+        members: the optimizers.
+    """
+
+    def __init__(self, members: Sequence[Optimizer]) -> None:
+        super().__init__([group for member in members for group in member.param_groups], {})
+        self._members = tuple(members)
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of each."""
+        loss = closure() if closure is not None else None
+        for member in self._members:
+            member.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each."""
+        return {"members": [member.state_dict() for member in self._members]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from another's state."""
+        for member, saved in zip(self._members, state_dict["members"], strict=True):
+            member.load_state_dict(saved)
+        self.param_groups = [group for member in self._members for group in member.param_groups]

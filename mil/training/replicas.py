@@ -10,7 +10,8 @@ import torch
 from extract.memory import keep_freed_memory
 from mil.bags.bags import Bags
 from mil.bags.forward import MAX_INSTANCES
-from mil.training.loop import EpochRecord, PartArray, Replica, TrainedReplica, train_replica
+from mil.training.loop import train_replica
+from mil.training.replica import EpochRecord, PartArray, Replica, TrainedReplica
 from mil.training.resume import UnfinishedTraining
 from mil.training.stacked import stacks, train_stacked
 from mil.training.tasks import TargetArray

@@ -21,9 +21,10 @@ from mil.bags.bags import Bags
 from mil.cohort.cohort import Cohort
 from mil.config.train import TrainConfig
 from mil.files import write_atomically
-from mil.splits.splits import Splits, split_rows
+from mil.splits.splits import Splits
+from mil.splits.tables import split_rows
 from mil.training.checkpoint import package_versions
-from mil.training.loop import EpochRecord, Replica, TrainedReplica
+from mil.training.replica import EpochRecord, Replica, TrainedReplica
 
 SAVE_EVERY_S = 30.0
 UNESSENTIAL = ("store", "labels", "memory", "slide_column", "patient_column", "track")

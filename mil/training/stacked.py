@@ -23,6 +23,7 @@ from torch.nn import functional
 from aggregators import Aggregator, BagDraws, create_aggregator
 from aggregators.base import Dropout, Standardize
 from aggregators.norm import BatchNorm
+from mil.arrays import IntArray
 from mil.bags.bags import Bags
 from mil.bags.devices import PeakMemory
 from mil.bags.forward import MAX_INSTANCES, bag_logits
@@ -31,9 +32,9 @@ from mil.cohort.targets import CLASSIFICATION
 from mil.config.train import TrainConfig
 from mil.errors import TrainingDivergedError
 from mil.statistics.metrics import balanced_accuracy, confusion
-from mil.training.loop import EpochRecord, IntArray, PartArray, Replica, SavedEpoch, TrainedReplica
 from mil.training.losses import log_loss, probabilities
-from mil.training.optimizers import learning_rate
+from mil.training.replica import EpochRecord, PartArray, Replica, SavedEpoch, TrainedReplica
+from mil.training.schedules import learning_rate
 from mil.training.tasks import config_class_weights
 
 Stacked = dict[str, Tensor]

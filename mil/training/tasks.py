@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, one_hot
 
+from mil.arrays import IntArray
 from mil.cohort.cohort import Cohort
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, REGRESSION, SURVIVAL, target_columns
-from mil.config.train import LossConfig, TrainConfig
+from mil.config.sections import LossConfig
+from mil.config.train import TrainConfig
 from mil.errors import ConfigError
 from mil.statistics.metrics import balanced_accuracy, confusion
 from mil.statistics.multi_label import label_aurocs
@@ -35,7 +37,6 @@ from mil.training.losses import (
     weighted_cross_entropy,
 )
 
-IntArray = npt.NDArray[np.int64]
 TargetArray = npt.NDArray[Any]
 Record = Mapping[str, Any]
 
@@ -130,14 +131,6 @@ def decode(record: Record, logits: Tensor) -> Tensor:
         survived = logsigmoid(-values).cumsum(dim=-1).exp()
         return -survived.sum(dim=-1, keepdim=True)
     return probabilities(logits)
-
-
-def value_names(record: Record) -> tuple[str, ...]:
-    """Names of what `decode` gives, as columns of tables; of classes they are those of `mil.cohort.cohort.Cohort`."""
-    if record["task"] == SURVIVAL:
-        return ("risk",)
-    start = "p_" if record["task"] == MULTI_LABEL else "predicted_"
-    return tuple(f"{start}{column}" for column in record["columns"])
 
 
 # ---------------------------------------------------------------------------------------------------------- the tasks

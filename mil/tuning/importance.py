@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mil.arrays import FloatArray
 from mil.tuning.search_space import Dimension, value_name
 from mil.tuning.trials import PRUNED, Trial
 
 BINS = 4
 """Groups of equally many trials that an interval is divided into."""
-
-FloatArray = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mil.config.train import GROUPS, parse_overrides
+from mil.config.options import GROUPS
+from mil.config.overrides import parse_overrides
 from mil.errors import ConfigError, listed
 
 LOG_FROM_RATIO = 100

@@ -10,7 +10,10 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from mil.cohort.targets import REGRESSION, target_columns
-from mil.config.train import GROUPS, HeadConfig, TrainConfig, compose_config, read_config_file
+from mil.config.compose import compose_config, read_config_file
+from mil.config.options import GROUPS
+from mil.config.sections import HeadConfig
+from mil.config.train import TrainConfig
 from mil.errors import ConfigError, did_you_mean
 from mil.evaluation.headlines import selection_metrics
 from mil.tuning.search_space import (
@@ -27,7 +30,6 @@ from mil.tuning.search_space import (
 METHODS = ("grid", "random", "tpe")
 DEFAULT_TRIALS = 20
 _SECTION = ("space", "method", "trials", "select", "seed", "overrides", "values")
-
 
 CHOSEN = "Its choice has seen every slide of the cohort, in one fold or another: train it for new slides."
 """Stands as a comment on top of a configuration that a sweep chose."""
@@ -53,7 +55,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the values that are not swept come from; see `mil.config.train.compose_config`."""
+    """Where the values that are not swept come from; see `mil.config.compose.compose_config`."""
 
     file: Mapping[str, Any] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
@@ -158,7 +160,7 @@ def compose_sweep(
     Args:
         overrides: Hydra overrides; those with several values are the search space, see `parse_space`.
         file: ``config.yaml`` of an earlier sweep or run; what is given here goes before what it says.
-        values: plain values by name, as in `mil.config.train.compose_config`.
+        values: plain values by name, as in `mil.config.compose.compose_config`.
         space: lists of values, or texts of intervals, by key.
         **chosen: ``method``, ``trials``, ``select`` and ``seed`` of `SweepConfig`; what is None is left to the file.
 

@@ -3,12 +3,11 @@
 import base64
 from pathlib import Path
 
-from mil.cohort.targets import HEADLINES
-from mil.evaluation.headlines import selection_name, tie_breaker
+from mil.evaluation.headlines import HEADLINES, selection_name, tie_breaker
 from mil.files import write_atomically
 from mil.tuning.search_space import value_name
-from mil.tuning.sweep import PROCEDURE, Sweep
 from mil.tuning.sweep_figures import sensitivity_plot
+from mil.tuning.sweep_folder import PROCEDURE, Sweep
 from mil.visualization.html_page import load_template
 from mil.visualization.plotting import write_figure
 

@@ -4,16 +4,16 @@ What a replica says of its test part is kept nowhere: not in memory, not on disk
 the replicas of chosen settings, when all choices have been made.
 """
 
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from mil.arrays import FloatArray
 from mil.bags.bags import Bags
 from mil.bags.forward import bag_logits
 from mil.cohort.cohort import Cohort
@@ -23,31 +23,15 @@ from mil.evaluation.headlines import LOWER_IS_BETTER, tie_breaker
 from mil.evaluation.predictions import Outcomes
 from mil.splits.splits import Splits
 from mil.statistics.metrics import auroc, balanced_accuracy, confusion, macro_f1
-from mil.training.loop import Replica, SavedEpoch, TrainedReplica
+from mil.training.replica import Replica, TrainedReplica
 from mil.training.replicas import Progress, train_replicas
-from mil.training.resume import UnfinishedTraining, discard_unfinished, training_key
+from mil.training.resume import training_key
 from mil.training.tasks import count_outputs, decode
+from mil.tuning.score_ledger import LEDGER, ScoreLedger, SealedReplicas, SeedScore
 from mil.tuning.sweep_config import Setting
 
-FloatArray = npt.NDArray[np.float64]
-LEDGER = "scores.jsonl"
 COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
 _SMALLEST = 1e-15
-
-
-@dataclass(frozen=True)
-class SeedScore:
-    """How one replica did on its validation part.
-
-    Attributes:
-        metrics: by name, those of `mil.evaluation.headlines.selection_metrics` and `tie_breaker`; None where undefined.
-        seconds: of its training.
-        reason: why there is no score, or empty.
-    """
-
-    metrics: Mapping[str, float | None] = field(default_factory=dict)
-    seconds: float = 0.0
-    reason: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,78 +121,6 @@ def score_validation(outcomes: Outcomes, loss: float | None = None) -> dict[str,
     found = {name: float(value[0]) for name, value in outcomes.scores().items()}
     scores = {name: None if math.isnan(value) else value for name, value in found.items()}
     return scores | {tie_breaker(cohort.task): loss if loss is not None and math.isfinite(loss) else None}
-
-
-# ---------------------------------------------------------------------------------------------------- what is kept
-
-
-class ScoreLedger:
-    """Scores of finished replicas, a line of JSON each, so that a sweep that was stopped goes on."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._scores: dict[tuple[str, int, int], SeedScore] = {}
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        for line in lines:
-            try:
-                fields = json.loads(line)
-                key = (fields.pop("key"), fields.pop("fold"), fields.pop("seed"))
-                self._scores[key] = SeedScore(**fields)
-            except (ValueError, KeyError, TypeError):
-                # the last line of a run that was killed while it wrote; that replica is scored again
-                continue
-
-    def get(self, key: str, fold: int, seed: int) -> SeedScore | None:
-        """The score of a replica, if there is one."""
-        return self._scores.get((key, fold, seed))
-
-    def add(self, key: str, fold: int, seed: int, score: SeedScore) -> None:
-        """Write one down."""
-        self._scores[key, fold, seed] = score
-        content = {"key": key, "fold": fold, "seed": seed, **vars(score)}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "a", encoding="utf-8") as file:
-            # a line of its own even after one that was cut short
-            file.write("\n" + json.dumps(content, allow_nan=False) + "\n")
-
-
-class SealedReplicas(UnfinishedTraining):
-    """Keeps replicas of many settings, each setting and fold in a folder of its own, without their test predictions.
-
-    Args:
-        folder: holds all of them.
-        key_of: names a configuration's training.
-        splits: which slides are tested.
-    """
-
-    def __init__(self, folder: Path, key_of: Callable[[TrainConfig], str], splits: Splits) -> None:
-        self._root, self._key_of, self._splits = folder, key_of, splits
-
-    def load(self, replica: Replica, bags: Bags, n_classes: int) -> TrainedReplica | None:
-        """A replica that was finished before, or None; its test predictions are NaN."""
-        return self._kept(replica).load(replica, bags, n_classes)
-
-    def keep(self, trained: TrainedReplica) -> None:
-        """Write a finished replica down without what it says of its test part."""
-        replica = trained.replica
-        tested = self._splits.parts(replica.fold, replica.seed) == "test"
-        sealed = np.where(tested[:, None], np.nan, trained.probabilities)
-        self._kept(replica).keep(replace(trained, probabilities=sealed))
-
-    def epoch(self, replica: Replica) -> SavedEpoch:  # type: ignore[override]
-        """Where a replica keeps its state between epochs."""
-        return self._kept(replica).epoch(replica)
-
-    def discard(self, key: str, fold: int) -> None:
-        """Forget a setting in a fold."""
-        discard_unfinished(self._place(key, fold))
-
-    def _kept(self, replica: Replica) -> UnfinishedTraining:
-        key = self._key_of(replica.config)
-        return UnfinishedTraining(self._place(key, replica.fold), key)
-
-    def _place(self, key: str, fold: int) -> Path:
-        return self._root / f"fold{fold}-{key[:16]}"
 
 
 # -------------------------------------------------------------------------------------------------------- training

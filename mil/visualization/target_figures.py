@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from mil.arrays import BoolArray, FloatArray
 from mil.statistics.survival import kaplan_meier
 from mil.visualization.plotting import (
     BLUE,
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
 SIDE_PX = 300
 
 

@@ -59,7 +59,7 @@ def kill_at(child: int, store: Path, units: int, delay: float) -> bool:
 def main(slides: Path, folder: Path, rounds: int, seed: int) -> None:
     """One uninterrupted store, and others whose writers were killed ``rounds`` times in all."""
     # after every batch, so that kills hit drafts too
-    extract.pipeline.stream.SAVE_EVERY_S = 0.0
+    extract.pipeline.jobs.SAVE_EVERY_S = 0.0
     rng, hits, number = random.Random(seed), 0, 0
     finish(start(slides, folder / "whole"))
     for _ in range(rounds):

@@ -12,7 +12,7 @@ from extract.pipeline.extraction import run_extraction
 from tests.test_extract.small import TILES, tiny_backbone
 
 if __name__ == "__main__":
-    extract.pipeline.stream.SAVE_EVERY_S = 0.0
+    extract.pipeline.jobs.SAVE_EVERY_S = 0.0
     embed = Backbone.embed
 
     def slowly(self: Backbone, tiles: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from extract.backbones.backbone import Backbone
 from extract.store import Execution, FeatureRecipe, TileRecipe, TilesUnit, TissueRecipe, TransformRecipe
-from extract.synthetic.cohort import write_pyramid
+from extract.synthetic.pyramid import write_pyramid
 
 TILE_PX = 64
 TILES = TileRecipe(mpp=0.5, tile_px=TILE_PX, tissue=TissueRecipe(thumbnail_px=64))

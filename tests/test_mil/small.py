@@ -8,7 +8,8 @@ import numpy as np
 
 from extract.store import FeatureRecipe, TileRecipe, TransformRecipe
 from mil.cohort.cohort import Attrition, Cohort
-from mil.config.train import TrainConfig, compose_config
+from mil.config.compose import compose_config
+from mil.config.train import TrainConfig
 
 DIM = 6
 FEATURES = FeatureRecipe(

@@ -8,7 +8,8 @@ import pytest
 
 from extract.pipeline.extraction import run_extraction
 from extract.store import open_store
-from extract.synthetic.cohort import lesion_tiles, make_cohort, read_lesions
+from extract.synthetic.cohort import make_cohort
+from extract.synthetic.lesions import lesion_tiles, read_lesions
 from mil import demo
 from mil.errors import RunError
 

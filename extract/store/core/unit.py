@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from extract.store.core.fingerprint import Execution, fingerprint, sha256_of, to_dict
+from extract.store.core.fingerprint import fingerprint, sha256_of, to_dict
+from extract.store.core.recipes import Execution
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,6 @@ class TilesUnit:
 
 PICTURES = ("thumbnail", "tissue_mask")
 """Arrays of a tiles unit that are looked at, not trained on: a backend may compress them."""
-
 
 Form = tuple[tuple[int, ...], str]
 """Shape of an array, and name of its dtype."""
@@ -102,3 +102,7 @@ def features_record(
         "execution": to_dict(execution),
         "execution_fingerprint": fingerprint(execution),
     }
+
+
+def has_checksum(array: np.ndarray, checksum: str) -> bool:
+    return sha256_of(np.ascontiguousarray(array)) == checksum

@@ -16,7 +16,8 @@ import numpy as np
 from extract.errors import ExtractError, ForeignFileError, RecipeMismatchError, StoreError, StoreFullError
 from extract.store import Execution, Store, TilesUnit, create_store, difference, find_format, open_store
 from extract.store.core.files import partial_path
-from extract.store.core.fingerprint import UNKNOWN, SlideFingerprint, canonical_json, fingerprint, is_unknown, sha256_of
+from extract.store.core.fingerprint import SlideFingerprint, canonical_json, fingerprint, sha256_of
+from extract.store.core.recipes import UNKNOWN, is_unknown
 from extract.store.foreign.detect import Found, Survey, survey
 from extract.store.foreign.layouts.base import Answers, ForeignBag
 from extract.store.foreign.recipes import imported_feature_recipe, imported_tile_recipe, source_hash

@@ -1,14 +1,7 @@
 """Recipes of imported tiles and features: what is known stands there, what is not is ``unknown:<source hash>``."""
 
-from extract.store.core.fingerprint import (
-    UNKNOWN,
-    FeatureRecipe,
-    TileRecipe,
-    TissueRecipe,
-    TransformRecipe,
-    fingerprint,
-    sha256_of,
-)
+from extract.store.core.fingerprint import fingerprint, sha256_of
+from extract.store.core.recipes import UNKNOWN, FeatureRecipe, TileRecipe, TissueRecipe, TransformRecipe
 from extract.store.foreign.layouts.base import CutFacts, ForeignBag
 
 

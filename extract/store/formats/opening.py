@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from extract.errors import StoreError
-from extract.store.core.fingerprint import TileRecipe
+from extract.store.core.recipes import TileRecipe
 from extract.store.core.remote_path import RemotePath, store_path
 from extract.store.core.store import Mode, Store
 from extract.store.formats.h5_store import H5Store

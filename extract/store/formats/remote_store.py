@@ -22,7 +22,7 @@ import numpy as np
 from extract.errors import StoreUnreachableError, UnitCorruptError
 from extract.store.core.draft import Draft
 from extract.store.core.files import clear_when_full
-from extract.store.core.fingerprint import Execution
+from extract.store.core.recipes import Execution
 from extract.store.core.remote_path import RemotePath, age_of
 from extract.store.core.run_log import RunLog
 from extract.store.formats.nodes import chunk_path, raw_layout, read_with_zarr

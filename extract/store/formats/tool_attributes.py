@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from extract.geometry import mpp_to_magnification
-from extract.store.core.fingerprint import TileRecipe
+from extract.store.core.recipes import TileRecipe
 
 
 def coords_attributes(record: Mapping[str, Any], recipe: TileRecipe, name: str, folder: str) -> dict[str, Any]:

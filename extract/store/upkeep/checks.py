@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from extract.store.core.fingerprint import FeatureRecipe, TileRecipe, fingerprint, sha256_of
+from extract.store.core.fingerprint import fingerprint, sha256_of
+from extract.store.core.recipes import FeatureRecipe, TileRecipe
 from extract.store.core.unit import array_form
 
 ARRAYS = ("coords", "tissue_fraction", "thumbnail", "tissue_mask")

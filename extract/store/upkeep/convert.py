@@ -9,7 +9,8 @@ import numpy as np
 from extract.errors import StoreError, StoreFullError
 from extract.store.core.files import clear_when_full, partial_path, remove
 from extract.store.core.remote_path import RemotePath, store_path
-from extract.store.core.store import SlideReader, Store
+from extract.store.core.slide_reader import SlideReader
+from extract.store.core.store import Store
 from extract.store.formats.opening import create_store, open_store
 
 Progress = Callable[[int, int, str], None]

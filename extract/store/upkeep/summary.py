@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from extract.errors import ExtractError, StoreUnreachableError
-from extract.store.core.fingerprint import tiles_text
-from extract.store.core.store import SlideReader, Store
+from extract.store.core.recipes import tiles_text
+from extract.store.core.slide_reader import SlideReader
+from extract.store.core.store import Store
 
 QUARANTINE = "quarantine"
 """The folder of a store that holds what was moved aside; no reader looks into it."""

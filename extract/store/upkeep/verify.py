@@ -9,9 +9,11 @@ from typing import Any
 
 from extract.errors import ExtractError, RecipeError, StoreError, StoreUnreachableError
 from extract.store.core.files import members
-from extract.store.core.fingerprint import FeatureRecipe, SlideFingerprint, fingerprint
+from extract.store.core.fingerprint import SlideFingerprint, fingerprint
+from extract.store.core.recipes import FeatureRecipe
 from extract.store.core.remote_path import RemotePath, store_path
-from extract.store.core.store import SlideReader, Store
+from extract.store.core.slide_reader import SlideReader
+from extract.store.core.store import Store
 from extract.store.core.unit import PICTURES
 from extract.store.formats.opening import BACKENDS, find_format, open_store
 from extract.store.upkeep.checks import (

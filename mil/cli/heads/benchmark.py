@@ -66,7 +66,8 @@ def benchmark(
     check_board_names(overrides or [], config)
     check_inputs("a benchmark", overrides or [], config, given)
     # torch and all that needs it, once little is left to be mistyped
-    from mil.experiments.benchmark import compose_benchmark, run_benchmark
+    from mil.experiments.benchmark import run_benchmark
+    from mil.experiments.benchmark_config import compose_benchmark
 
     settings = compose_benchmark(overrides or [], config, given)
     console = Console()

@@ -29,8 +29,8 @@ def show(
 
     Example: `mil config show recipe=strong head=clam_sb > config.yaml`
     """
-    from mil.config.options import RECIPES
-    from mil.config.train import GROUPS, compose_config, group_options
+    from mil.config.compose import compose_config
+    from mil.config.options import GROUPS, RECIPES, group_options
 
     console = Console()
     if not options:

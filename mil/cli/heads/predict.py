@@ -14,13 +14,11 @@ from mil.cli.console import (
     print_target_metrics,
     say,
     shortened,
-    stacked_interval,
 )
-from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL
+from mil.cohort.targets import CLASSIFICATION
 
 _SLIDES = "Straight from slides"
 _SUBMISSION = "Challenge submission"
-
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 EntryOption = Annotated[
     str | None, typer.Option("--as", help="Features entry.  [default: the one that fits]", show_default=False)
@@ -28,76 +26,6 @@ EntryOption = Annotated[
 ModelOption = Annotated[
     Path, typer.Option("--run", help="What mil train, mil pack or mil ensemble wrote with --out.", show_default=False)
 ]
-
-
-def pack(
-    run: Annotated[Path, typer.Argument(help="What mil train or mil ensemble wrote.", show_default=False)],
-    *,
-    out: Annotated[Path, typer.Option(help="Folder of the model; must be new or empty.")],
-    abstain_below: Annotated[
-        float | None, typer.Option(help="Abstain below this confidence.", show_default=False)
-    ] = None,
-    coverage: Annotated[
-        float | None,
-        typer.Option(help="Or where this share of validation slides is still answered: 0.9.", show_default=False),
-    ] = None,
-    accuracy: Annotated[
-        float | None,
-        typer.Option(help="Or where this share of answers on validation slides is right: 0.95.", show_default=False),
-    ] = None,
-    no_calibration: Annotated[
-        bool, typer.Option("--no-calibration", help="Keep the probabilities as the heads give them.")
-    ] = False,
-) -> None:
-    """Pack a run or an ensemble into one folder that predicts elsewhere: weights, recipes, threshold, model card.
-
-    An ensemble takes all its members with it. --coverage and --accuracy need members of the same folds. Thresholds are
-    for classes, temperatures for classes and labels.
-
-    Example: `mil pack runs/abmil --out models/subtype --coverage 0.9`
-    """
-    from mil.deployment.packing import pack as pack_run
-
-    artefact = pack_run(
-        run, out, abstain_below=abstain_below, coverage=coverage, accuracy=accuracy, calibrate=not no_calibration
-    )
-    console, record = Console(), artefact.record
-    _banner(console, record["synthetic"])
-    title = f"{record['target']} by {record['head']}, out of fold, as this model predicts"
-    _print_evaluation(console, title, artefact.task, record["out_of_fold"])
-    _print_members(console, artefact.task, record.get("members", ()))
-    if not no_calibration:
-        _say_calibration(console, artefact)
-    _say_abstention(console, record["abstention"])
-    _warn(console, record["warnings"])
-    say(console, f"model {out}, {counted(len(record['replicas']), 'replica')}, card {out / 'README.md'}")
-
-
-def _print_evaluation(console: Console, title: str, task: str, evaluation: dict[str, Any]) -> None:
-    """The metrics of any task out of fold."""
-    if task == CLASSIFICATION:
-        print_metrics(console, title, evaluation)
-    else:
-        print_target_metrics(console, title, task, evaluation)
-
-
-def _say_calibration(console: Console, artefact: Any) -> None:
-    """Temperatures and what they did; numbers and risks have none."""
-    if artefact.record["calibration"] is None:
-        say(console, "no temperatures: numbers and risks are no probabilities")
-        return
-    found = [artefact.record["calibration"][key] for key in ("uncalibrated", "out_of_fold")]
-    if artefact.task == MULTI_LABEL:
-        errors = [sum(each["ece"] for each in labels.values()) / len(labels) for labels in found]
-        what = "mean calibration error of the labels"
-    else:
-        errors, what = [each["ece"] for each in found], "calibration error"
-    temperatures = artefact.temperatures.values()
-    say(
-        console,
-        f"temperatures {min(temperatures):.2f} to {max(temperatures):.2f}; {what} out of fold {errors[0]:.3f} before, "
-        f"{errors[1]:.3f} after",
-    )
 
 
 def predict(
@@ -180,7 +108,7 @@ def predict(
     from mil.deployment.inference import predict as predict_slides
     from mil.deployment.model import model_records
     from mil.deployment.predictions import check_submission
-    from mil.training.tasks import value_names
+    from mil.evaluation.tables import value_names
 
     _check_file(out)
     if attention is not None and attention.exists() and not attention.is_dir():
@@ -229,10 +157,10 @@ def _predict(console: Console, call: Any, arguments: Sequence[Any], from_slides:
 
 
 def _say_predictions(console: Console, predictions: Any, reader: Any, out: Path) -> None:
+    from mil.bags.stored import is_synthetic
     from mil.cli.console import plain_reason
-    from mil.experiments.crossval import is_synthetic
 
-    _banner(console, is_synthetic(reader, predictions.slide_ids))
+    print_banner(console, is_synthetic(reader, predictions.slide_ids))
     if not predictions.value_names:
         counts = ", ".join(f"{name} {predictions.predicted.count(name)}" for name in predictions.class_names)
     else:
@@ -294,8 +222,8 @@ def evaluate(
 
     Example: `mil evaluate --run models/subtype --store b.zarr --labels b.csv --target subtype --out b_results`
     """
-    from mil.deployment.artefact import check_new_folder
     from mil.deployment.external import evaluate_external
+    from mil.runs.folders import check_new_folder
 
     check_new_folder(out)
     found = evaluate_external(
@@ -311,7 +239,7 @@ def evaluate(
         overlap=overlap,
     ).save(out)
     console, metrics = Console(), found.metrics
-    _banner(console, metrics["synthetic"])
+    print_banner(console, metrics["synthetic"])
     if metrics["trained_on"]:
         say(console, "NOT AN EXTERNAL COHORT: " + metrics["warnings"][0], style="bold red")
     rows = [[reason, str(count), shortened(ids)] for reason, count, ids in metrics["attrition"] if count]
@@ -321,92 +249,10 @@ def evaluate(
         print_metrics(console, title, metrics["external"])
     else:
         print_target_metrics(console, title, metrics["task"], metrics["external"], "with all others")
-    _say_abstention(console, None if metrics["abstention"] is None else {"here": metrics["abstention"]})
-    _warn(console, metrics["warnings"])
+    say_abstention(console, None if metrics["abstention"] is None else {"here": metrics["abstention"]})
+    print_warnings(console, metrics["warnings"])
     looks = counted(metrics["looks"], "time")
     say(console, f"This cohort has been looked at {looks} in this folder of results; written to {out}")
-
-
-def ensemble(
-    runs: Annotated[list[Path], typer.Argument(help="Folders that mil train wrote, of the same slides.")],
-    *,
-    out: Annotated[Path, typer.Option(help="Folder of the ensemble.")],
-    average: Annotated[
-        Literal["probabilities", "logits"],
-        typer.Option(help="What is averaged of classes and labels; logits lets one member rule out."),
-    ] = "probabilities",
-) -> None:
-    """Average several runs of one target, and say what that gained over each of them.
-
-    Probabilities and numbers are averaged as they are, risks in units of their spread among validation slides.
-
-    Example: `mil ensemble runs/abmil runs/transmil --out runs/both`
-    """
-    from mil.runs.ensemble import make_ensemble
-
-    made = make_ensemble(runs, average)
-    folder = made.save(out)
-    console, metrics = Console(), made.metrics
-    _banner(console, metrics["synthetic"])
-    whole = metrics["out_of_fold"]
-    members = [each | {"name": Path(each["run"]).name} for each in metrics["members"]]
-    _print_members(console, metrics["task"], members, whole)
-    _print_evaluation(console, f"{metrics['target']} by the ensemble, out of fold", metrics["task"], whole)
-    _warn(console, metrics["warnings"])
-    say(console, "If the members were picked by their test folds, these figures are too good.")
-    say(
-        console,
-        f"ensemble {folder}; mil predict --run {folder} applies it, while its members stay where they are; mil pack "
-        f"makes one folder of all",
-    )
-
-
-def _print_members(
-    console: Console, task: str, members: Sequence[dict[str, Any]], whole: dict[str, Any] | None = None
-) -> None:
-    """Each member's figures, and what the ensemble, whose own are the last row if given, gains over it."""
-    from mil.evaluation.gains import gain_name, member_metrics
-    from mil.evaluation.headlines import metric_name
-
-    if not members:
-        return
-    names = member_metrics(task)
-    rows = []
-    for each in members:
-        scores = [stacked_interval(each[name]) for name in names]
-        gain = each[gain_name(task)] | {"value": each[gain_name(task)]["difference"]}
-        # one column that may wrap, and three of figures, fit 80 letters
-        rows.append([f"{each['name']} ({each['head']}, {each['entry']})", *scores, stacked_interval(gain, "+.3f")])
-    if whole is not None:
-        rows.append(["ensemble", *(stacked_interval(whole[name]) for name in names), "–"])
-    titles = [metric_name(task, name) for name in names]
-    columns = ["member", *titles, f"gain in {titles[0]}"]
-    print_table(console, "members, and the ensemble minus each; 95 % intervals over patients", columns, rows)
-
-
-def export_onnx(
-    run: Annotated[Path, typer.Argument(help="What mil train or mil pack wrote.", show_default=False)],
-    *,
-    out: Annotated[Path, typer.Option(help="Folder for the files; must be new or empty.")],
-    store: Annotated[Path | None, typer.Option(help="Compare on slides of this store too.", show_default=False)] = None,
-) -> None:
-    """Write every replica's head as an ONNX file, compared with torch on bags of several sizes.
-
-    Example: `mil export-onnx models/subtype --out models/subtype-onnx --store cohort.zarr`
-    """
-    from extract.store import open_store
-    from mil.deployment.onnx_export import export_onnx as export
-
-    found = export(run, out, None if store is None else open_store(store))
-    console = Console()
-    rows = [[each.replica, ", ".join(each.outputs), f"{each.largest_difference:.1e}"] for each in found]
-    print_table(console, "largest difference from torch", ["replica", "outputs", "difference"], rows)
-    first = found[0]
-    say(
-        console,
-        f"{counted(len(found), 'file')}, each compared on {counted(len(first.bags), 'bag')} ({first.real_bags} of them "
-        f"slides); written to {out}",
-    )
 
 
 def _check_file(out: Path) -> None:
@@ -435,17 +281,17 @@ def _label_map(pairs: Sequence[str] | None) -> dict[str, str] | None:
     return {name: label for name, _, label in split}
 
 
-def _banner(console: Console, synthetic: bool) -> None:
+def print_banner(console: Console, synthetic: bool) -> None:
     if synthetic:
         console.print("SYNTHETIC DATA: these slides were drawn by a program.", style="bold", highlight=False)
 
 
-def _warn(console: Console, warnings: Sequence[str]) -> None:
+def print_warnings(console: Console, warnings: Sequence[str]) -> None:
     for warning in warnings:
         say(console, f"warning: {warning}", style="yellow")
 
 
-def _say_abstention(console: Console, parts: dict[str, Any] | None) -> None:
+def say_abstention(console: Console, parts: dict[str, Any] | None) -> None:
     """One line for every part of slides that a threshold was applied to."""
     for part in ("validation", "out_of_fold", "here"):
         each = (parts or {}).get(part)

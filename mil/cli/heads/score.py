@@ -43,8 +43,8 @@ def score(
 
     Example: `mil score runs/abmil --interval bca --strata --sensitivity 0.95 --out scores`
     """
-    from mil.deployment.artefact import check_new_folder
     from mil.reports.rescore import score_runs
+    from mil.runs.folders import check_new_folder
     from mil.statistics.bootstrap import Resampling
 
     operating = _operating(sensitivity, specificity, youden, class_name)
@@ -108,8 +108,7 @@ def _print(console: Console, scores: Any) -> None:
 
 def _print_summary(console: Console, task: str, runs: list[Any], resampling: Any) -> None:
     """The headline metrics of runs of one task."""
-    from mil.cohort.targets import HEADLINES
-    from mil.evaluation.headlines import short_name
+    from mil.evaluation.headlines import HEADLINES, short_name
 
     names = [key for key in HEADLINES[task] if any(run.metrics[key]["value"] is not None for run in runs)]
     # errors have digits before the point

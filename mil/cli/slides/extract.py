@@ -263,7 +263,7 @@ def extract(
     devices = devices_of(device)
     if len(devices) > 1:
         check_claims(store_path(store))
-        raise typer.Exit(run_fleet(devices, sys.argv[1:]))
+        raise typer.Exit(run_fleet(devices, (sys.executable, "-P", "-m", "mil"), sys.argv[1:]))
     scale = 0.5 if mpp is None else mpp
     scale = scale if magnification is None else magnification_to_mpp(magnification)
     tiling: dict[str, Any] = {"tile_px": tile_px, "overlap_px": overlap_px, "edge": edge, "gap_px": gap_px}

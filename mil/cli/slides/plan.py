@@ -183,7 +183,7 @@ class _PlanProgress:
 
 
 def _write_csv(file: Path, planned: Any) -> None:
-    from extract.planning.plan import PlannedSlide
+    from extract.planning.planned import PlannedSlide
 
     with open(file, "w", newline="", encoding="utf-8") as target:
         writer = csv.DictWriter(target, [field.name for field in fields(PlannedSlide)])

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from mil.visualization.contact_sheet import Progress
+    from mil.visualization.slide_card import Progress
 
 
 def sheet(
@@ -32,7 +32,8 @@ def sheet(
     Example: `mil sheet cohort.zarr --out contact_sheet.html --geojson qupath/`
     """
     from extract.store import open_store
-    from mil.visualization.contact_sheet import write_contact_sheet, write_geojson
+    from mil.visualization.contact_sheet import write_contact_sheet
+    from mil.visualization.geojson import write_geojson
 
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise typer.BadParameter(

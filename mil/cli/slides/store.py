@@ -293,7 +293,7 @@ def _print_summary(console: Console, summary: Any) -> None:
 
 def _entry_text(entry: Any) -> str:
     """Name of an entry, and of its backbone where that is another."""
-    from extract.store.core.fingerprint import is_unknown
+    from extract.store.core.recipes import is_unknown
 
     if entry.backbone in (None, entry.name):
         return str(entry.name)

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from extract.backbones import views
 from extract.backbones.views import GLASS, LEFT_OUT, MAX_STAIN, POLICIES, STAINS, augment, tile_key
 from extract.errors import RecipeError
-from extract.store.core.fingerprint import AUGMENT_POLICIES, AugmentRecipe
+from extract.store.core.recipes import AUGMENT_POLICIES, AugmentRecipe
 from tests.test_extract.small import tissue_image
 
 SIDE_PX = 32

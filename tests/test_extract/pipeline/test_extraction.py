@@ -19,14 +19,17 @@ from PIL import Image
 from extract.backbones.backbone import Backbone
 from extract.errors import ExtractError, RecipeError, RecipeMismatchError, SlideTableError, StoreError, StoreFullError
 from extract.geometry import plan_read
-from extract.pipeline.extraction import Silent, SlideOutcome, _Run, entry_name, run_extraction
-from extract.pipeline.stream import StreamStats
+from extract.pipeline.columns import entry_name
+from extract.pipeline.extraction import run_extraction
+from extract.pipeline.jobs import StreamStats
+from extract.pipeline.report import Silent, SlideOutcome
+from extract.pipeline.run import ExtractionRun
 from extract.reading.isolation import ReaderLimits, ReaderProcess
 from extract.slides.direct import TileCache
 from extract.slides.slide import Slide
 from extract.slides.sources import SlideSource
 from extract.store import Store, TileRecipe, TissueRecipe, ZarrStore, open_store
-from extract.synthetic.cohort import write_pyramid
+from extract.synthetic.pyramid import write_pyramid
 from extract.tiling.tiles import context_tiles
 from tests.conftest import REPOSITORY
 from tests.test_extract.small import TILES, break_tile, tiny_backbone, tissue_image, tree, write_slide
@@ -274,14 +277,14 @@ def test_claims_are_given_back_when_a_slide_fails_after_them(
     def fail(self: object, slide: object, tiles: object, drafts: dict[str, object]) -> None:
         raise MemoryError
 
-    note = _Run._note
+    note = ExtractionRun._note
 
-    def look(self: _Run, source: SlideSource, *arguments: object, **keywords: object) -> None:
+    def look(self: ExtractionRun, source: SlideSource, *arguments: object, **keywords: object) -> None:
         claimed.append((self._store.is_claimed(source.slide_id, "tiny"), dict(self._drafts), dict(self._slides)))
         note(self, source, *arguments, **keywords)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(_Run, "_make_claimed_jobs", fail)
-    monkeypatch.setattr(_Run, "_note", look)
+    monkeypatch.setattr(ExtractionRun, "_make_claimed_jobs", fail)
+    monkeypatch.setattr(ExtractionRun, "_note", look)
     assert extract([slides / "a.tif"], store).count("failed") == 1
     assert claimed == [(False, {}, {})]
 
@@ -291,12 +294,14 @@ def test_a_slide_that_another_completed_meanwhile_leaves_no_trace(
 ):
     extract([slides / "a.tif"], store)
     kept = []
-    there, claim, claimed = Store.has_features, _Run._open_drafts, []
+    there, claim, claimed = Store.has_features, ExtractionRun._open_drafts, []
     monkeypatch.setattr(Store, "has_features", lambda self, *unit: bool(claimed) and there(self, *unit))
-    monkeypatch.setattr(_Run, "_open_drafts", lambda self, *a: claimed.append(1) or claim(self, *a))
-    finished = _Run._report
-    monkeypatch.setattr(_Run, "_report", lambda self, *a: kept.append(dict(self._slides)) or finished(self, *a))
-    monkeypatch.setattr(_Run, "_check_executions", lambda self, sources: None)
+    monkeypatch.setattr(ExtractionRun, "_open_drafts", lambda self, *a: claimed.append(1) or claim(self, *a))
+    finished = ExtractionRun._report
+    monkeypatch.setattr(
+        ExtractionRun, "_report", lambda self, *a: kept.append(dict(self._slides)) or finished(self, *a)
+    )
+    monkeypatch.setattr(ExtractionRun, "_check_executions", lambda self, sources: None)
     assert extract([slides / "a.tif"], store).count("complete") == 1
     assert kept == [{}]
 
@@ -530,7 +535,7 @@ def test_a_slide_whose_worker_lives_on_is_reported(slides: Path, store: Path, mo
     opened = ZarrStore(store)
     shutil.rmtree(store / "features" / "tiny" / "a")
     draft = opened.draft("tiny", "a", tiny_backbone().execution(4))
-    monkeypatch.setattr("extract.pipeline.extraction.LEASE_S", 0.5)
+    monkeypatch.setattr("extract.pipeline.run.LEASE_S", 0.5)
     report = extract(slides, store)
     assert outcomes(report) == {"a": "elsewhere", "b": "embedded", "sité 2/c d": "embedded"}
     assert "at work on" in report.outcomes[0].reason

@@ -14,6 +14,8 @@ from extract.pipeline.fleet import devices_of, run_fleet, with_device
 from extract.store import open_store
 from tests.test_extract.small import write_slide
 
+MIL = (sys.executable, "-P", "-m", "mil")
+
 
 @pytest.mark.parametrize(
     ("text", "devices"), [("cuda:0,cuda:1", ["cuda:0", "cuda:1"]), ("auto", ["auto"]), ("cpu", ["cpu"])]
@@ -66,7 +68,7 @@ def test_no_process_outlives_one_that_could_not_be_started(monkeypatch: pytest.M
 
     monkeypatch.setattr(subprocess, "Popen", second_fails)
     with pytest.raises(OSError, match="no more processes"):
-        run_fleet(["cpu", "cpu"], ["extract", "slides"])
+        run_fleet(["cpu", "cpu"], MIL, ["extract", "slides"])
     assert started[0].returncode == -signal.SIGTERM
 
 
@@ -75,8 +77,8 @@ def test_what_one_leaves_to_another_is_the_others_to_account_for(
     monkeypatch: pytest.MonkeyPatch, codes: tuple[int, ...], code: int
 ):
     processes = iter([SimpleNamespace(stdout=None, wait=lambda end=end: end) for end in codes])
-    monkeypatch.setattr("extract.pipeline.fleet._start", lambda arguments: next(processes))
-    assert run_fleet(["cpu", "cuda:0"], ["extract"]) == code
+    monkeypatch.setattr("extract.pipeline.fleet._start", lambda command: next(processes))
+    assert run_fleet(["cpu", "cuda:0"], MIL, ["extract"]) == code
 
 
 def test_two_processes_embed_each_slide_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
@@ -84,7 +86,7 @@ def test_two_processes_embed_each_slide_once(tmp_path: Path, capfd: pytest.Captu
         write_slide(tmp_path / "slides" / f"{number}.tif", 300, 260, seed=number)
     (tmp_path / "slides" / "broken.svs").write_text("no slide")
     arguments = ["extract", str(tmp_path / "slides"), "--store", str(tmp_path / "s.zarr"), "--tile-px", "64"]
-    code = run_fleet(["cpu", "cpu"], [*arguments, "--device", "all"])
+    code = run_fleet(["cpu", "cpu"], MIL, [*arguments, "--device", "all"])
     sys.stdout.flush()
     printed = capfd.readouterr().out
     assert code == 1

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import extract.planning.doctor as doctor
 from extract.pipeline.gpu import GpuFacts
-from extract.planning.doctor import Check, guarded, run_doctor
+from extract.planning import doctor, machine
+from extract.planning.doctor import guarded, run_doctor
+from extract.planning.machine import Check
 
 UNUSABLE = GpuFacts(("/dev/nvidia0",), "535.183.01", "2.15.0+cu132", "13.2", False)
 
@@ -118,7 +119,7 @@ def test_the_file_system_is_that_of_the_deepest_mount(tmp_path: Path, kind: str,
     found = doctor.check_file_system(tmp_path / "my slides" / "deep", mounts)
     assert found.status == status
     assert f"on {kind}" in found.detail
-    assert doctor.file_system_of(tmp_path, mounts) == "xfs"
+    assert machine.file_system_of(tmp_path, mounts) == "xfs"
     assert list((tmp_path / "my slides" / "deep").iterdir()) == []
 
 
@@ -134,25 +135,25 @@ def test_a_disk_where_folders_cannot_be_renamed_is_an_error(tmp_path: Path, monk
 
 
 def test_a_full_or_slow_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(doctor, "_LOW_DISK_BYTES", 0)
-    monkeypatch.setattr(doctor, "_time_file", lambda file, n_bytes: (12.0, 900.0))
+    monkeypatch.setattr(machine, "_LOW_DISK_BYTES", 0)
+    monkeypatch.setattr(machine, "_time_file", lambda file, n_bytes: (12.0, 900.0))
     assert doctor.check_disk(tmp_path, 1 << 20).status == "warning"
-    monkeypatch.setattr(doctor, "_time_file", lambda file, n_bytes: (120.0, 900.0))
+    monkeypatch.setattr(machine, "_time_file", lambda file, n_bytes: (120.0, 900.0))
     assert doctor.check_disk(tmp_path, 1 << 20).status == "ok"
     assert doctor.check_disk(tmp_path, 1 << 60).status == "error"
 
 
 def test_limits_of_containers_are_read(tmp_path: Path):
-    assert doctor.cpu_quota(tmp_path) is None
-    assert doctor.memory_limit(tmp_path) is None
+    assert machine.cpu_quota(tmp_path) is None
+    assert machine.memory_limit(tmp_path) is None
     (tmp_path / "cpu.max").write_text("250000 100000\n")
     (tmp_path / "memory.max").write_text("2147483648\n")
-    assert doctor.cpu_quota(tmp_path) == 2.5
-    assert doctor.memory_limit(tmp_path) == 2 << 30
+    assert machine.cpu_quota(tmp_path) == 2.5
+    assert machine.memory_limit(tmp_path) == 2 << 30
     (tmp_path / "cpu.max").write_text("max 100000\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert doctor.cpu_quota(tmp_path) is None
-    assert doctor.memory_limit(tmp_path) is None
+    assert machine.cpu_quota(tmp_path) is None
+    assert machine.memory_limit(tmp_path) is None
 
 
 def test_too_few_open_files_are_told_with_the_command(monkeypatch: pytest.MonkeyPatch):

@@ -19,8 +19,10 @@ from extract.errors import (
     SlideUnreadableError,
     StoreError,
 )
-from extract.pipeline.extraction import make_columns, run_extraction
-from extract.planning.plan import ExtractionPlan, PlannedSlide, SilentPlan, plan_extraction
+from extract.pipeline.columns import make_columns
+from extract.pipeline.extraction import run_extraction
+from extract.planning.plan import plan_extraction
+from extract.planning.planned import ExtractionPlan, PlannedSlide, SilentPlan
 from extract.reading.isolation import ReaderProcess
 from extract.reading.reader import Reader
 from extract.store import AugmentRecipe, open_store
@@ -90,12 +92,12 @@ def test_slides_that_are_complete_are_counted_apart(slides: Path, tmp_path: Path
 
 
 def test_entries_are_named_as_the_extraction_names_them():
-    from extract.planning.plan import _Model
+    from extract.planning.measure import PlanModel
 
     backbone = tiny_backbone()
     columns = make_columns(backbone, None, 2, AugmentRecipe(), (1.0, 2.0))
     wish = namedtuple("Wish", "entry views context_mpp")(None, 2, (1.0, 2.0))
-    entries = _Model.of(backbone).entries(wish)  # type: ignore[arg-type]
+    entries = PlanModel.of(backbone).entries(wish)  # type: ignore[arg-type]
     assert [entry.name for entry in entries] == [column.entry for column in columns]
     assert [entry.context_mpp for entry in entries] == [column.backbone.recipe.context_mpp for column in columns]
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from extract.errors import MaskError, SlideError
-from extract.slides.masks import mask_sha256, read_mask, tiles_geojson, tissue_geojson
+from extract.slides.geojson import tiles_geojson, tissue_geojson
+from extract.slides.masks import mask_sha256, read_mask
 
 WHOLE = (0, 0, 800, 600)
 SIZE = (800, 600)

@@ -13,7 +13,7 @@ from extract.errors import MissingMppError, RecipeError, ScaleError, SlideUnread
 from extract.geometry import plan_read, resample_area, tile_grid
 from extract.slides.direct import DirectReader
 from extract.slides.slide import Slide
-from extract.synthetic.cohort import write_pyramid
+from extract.synthetic.pyramid import write_pyramid
 from tests.test_extract.small import break_tile, tissue_image, write_slide
 
 

@@ -12,17 +12,10 @@ import openslide
 import pytest
 
 from extract.synthetic import cohort as synthetic
-from extract.synthetic.cohort import (
-    SUBTYPES,
-    SyntheticCohort,
-    SyntheticError,
-    SyntheticSlide,
-    lesion_tiles,
-    make_cohort,
-    make_large_slide,
-    read_lesions,
-    write_pyramid,
-)
+from extract.synthetic.cohort import SUBTYPES, SyntheticCohort, SyntheticSlide, make_cohort, make_large_slide
+from extract.synthetic.drawing import SyntheticError
+from extract.synthetic.lesions import lesion_tiles, read_lesions
+from extract.synthetic.pyramid import write_pyramid
 
 TINY = {"patients_per_class": 2, "slides_per_patient": 2, "size_l0": (576, 512), "mpp_missing_every": 5}
 
@@ -142,7 +135,7 @@ def test_lesions_are_small_alike_in_all_classes_and_on_tissue(cohort: SyntheticC
 
 
 def test_the_class_changes_nothing_but_the_lesion(tmp_path: Path) -> None:
-    bank = synthetic._make_bank(0)
+    bank = synthetic.make_bank(0)
 
     def draw(subtype: str) -> SyntheticSlide:
         plan = synthetic._Plan(0, 0, subtype, tmp_path / f"{subtype}.tif", (896, 768), 0.5, True, False)

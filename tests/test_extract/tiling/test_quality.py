@@ -9,7 +9,7 @@ import pytest
 from scipy import ndimage
 
 from extract.slides.slide import Slide
-from extract.store.core.fingerprint import PenRecipe, QualityRecipe
+from extract.store.core.recipes import PenRecipe, QualityRecipe
 from extract.tiling import quality
 from extract.tiling.pen import find_colours
 from extract.tiling.quality import BLURRED, EMPTY, FLAGS, PEN, flagged_rows

@@ -15,7 +15,7 @@ from extract.slides.image import PlainImage
 from extract.slides.slide import Slide
 from extract.store import SlideFingerprint, TileRecipe, TissueRecipe, ZarrStore
 from extract.store.core.fingerprint import sha256_of
-from extract.synthetic.cohort import write_pyramid
+from extract.synthetic.pyramid import write_pyramid
 from extract.tiling.tiles import context_tiles, cut_slide, grid_shift, plan_slide, recorded_plan
 from tests.test_extract.small import TILES, break_tile, tissue_image, write_slide
 

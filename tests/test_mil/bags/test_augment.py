@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mil.bags.augment import Batch, augment, strength
-from mil.config.train import AugmentConfig
+from mil.config.sections import AugmentConfig
 
 DIM, CLASSES = 3, 4
 EVERYTHING = {"noise": 0.5, "bag_mixup": 0.8, "embedding_mixup": 0.8, "pseudo_bags": 3}

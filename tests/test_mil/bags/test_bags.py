@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from mil.bags.bags import MAPS_KEPT, Bags, Memory, ResidentBags, choose_entry, open_bags, place_bags, view_entries
+from mil.bags.bags import Bags, Memory, ResidentBags, place_bags
+from mil.bags.stored import MAPS_KEPT, choose_entry, open_bags, view_entries
 from mil.errors import BagError
 from tests.test_mil.small import FEATURES, make_cohort, make_features, make_store
 

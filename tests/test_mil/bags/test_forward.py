@@ -6,7 +6,8 @@ import torch
 
 from aggregators import create_aggregator
 from mil.bags.bags import Bags
-from mil.bags.forward import bag_logits, evaluate_packs, resolve_device
+from mil.bags.devices import resolve_device
+from mil.bags.forward import bag_logits, evaluate_packs
 from mil.errors import BagError, ConfigError
 from tests.test_mil.small import DIM, make_features
 

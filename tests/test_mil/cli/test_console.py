@@ -63,7 +63,7 @@ def test_a_terminal_shows_one_live_line() -> None:
 
 
 def test_failures_are_said_as_they_come() -> None:
-    from extract.pipeline.extraction import SlideOutcome
+    from extract.pipeline.report import SlideOutcome
 
     console = plain()
     progress = ExtractionProgress(console)

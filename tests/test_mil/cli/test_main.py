@@ -176,7 +176,7 @@ def test_train_again_from_its_config_gives_the_same_predictions(
 def test_what_a_sweep_chose_is_not_judged_on_its_own_cohort_unwarned(
     mil: Mil, cohort: Path, store: Path, tmp_path: Path
 ) -> None:
-    from mil.config.train import compose_config
+    from mil.config.compose import compose_config
     from mil.tuning.sweep_config import CHOSEN
 
     values = {"store": str(store), "labels": str(cohort / "labels.csv"), "target": "subtype"}
@@ -327,7 +327,7 @@ def test_interrupting_a_command_that_has_nothing_to_say_is_not_silent(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_report", interrupted)
+    monkeypatch.setattr("mil.cli.heads.train._report", interrupted)
     result = mil("report", tmp_path)
     assert (result.code, result.out + result.err) == (130, "stopped.\n")
 
@@ -368,7 +368,7 @@ def test_slides_left_to_others_are_said_and_have_an_exit_code(mil: Mil, cohort: 
     shutil.rmtree(store.feature_path("000", "efficientnet_lite0"))
     claim = store.draft("efficientnet_lite0", "000", load_backbone().execution(4))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("extract.pipeline.extraction.LEASE_S", 0.5)
+        patch.setattr("extract.pipeline.run.LEASE_S", 0.5)
         result = mil(*arguments)
     claim.release()
     assert result.code == 3

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mil.cohort.cohort import Cohort, join_store, read_cohort
+from mil.cohort.cohort import Cohort, read_cohort
+from mil.cohort.joining import join_store
 from mil.errors import CohortError
 
 TABLE = """slide_id,patient_id,subtype

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mil.cohort.cohort import join_store, read_cohort
+from mil.cohort.cohort import read_cohort
+from mil.cohort.joining import join_store
 from mil.cohort.targets import find_strata
 from mil.errors import CohortError
-from mil.splits.splits import make_splits
+from mil.splits.folds import make_splits
 
 
 def _table(tmp_path: Path, header: str, rows: list[str]) -> Path:

@@ -39,7 +39,7 @@ def test_without_sources_the_registry_is_asked(monkeypatch: pytest.MonkeyPatch) 
 def test_a_mistyped_setting_is_told_without_torch() -> None:
     wrong = ["head=abml", "head.gatd=true", "epoch=3", "epochs=none", "optimizer=adm", "optimizer.lr=-1", "x=1,2"]
     code = (
-        "import sys\nfrom mil.config.train import compose_config\nfrom mil.errors import ConfigError\n"
+        "import sys\nfrom mil.config.compose import compose_config\nfrom mil.errors import ConfigError\n"
         f"for override in {wrong!r}:\n"
         "    try:\n        compose_config([override])\n"
         "    except ConfigError:\n        print(override, 'torch' in sys.modules)"

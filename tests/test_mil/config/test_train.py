@@ -7,16 +7,11 @@ from pathlib import Path
 import pytest
 
 from aggregators import list_aggregators
+from mil.config.compose import compose_config
 from mil.config.options import OPTIMIZERS, RECIPES, SCHEDULERS, TASK_LOSSES
-from mil.config.train import (
-    HeadConfig,
-    LossConfig,
-    OptimizerConfig,
-    SchedulerConfig,
-    TrainConfig,
-    compose_config,
-    take_overrides,
-)
+from mil.config.overrides import take_overrides
+from mil.config.sections import HeadConfig, LossConfig, OptimizerConfig, SchedulerConfig
+from mil.config.train import TrainConfig
 from mil.errors import ConfigError
 
 

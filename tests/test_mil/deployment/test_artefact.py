@@ -13,7 +13,7 @@ import torch
 
 from extract.store import fingerprint
 from mil.config.train import TrainConfig
-from mil.deployment.artefact import Artefact, read_artefact, refuse_artefact
+from mil.deployment.artefact import Artefact, read_artefact
 from mil.deployment.inference import predict
 from mil.deployment.model import load_model
 from mil.deployment.packing import pack
@@ -22,6 +22,7 @@ from mil.evaluation.abstention_rule import abstention_of, choose_coverage
 from mil.evaluation.temperature import apply_temperature, fit_temperature, scale_temperatures
 from mil.experiments.crossval import train
 from mil.files import write_csv
+from mil.runs.folders import refuse_artefact
 from mil.runs.lineage import TrainingCohort, overlap, read_lineage, read_training_cohort
 from mil.runs.run import Run
 from mil.runs.run_folder import read_predictions

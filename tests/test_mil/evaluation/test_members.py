@@ -8,8 +8,8 @@ import pytest
 from mil.errors import RunError
 from mil.evaluation.averaging import combine
 from mil.evaluation.members import MemberPredictions
-from mil.runs.run import ReplicaPredictions
-from mil.training.loop import Replica
+from mil.evaluation.predictions import ReplicaPredictions
+from mil.training.replica import Replica
 from tests.test_mil.small import fast_config, make_cohort
 
 COHORT = make_cohort(6, 1)

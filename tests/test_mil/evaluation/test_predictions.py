@@ -11,15 +11,14 @@ from sklearn.metrics import r2_score, roc_auc_score
 
 from mil.cli import main as cli
 from mil.cohort.cohort import Attrition, Cohort
-from mil.cohort.targets import HEADLINES, find_strata
+from mil.cohort.targets import find_strata
 from mil.errors import EvaluationError, RunError
-from mil.evaluation.headlines import first_headline
-from mil.evaluation.paired import Pair
+from mil.evaluation.headlines import HEADLINES, first_headline
+from mil.evaluation.paired import Interval, Pair
 from mil.evaluation.predictions import Outcomes
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.experiments.compare import compare_runs
 from mil.experiments.crossval import train
-from mil.experiments.leaderboard import Interval
 from mil.reports.rescore import OperatingTarget, score_runs
 from mil.runs.ensemble import make_ensemble
 from mil.runs.saved_outcomes import read_outcomes

@@ -8,11 +8,11 @@ import torch
 from scipy.optimize import minimize_scalar
 
 from mil.errors import EvaluationError
+from mil.evaluation.predictions import ReplicaPredictions
 from mil.evaluation.temperature import HIGHEST, LOWEST, apply_temperature, fit_temperature, scale_temperatures
-from mil.runs.run import ReplicaPredictions
-from mil.splits.splits import make_splits
+from mil.splits.folds import make_splits
 from mil.statistics.calibration import log_likelihood_loss
-from mil.training.loop import Replica
+from mil.training.replica import Replica
 from tests.test_mil.small import fast_config, make_cohort
 from tests.test_mil.statistics.test_calibration import calibrated
 

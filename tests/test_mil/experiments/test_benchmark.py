@@ -16,20 +16,21 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from typer.testing import CliRunner
 
-from mil.bags.bags import open_bags
+from mil.bags.stored import open_bags
 from mil.cli import main as cli
 from mil.cohort.cohort import Cohort
 from mil.config import preflight as early
-from mil.config.train import compose_config
+from mil.config.compose import compose_config
 from mil.errors import BagError, ConfigError, RunError
 from mil.evaluation.predictions import Outcomes
 from mil.experiments import benchmark as module
 from mil.experiments.baselines import run_baselines
-from mil.experiments.benchmark import BenchmarkProgress, benchmark, compose_benchmark, head_title
+from mil.experiments.benchmark import BenchmarkProgress, benchmark
+from mil.experiments.benchmark_config import compose_benchmark, head_title
 from mil.experiments.crossval import train
 from mil.experiments.leaderboard import Board, BoardRow, Entrant, rank, score
 from mil.experiments.leaderboard_page import write_page
-from mil.splits.splits import make_splits
+from mil.splits.folds import make_splits
 from mil.statistics.paired_tests import holm
 from mil.training.resume import kept_replicas
 from tests.test_mil.small import FEATURES, MemoryStore, make_cohort, make_store

@@ -14,19 +14,23 @@ from mil.cli import main as cli
 from mil.cohort.cohort import Cohort
 from mil.errors import EvaluationError, RunError
 from mil.evaluation.fold_scores import differing_folds, mean_over_seeds, mean_test_to_train, read_fold_scores
+from mil.evaluation.predictions import ReplicaPredictions
 from mil.evaluation.tables import out_of_fold_rows
 from mil.experiments.compare import compare_runs
 from mil.experiments.crossval import train
 from mil.files import write_csv
 from mil.runs.ensemble import make_ensemble
-from mil.runs.run import ReplicaPredictions
 from mil.runs.saved_outcomes import read_outcomes
-from mil.splits.splits import make_splits
-from mil.statistics.classification import paired_difference
+from mil.splits.folds import make_splits
 from mil.statistics.delong import delong_test
-from mil.statistics.paired_tests import corrected_t_test, holm, permutation_test
-from mil.statistics.power import minimum_detectable_difference
-from mil.training.loop import Replica
+from mil.statistics.paired_tests import (
+    corrected_t_test,
+    holm,
+    minimum_detectable_difference,
+    paired_difference,
+    permutation_test,
+)
+from mil.training.replica import Replica
 from tests.test_mil.small import fast_config, make_cohort, make_store
 
 COHORT = make_cohort(40)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from mil.cohort.cohort import Cohort
-from mil.config.train import compose_config
+from mil.config.compose import compose_config
 from mil.errors import BagError, ConfigError, RunError
 from mil.experiments.crossval import run_training, train
 from mil.reports.report import write_report
 from mil.runs.look_ledger import LEDGER
 from mil.runs.run import Run, check_folder
-from mil.splits.splits import read_splits
+from mil.splits.tables import read_splits
 from mil.statistics.classification import evaluate
 from tests.test_mil.small import FAST, FEATURES, MemoryStore, make_cohort, make_store
 

@@ -13,17 +13,15 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from mil.bags.bags import Bags
-from mil.cohort.targets import HEADLINES
 from mil.errors import ConfigError, SplitError
-from mil.evaluation.headlines import first_headline
-from mil.experiments.baselines import run_baselines
+from mil.evaluation.headlines import HEADLINES, first_headline
+from mil.experiments.baselines import CoxRegression, run_baselines
 from mil.experiments.benchmark import benchmark
 from mil.experiments.compare import compare_runs
-from mil.experiments.cox import CoxRegression
 from mil.experiments.crossval import train
 from mil.experiments.leaderboard_page import write_page
 from mil.runs.saved_outcomes import read_outcomes
-from mil.splits.splits import make_splits
+from mil.splits.folds import make_splits
 from mil.tuning.sweep import sweep
 from mil.tuning.sweep_page import write_sweep_page
 from tests.test_mil.training.test_tasks import SETTINGS, TARGETS, make_task_cohort

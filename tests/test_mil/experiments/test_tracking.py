@@ -10,7 +10,7 @@ import pytest
 
 from mil.errors import ConfigError, MissingExtraError
 from mil.experiments.tracking import TRACKERS, Tracking, WandbTracker, tracker_places
-from mil.training.loop import EpochRecord
+from mil.training.replica import EpochRecord
 
 RECORDS = [EpochRecord(epoch, 0.01 / epoch, 1.0 / epoch, 1.1 / epoch, 0.5, 0.1) for epoch in (1, 2, 3)]
 CONFIG = {"head": {"name": "abmil", "dropout": 0.5}, "folds": 3, "target": "subtype"}

@@ -14,21 +14,21 @@ import pytest
 from mil.cli import main as cli
 from mil.errors import EvaluationError, RunError
 from mil.evaluation.operating_points import operate
+from mil.evaluation.predictions import ReplicaPredictions
 from mil.evaluation.tables import out_of_fold_rows
 from mil.experiments.crossval import train
 from mil.files import write_csv
 from mil.reports.rescore import OperatingTarget, score_runs
 from mil.runs.ensemble import make_ensemble
 from mil.runs.look_ledger import LEDGER
-from mil.runs.run import ReplicaPredictions
 from mil.runs.run_folder import read_predictions
 from mil.runs.saved_outcomes import read_outcomes
-from mil.splits.splits import make_splits
+from mil.splits.folds import make_splits
 from mil.statistics.abstention import evaluate_abstention
 from mil.statistics.bootstrap import Resampling
 from mil.statistics.calibration import evaluate_calibration
 from mil.statistics.classification import evaluate
-from mil.training.loop import Replica
+from mil.training.replica import Replica
 from tests.test_mil.small import fast_config, make_cohort, make_store
 
 FEW = Resampling(replicates=200)

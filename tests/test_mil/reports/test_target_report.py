@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from mil import MilError
-from mil.cohort.targets import HEADLINES
 from mil.errors import RunError
+from mil.evaluation.headlines import HEADLINES
 from mil.experiments.crossval import train
 from mil.reports.page import score, significant
 from mil.reports.report import write_report

@@ -11,7 +11,8 @@ import pytest
 from mil.errors import RunError
 from mil.evaluation.averaging import Averaging, combine
 from mil.experiments.crossval import train
-from mil.runs.ensemble import is_ensemble, make_ensemble, over_members, read_ensemble
+from mil.runs.ensemble import make_ensemble, over_members, read_ensemble
+from mil.runs.folders import is_ensemble
 from mil.runs.saved_outcomes import read_outcomes
 from mil.statistics import classification as statistics
 from tests.test_mil.small import make_cohort, make_store

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from mil.errors import SplitError
+from mil.splits.folds import make_splits
 from mil.splits.plan import SplitPlan, split_cohort
 from mil.splits.sites import leave_one_site_out, site_preserved_splits
-from mil.splits.splits import make_splits, write_splits
+from mil.splits.tables import write_splits
 from tests.test_mil.splits.test_splits import make_cohort
 
 COHORT = make_cohort([(f"p{at // 2}", label) for at, label in enumerate("ab" * 24)])

@@ -146,7 +146,7 @@ def test_the_search_finds_the_most_even_folds_of_few_sites():
 def test_no_single_step_is_more_even(monkeypatch, split_seed):
     # one start, and that one not chosen among many
     monkeypatch.setattr("mil.splits.sites.SHAKES", 0)
-    monkeypatch.setattr("mil.splits.splits.FOLD_DRAWS", 1)
+    monkeypatch.setattr("mil.splits.folds.FOLD_DRAWS", 1)
     cohort, sites = large_cohort()
     fold_of = fold_of_site(site_preserved_splits(cohort, sites, 3, split_seed, seeds=(0,)), sites)
     units = Sites.at(cohort, sites)

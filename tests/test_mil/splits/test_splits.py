@@ -13,17 +13,11 @@ from hypothesis import strategies as st
 
 from mil.cohort.cohort import Attrition, Cohort, read_cohort
 from mil.errors import SplitError
+from mil.splits.folds import inner_splits, make_splits
 from mil.splits.record import USED_TEST_FOR_CHOICE
-from mil.splits.splits import (
-    PARTS,
-    Splits,
-    inner_splits,
-    make_splits,
-    read_splits,
-    split_rows,
-    verify_splits,
-    write_splits,
-)
+from mil.splits.splits import PARTS, Splits
+from mil.splits.tables import read_splits, split_rows, write_splits
+from mil.splits.verification import verify_splits
 
 
 def make_cohort(rows: list[tuple[str, str]]) -> Cohort:
@@ -200,7 +194,7 @@ def test_fewer_slides_than_folds_in_every_class():
 
 
 def test_the_search_alone_is_honest_and_even(monkeypatch):
-    monkeypatch.setattr("mil.splits.splits.FOLD_DRAWS", 0)
+    monkeypatch.setattr("mil.splits.folds.FOLD_DRAWS", 0)
     cohort = large_cohort()
     splits = make_splits(cohort)
     assert_honest(splits, cohort)

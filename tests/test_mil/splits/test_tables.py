@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mil.errors import CohortError, SplitError
 from mil.splits.fixed import fixed_splits
-from mil.splits.splits import make_splits, write_splits
-from mil.splits.tables import read_clam_splits, read_column, read_split_column, read_split_file
+from mil.splits.folds import make_splits
+from mil.splits.tables import read_clam_splits, read_column, read_split_column, read_split_file, write_splits
 from tests.test_mil.splits.test_fixed import cohorts_and_parts, is_honest
 from tests.test_mil.splits.test_splits import make_cohort
 

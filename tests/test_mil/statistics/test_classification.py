@@ -11,12 +11,9 @@ from sklearn import metrics as sk
 from mil.errors import EvaluationError
 from mil.statistics import metrics
 from mil.statistics.bootstrap import patient_bootstrap, percentile_interval
-from mil.statistics.classification import (
-    evaluate,
-    few_patients,
-    paired_difference,
-    paired_t_interval,
-)
+from mil.statistics.checks import few_patients
+from mil.statistics.classification import evaluate
+from mil.statistics.paired_tests import paired_difference, paired_t_interval
 
 
 def predictions(seed: int, n: int = 120, n_classes: int = 3, signal: float = 1.5):

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from mil.errors import EvaluationError
-from mil.statistics.classification import paired_difference
-from mil.statistics.power import detectable, minimum_detectable_difference
+from mil.statistics.paired_tests import detectable, minimum_detectable_difference, paired_difference
 
 
 def two_heads(rng: np.random.Generator, n: int, gain: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:

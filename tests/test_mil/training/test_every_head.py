@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from aggregators import aggregator_record, keyword_names, list_aggregators
-from mil.config.train import compose_config
+from mil.config.compose import compose_config
 from mil.deployment.inference import predict
 from mil.errors import TrainingDivergedError
 from mil.experiments.crossval import train
 from mil.training.checkpoint import load_checkpoint
-from mil.training.loop import TrainedReplica
+from mil.training.replica import TrainedReplica
 from tests.test_mil.small import DIM, make_cohort, make_store
 
 COHORT = make_cohort(8, 1)

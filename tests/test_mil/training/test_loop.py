@@ -12,14 +12,17 @@ from aggregators.base import Aggregator, BagOutput
 from mil.bags.bags import Bags
 from mil.bags.forward import bag_logits
 from mil.bags.samplers import draw_views
+from mil.config.compose import compose_config
 from mil.config.options import OPTIMIZERS, RECIPES, SCHEDULERS, TASK_LOSSES
-from mil.config.train import LossConfig, OptimizerConfig, SchedulerConfig, TrainConfig, compose_config
+from mil.config.sections import LossConfig, OptimizerConfig, SchedulerConfig
+from mil.config.train import TrainConfig
 from mil.deployment.packing import pack
 from mil.errors import BagError, CheckpointError, ConfigError, TrainingDivergedError
 from mil.experiments.crossval import cross_validate
 from mil.training import loop as training
-from mil.training.loop import Replica, TrainedReplica, train_replica
+from mil.training.loop import train_replica
 from mil.training.losses import balanced_class_weights, log_loss, probabilities
+from mil.training.replica import Replica, TrainedReplica
 from tests.test_mil.small import DIM, fast_config, make_cohort, make_features, make_store
 
 CPU = torch.device("cpu")

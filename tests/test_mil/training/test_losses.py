@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mil.config.options import TASK_LOSSES
-from mil.config.train import LossConfig
+from mil.config.sections import LossConfig
 from mil.training.losses import (
     bag_loss,
     balanced_class_weights,

@@ -7,14 +7,9 @@ from torch import nn
 
 from aggregators import create_aggregator, list_aggregators
 from mil.config.options import OPTIMIZERS, SCHEDULERS
-from mil.config.train import OptimizerConfig, SchedulerConfig
-from mil.training.optimizers import (
-    add_l1_gradient,
-    create_optimizer,
-    learning_rate,
-    parameter_groups,
-    set_learning_rate,
-)
+from mil.config.sections import OptimizerConfig, SchedulerConfig
+from mil.training.optimizers import add_l1_gradient, create_optimizer, parameter_groups, set_learning_rate
+from mil.training.schedules import learning_rate
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from mil.bags.bags import Bags
-from mil.training.loop import Replica
+from mil.training.replica import Replica
 from mil.training.replicas import Progress, train_replicas
 from tests.test_mil.small import fast_config, make_features
 

@@ -9,7 +9,7 @@ import torch
 from mil.bags.bags import Bags
 from mil.experiments.crossval import cross_validate
 from mil.runs.run import Run
-from mil.splits.splits import make_splits
+from mil.splits.folds import make_splits
 from mil.training import loop as training
 from mil.training import resume as unfinished
 from mil.training.replicas import Progress

@@ -11,11 +11,13 @@ from torch import nn
 from aggregators import create_aggregator, list_aggregators
 from aggregators.base import Dropout
 from mil.bags.bags import Bags
-from mil.config.train import TrainConfig, compose_config
+from mil.config.compose import compose_config
+from mil.config.train import TrainConfig
 from mil.errors import TrainingDivergedError
-from mil.splits.splits import make_splits
+from mil.splits.folds import make_splits
 from mil.training import resume as unfinished_module
-from mil.training.loop import EpochRecord, Replica, TrainedReplica, train_replica
+from mil.training.loop import train_replica
+from mil.training.replica import EpochRecord, Replica, TrainedReplica
 from mil.training.replicas import Progress, train_replicas
 from mil.training.resume import UnfinishedTraining, kept_replicas
 from mil.training.stacked import is_stackable, stacks, train_stacked

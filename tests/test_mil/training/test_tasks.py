@@ -12,13 +12,14 @@ from aggregators import list_aggregators
 from mil.bags.bags import Bags
 from mil.cohort.cohort import Attrition, Cohort
 from mil.cohort.targets import find_strata
-from mil.config.train import compose_config
+from mil.config.compose import compose_config
 from mil.deployment.inference import predict
 from mil.errors import CohortError, ConfigError
 from mil.experiments.crossval import train
 from mil.training.checkpoint import load_checkpoint
-from mil.training.loop import Replica, train_replica
+from mil.training.loop import train_replica
 from mil.training.losses import discrete_survival_loss
+from mil.training.replica import Replica
 from mil.training.tasks import count_outputs, create_task, decode
 from tests.test_mil.small import DIM, FAST, MemoryStore, fast_config
 

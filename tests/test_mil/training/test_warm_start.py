@@ -12,8 +12,8 @@ import pytest
 from mil.deployment.packing import pack
 from mil.errors import CheckpointError
 from mil.experiments.crossval import cross_validate
+from mil.experiments.warm_start import check_initial
 from mil.runs.lineage import read_lineage
-from mil.training.warm_start import check_initial
 from tests.test_mil.small import fast_config, make_cohort, make_store
 
 COHORT = make_cohort(8, 1)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mil.config.train import take_overrides
+from mil.config.overrides import take_overrides
 from mil.errors import ConfigError
 from mil.tuning.search_space import (
     Dimension,

@@ -14,7 +14,8 @@ import pytest
 from scipy.stats import f_oneway
 from sklearn import metrics as sk
 
-from mil.config.train import TrainConfig, compose_config
+from mil.config.compose import compose_config
+from mil.config.train import TrainConfig
 from mil.errors import ConfigError, MissingExtraError, RunError, SplitError
 from mil.experiments.compare import compare_runs
 from mil.experiments.crossval import cross_validate, split_plan, train
@@ -23,12 +24,14 @@ from mil.splits.plan import split_cohort
 from mil.training import resume as unfinished
 from mil.tuning import sweep as module
 from mil.tuning.importance import sensitivities
+from mil.tuning.score_ledger import SeedScore
 from mil.tuning.search_space import draw_settings, override_text, parse_space
-from mil.tuning.sweep import PROCEDURE, Sweep, sweep
+from mil.tuning.sweep import sweep
 from mil.tuning.sweep_config import Setting, compose_sweep
 from mil.tuning.sweep_figures import sensitivity_plot
+from mil.tuning.sweep_folder import PROCEDURE, Sweep
 from mil.tuning.sweep_page import write_sweep_page
-from mil.tuning.trials import SeedScore, SweepProgress, Trial, best_trial, validation_metrics
+from mil.tuning.trials import SweepProgress, Trial, best_trial, validation_metrics
 from mil.visualization.plotting import to_svg
 from tests.test_mil.small import FEATURES, MemoryStore, make_cohort, make_features
 

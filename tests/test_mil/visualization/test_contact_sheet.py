@@ -25,7 +25,8 @@ from extract.store.core.store import encode_id
 from extract.tiling.tiles import cut_slide
 from mil.cli.slides.sheet import sheet
 from mil.errors import ConfigError, MissingExtraError
-from mil.visualization.contact_sheet import write_contact_sheet, write_geojson
+from mil.visualization.contact_sheet import write_contact_sheet
+from mil.visualization.geojson import write_geojson
 from mil.visualization.slide_picture import (
     COLOURS,
     JPEG_BYTES,

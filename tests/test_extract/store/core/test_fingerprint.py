@@ -20,7 +20,8 @@ from extract.store import (
     from_dict,
     to_dict,
 )
-from extract.store.core.fingerprint import AugmentRecipe, PenRecipe, QualityRecipe, canonical_json, sha256_of
+from extract.store.core.fingerprint import canonical_json, sha256_of
+from extract.store.core.recipes import AugmentRecipe, PenRecipe, QualityRecipe
 from tests.test_extract.small import EXECUTION, feature_recipe
 
 AUGMENTED = feature_recipe(view="view-0", augment=AugmentRecipe())

@@ -27,7 +27,7 @@ from extract.errors import (
     StoreError,
 )
 from extract.store import TileRecipe, create_store, difference, open_store
-from extract.store.core.fingerprint import is_unknown
+from extract.store.core.recipes import is_unknown
 from extract.store.foreign import Answers, ImportReport, export_store, import_bags, survey, write_labels
 from extract.store.foreign.layouts.frames import Frame, corners_l0
 from extract.store.foreign.layouts.matrices import clean_features

@@ -572,7 +572,7 @@ def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.M
 
 
 def test_the_doctor_looks_at_the_service(bucket: str):
-    from extract.planning.doctor import check_service
+    from extract.planning.machine import check_service
 
     checked = check_service(store_path(f"{bucket}/new.zarr"))
     assert checked.status == "ok"

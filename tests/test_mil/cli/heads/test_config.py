@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mil.cli import main as cli
-from mil.config.train import compose_config
+from mil.config.compose import compose_config
 from mil.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from mil.cli import main as cli
 from mil.config import preflight as early
-from mil.config.train import compose_config
+from mil.config.compose import compose_config
 from mil.errors import CohortError, ConfigError
 from mil.tuning import sweep as module
 from mil.tuning.sweep_config import cautions_of

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 import extract.planning.doctor
 from extract.pipeline.extraction import run_extraction
-from extract.planning.doctor import Check
-from extract.planning.plan import ExtractionPlan, MeasuredRate, PlannedSlide, plan_extraction
+from extract.planning.machine import Check
+from extract.planning.plan import plan_extraction
+from extract.planning.planned import ExtractionPlan, MeasuredRate, PlannedSlide
 from mil.cli.slides import extract as cli_extract
 from mil.cli.slides import plan as cli_plan
 from tests.test_extract.small import tree, write_slide

@@ -10,7 +10,7 @@ from extract.errors import StoreError
 from extract.pipeline.fleet import check_claims
 from extract.store import Execution, TileRecipe, create_store, from_dict, open_store
 from extract.store.core.remote_path import store_path
-from mil.config.train import compose_config
+from mil.config.compose import compose_config
 from tests.test_extract.object_server import serve_objects
 from tests.test_extract.small import write_slide
 from tests.test_mil.cli.test_main import FAST, TILING, Mil, mil, write_labels

@@ -1,0 +1,164 @@
+"""What the stream of tiles works on: columns, jobs of slides, how many workers."""
+
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from extract.backbones.backbone import Backbone
+from extract.geometry import ReadPlan
+from extract.reading.ring import INVALID
+from extract.store import QualityRecipe
+from extract.store.core.draft import Draft
+
+CPU_BATCH_SIZE = 4
+GPU_BATCH_SIZE = 128
+
+SAVE_EVERY_S = 10.0
+"""How much work a killed run may lose of a slide."""
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Column:
+    """One matrix per slide: what a backbone makes of its tiles, as they are or as an augmented view.
+
+    Attributes:
+        entry: name of the features entry.
+        backbone: a loaded backbone; its recipe is the entry's, with the view's augmentation.
+        view: 0 for the tiles as they are, k for the k-th augmented view.
+    """
+
+    entry: str
+    backbone: Backbone
+    view: int = 0
+
+
+@dataclass
+class SlideJob:
+    """One slide on its way through the stream.
+
+    Attributes:
+        slide_id: its id.
+        path: the file.
+        reader: ``auto``, ``direct`` or ``openslide``.
+        coords: int32 [n, 2] in level-0 px.
+        plan: how its tiles are read.
+        columns: what is computed of each tile.
+        features: per column [n, dim] in the dtype of the store, filled as batches finish.
+        quality: thresholds of the tiles' flags, or None where they are not looked for.
+        seed: text that the draws of augmented views depend on; the same for the same file.
+        drafts: per column, where finished rows are saved; may be empty.
+        first_row: rows before it were saved by an earlier run.
+        flags: uint8 [n]: `INVALID` and the bits of `extract.tiling.quality`.
+        error: what ended the slide early, if anything did; the other slides go on.
+        read_by: how its tiles were read, and why not directly.
+        started: monotonic seconds.
+    """
+
+    slide_id: str
+    path: Path
+    coords: np.ndarray
+    plan: ReadPlan
+    columns: tuple[Column, ...]
+    features: tuple[np.ndarray, ...]
+    reader: str = "auto"
+    quality: QualityRecipe | None = None
+    seed: str = ""
+    drafts: tuple[Draft, ...] = ()
+    first_row: int = 0
+    flags: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
+    error: Exception | None = None
+    read_by: str = ""
+    started: float = field(default_factory=time.monotonic)
+    key: int = 0
+    rows_left: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        n = len(self.coords)
+        if len(self.flags) != n:
+            self.flags = np.zeros(n, dtype=np.uint8)
+        self.rows_left = n - self.first_row
+        self._done = np.zeros(n, dtype=bool)
+        self._done[: self.first_row] = True
+        self._saved_at = time.monotonic()
+
+    @property
+    def invalid_rows(self) -> list[int]:
+        """Rows whose tile could not be decoded."""
+        return [int(row) for row in np.flatnonzero(self.flags & INVALID)]
+
+    def finish_rows(self, start: int, stop: int) -> tuple[bool, bool]:
+        """Note finished rows; whether they were the last, and whether it is time to save."""
+        with self.lock:
+            # what was not read any more must not be saved as done
+            if self.error is None:
+                self._done[start:stop] = True
+            self.rows_left -= stop - start
+            now = time.monotonic()
+            due = bool(self.drafts) and now - self._saved_at > SAVE_EVERY_S
+            if due:
+                self._saved_at = now
+            return self.rows_left == 0, due
+
+    def save(self) -> None:
+        """Make the rows that are finished from the first one on safe in the drafts."""
+        with self.lock:
+            missing = np.flatnonzero(~self._done)
+        safe = int(missing[0]) if len(missing) else len(self._done)
+        for draft, features in zip(self.drafts, self.features, strict=True):
+            draft.save(features[:safe], self.invalid_rows, self.flags[:safe])
+
+
+@dataclass
+class StreamStats:
+    """Where the time went, in seconds; ``tiles`` counts finished rows of this run.
+
+    ``read_cpu_s`` and ``device_busy_s`` are summed over threads, and so is the wait for tiles; the waits say who waits
+    for whom.
+    """
+
+    tiles: int = 0
+    read_cpu_s: float = 0.0
+    device_busy_s: float = 0.0
+    waited_for_slides_s: float = 0.0
+    waited_for_tiles_s: float = 0.0
+    waited_for_backbone_s: float = 0.0
+    waited_for_writer_s: float = 0.0
+    workers: int = 1
+    started: float = field(default_factory=time.monotonic)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage that the others wait for: ``opening slides``, ``reading``, ``backbone`` or ``writing``."""
+        starved = self.waited_for_tiles_s / self.workers
+        if self.waited_for_writer_s / self.workers > max(starved, self.waited_for_backbone_s):
+            return "writing"
+        if starved <= self.waited_for_backbone_s:
+            return "backbone"
+        return "opening slides" if self.waited_for_slides_s > starved / 2 else "reading"
+
+    @property
+    def device_busy(self) -> float:
+        """Part of the time in which the device computed, over all workers."""
+        return min(self.device_busy_s / max(time.monotonic() - self.started, 1e-9) / self.workers, 1.0)
+
+
+def workers(device: torch.device) -> int:
+    """Threads that embed: one a core on a CPU, one on a GPU."""
+    return available_cores() if device.type == "cpu" else 1
+
+
+def ring_slots(device: torch.device) -> int:
+    """Slots that keep readers and backbones from waiting for each other."""
+    return 2 * workers(device) + available_cores() + 2 if device.type == "cpu" else 8

@@ -1,0 +1,49 @@
+"""Whether a slide that is in the store already is the one at hand."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from extract.errors import SlideChangedError
+from extract.slides.masks import mask_sha256
+from extract.slides.sources import SlideSource
+from extract.store import SlideFingerprint
+
+
+def check_same(source: SlideSource, record: Mapping[str, Any], default_mpp: float | None) -> None:
+    """A slide's file, scale and mask must be those that it was cut with before.
+
+    Args:
+        source: the slide as it is given now.
+        record: of its tiles unit.
+        default_mpp: ``--default-mpp``.
+
+    Raises:
+        SlideChangedError: they are not; the message says which.
+    """
+    now, then = asdict(SlideFingerprint.of(source.path)), record["slide"]
+    if now != then:
+        raise SlideChangedError(
+            f"got a file for slide {source.slide_id!r} ({now['size_bytes']} bytes) unlike the one that was cut before "
+            f"({then['size_bytes']} bytes) → one id is one file → bring the old file back, or give the new one another "
+            f"slide_id in the slide table"
+        )
+    mpp = record["mpp"]
+    stated = source.mpp or (default_mpp if mpp["source"] == "--default-mpp" else None)
+    if stated is not None and stated != mpp["native"]:
+        raise SlideChangedError(
+            f"got {stated:g} µm/px for slide {source.slide_id!r} → it was cut as {mpp['native']} ({mpp['source']}) → "
+            f"state the same mpp, or extract into another --store"
+        )
+    _check_same_mask(source, record)
+
+
+def _check_same_mask(source: SlideSource, record: Mapping[str, Any]) -> None:
+    now = None if source.mask is None else mask_sha256(source.mask)
+    then = record["tissue"]["given_sha256"]
+    if now != then:
+        raise SlideChangedError(
+            f"got {'another mask' if now and then else 'a mask' if now else 'no mask'} for slide {source.slide_id!r} → "
+            f"its tiles were cut {'by another one' if now and then else 'with one' if then else 'without one'} → give "
+            f"the same mask, or extract into another --store"
+        )

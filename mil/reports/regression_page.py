@@ -1,0 +1,64 @@
+"""The page of a run of numbers."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mil.arrays import FloatArray
+from mil.cohort.targets import REGRESSION
+from mil.evaluation.headlines import HEADLINES
+from mil.reports.values import Answers, patients_of, rank_values
+from mil.visualization import target_figures
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def number_figures(answers: Answers) -> Iterator[tuple[str, Any]]:
+    for at in range(len(answers.columns)):
+        yield f"scatter-{at}", target_figures.scatter_plot(answers.truth[:, at], answers.said[:, at])
+
+
+def number_view(answers: Answers) -> dict[str, Any]:
+    targets, truth = answers.run.evaluation["targets"], answers.truth
+    means, deviations = truth.mean(axis=0).tolist(), truth.std(axis=0).tolist()
+    folds = answers.run.rows_by_fold
+    return {
+        "number_rows": [
+            (at, column, targets[column], means[at], deviations[at]) for at, column in enumerate(answers.columns)
+        ],
+        "number_metrics": HEADLINES[REGRESSION],
+        "composition": [
+            (fold, len(rows), patients_of(answers, rows), _spans(truth[rows])) for fold, rows in folds.items()
+        ],
+        "slides": _number_slides(answers),
+    }
+
+
+def _spans(truth: FloatArray) -> list[tuple[float | None, float | None]]:
+    """Least and greatest of each target, from truth [n, K]."""
+    if not len(truth):
+        return [(None, None)] * truth.shape[1]
+    return list(zip(truth.min(axis=0).tolist(), truth.max(axis=0).tolist(), strict=True))
+
+
+def _number_slides(answers: Answers) -> list[dict[str, Any]]:
+    """The largest error first, of several targets by the standard deviations of each."""
+    truth, said = answers.truth, answers.said
+    errors = said - truth
+    spread = truth.std(axis=0)
+    scaled = np.abs(errors) / np.where(spread > 0, spread, 1.0)
+    ranks = {name: rank_values(values) for name, values in (("true", truth), ("said", said), ("error", np.abs(errors)))}
+    places = np.argsort(np.argsort(-scaled.max(axis=1), kind="stable")).tolist()
+    return [
+        {
+            "place": places[at],
+            "wrong": False,
+            "cells": [
+                {"true": answers.shown(at, column), "said": said[at, column], "error": errors[at, column]}
+                | {f"{name}_rank": ranks[name][at, column] for name in ranks}
+                for column in range(truth.shape[1])
+            ],
+        }
+        for at in range(len(truth))
+    ]

@@ -1,0 +1,116 @@
+"""Out-of-fold answers of a run as plain values for its page."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mil.arrays import BoolArray, FloatArray
+from mil.cohort.targets import MULTI_LABEL, REGRESSION, SURVIVAL, target_columns
+from mil.errors import RunError
+from mil.reports.page import triple
+from mil.runs.run_tables import RunFiles, finite, read_run
+from mil.statistics.survival import Patients, by_patient, high_risk
+from mil.visualization import plotting
+from mil.visualization.plotting import ForestRow
+
+GUESSES = {
+    "macro_auroc": 0.5,
+    "macro_balanced_accuracy": 0.5,
+    "r2": 0.0,
+    "pearson": 0.0,
+    "spearman": 0.0,
+    "concordance": 0.5,
+}
+"""What a draw gives, or always the mean."""
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What is true of n slides, and what was said of them out of fold.
+
+    Attributes:
+        run: the files.
+        columns: names of the K targets; time and event of survival.
+        truth: [n, K], NaN where a label is unknown.
+        said: [n, K] probabilities or numbers, of survival [n, 1] risks.
+    """
+
+    run: RunFiles
+    columns: tuple[str, ...]
+    truth: FloatArray
+    said: FloatArray
+
+    @cached_property
+    def fold_groups(self) -> list[int] | None:
+        """The fold that tests each slide; None where some are tested by several, whose risks are means of models."""
+        folds = [self.run.test_folds.get(row["slide_id"], []) for row in self.run.out_of_fold]
+        return [each[0] for each in folds] if all(len(each) == 1 for each in folds) else None
+
+    def shown(self, at: int, column: int) -> str:
+        """A true number as its table has it."""
+        return self.run.out_of_fold[at][f"target_{self.columns[column]}"]
+
+    @cached_property
+    def patients(self) -> Patients:
+        """Of survival: one row a patient."""
+        return by_patient(self.truth, self.said[:, 0], self.run.patient_ids, self.fold_groups)
+
+    @cached_property
+    def high(self) -> BoolArray:
+        """Whether the risk of each of `patients` is above the median of its fold."""
+        return high_risk(self.patients)
+
+
+def read_answers(folder: Path, metrics: dict[str, Any]) -> Answers:
+    task = metrics["task"]
+    columns = target_columns(task, metrics["target"])
+    form = {MULTI_LABEL: "p_{}", REGRESSION: "predicted_{}", SURVIVAL: "risk"}[task]
+    true_names = [f"target_{column}" for column in columns]
+    said_names = ["risk"] if task == SURVIVAL else [form.format(column) for column in columns]
+    run = read_run(folder, metrics, (*true_names, *said_names))
+    truth = _values(run, true_names, may_lack=task == MULTI_LABEL)
+    return Answers(run, columns, truth, _values(run, said_names, may_lack=False))
+
+
+def _values(run: RunFiles, names: Sequence[str], may_lack: bool) -> FloatArray:
+    """Columns of oof.csv, [n, names]."""
+    values = np.full((len(run.out_of_fold), len(names)), np.nan)
+    for at, row in enumerate(run.out_of_fold):
+        for column, name in enumerate(names):
+            value = finite(row[name])
+            if value is None and not (may_lack and row[name] == ""):
+                raise RunError(
+                    f"got {run.folder / 'oof.csv'} with {row[name]!r} in column {name!r} of slide {row['slide_id']!r} "
+                    "→ expected a number → bring the file back from a copy of the run, or train again"
+                )
+            values[at, column] = np.nan if value is None else value
+    return values
+
+
+def forest_rows(names: Mapping[str, str], evaluation: Mapping[str, Any]) -> Any:
+    """The headline metrics, of which all lie between 0 and 1."""
+    # the figure has room for 18 letters, and the table beside it says "mean"
+    short = {key: label.removeprefix("Mean ") for key, label in names.items()}
+    rows = [
+        ForestRow(label[:1].upper() + label[1:], *triple(evaluation[key]), reference=GUESSES.get(key))
+        for key, label in short.items()
+    ]
+    return plotting.forest_plot(rows)
+
+
+def rank_values(values: FloatArray) -> npt.NDArray[np.int64]:
+    """Ranks [n, K] of the values in their columns, by which the page sorts: text has no order of signed numbers."""
+    columns = [np.unique(column, return_inverse=True)[1] for column in values.T]
+    return np.stack(columns, axis=1).astype(np.int64)
+
+
+def patients_of(answers: Answers, rows: Sequence[int]) -> int:
+    return len({answers.run.patient_ids[at] for at in rows})
