@@ -3,7 +3,7 @@
 Names are resolved on first use, so that ``import extract`` loads neither torch, timm nor OpenSlide.
 """
 
-from extract.exports import lazy_exports
+from extract.exports import MovedModules, lazy_exports
 
 _HOME = {
     "ExtractError": "extract.errors",
@@ -17,3 +17,13 @@ _HOME = {
 
 __all__ = list(_HOME)
 __getattr__ = lazy_exports(__name__, _HOME)
+
+# what was imported from its own file in 0.1, for one version more
+MovedModules(
+    {
+        "extract.plan": ("extract.planning.plan", "extract.planning.planned"),
+        "extract.presets": ("extract.backbones.presets",),
+        "extract.slide": ("extract.slides.slide",),
+        "extract.tissue": ("extract.tiling.tissue",),
+    }
+).install()

@@ -36,7 +36,7 @@ ROOMS = {
         "pipeline": "errors exports memory geometry store/core store/formats store slides tiling backbones reading",
         "planning": "errors memory geometry store/core store/formats store slides synthetic tiling backbones reading "
         "pipeline",
-        "__init__": "errors exports store slides backbones pipeline",
+        "__init__": "errors exports store slides tiling backbones pipeline planning",
     },
     "mil": {
         "errors": "",
@@ -58,7 +58,7 @@ ROOMS = {
         "experiments",
         "deployment": "errors arrays files cohort statistics splits bags training evaluation runs",
         "demo": "errors statistics config training runs experiments deployment",
-        "__init__": "errors cohort config runs reports experiments tuning deployment",
+        "__init__": "errors cohort statistics config training evaluation runs reports experiments tuning deployment",
         "cli": "",
         "cli/console": "evaluation",
         "cli/slides": "files visualization cli/console",
