@@ -25,7 +25,7 @@ FIXED = (
 )
 """What all settings of a sweep share: the data, the parts they are judged on, and where they run."""
 
-_PLAIN_WORD = re.compile(r"[A-Za-z_][\w./-]*")
+_PLAIN_WORD = re.compile(r"[A-Za-z_][\w./-]*", re.ASCII)
 _WORDS_WITH_MEANING = {"null", "true", "false", "nan", "inf"}
 
 

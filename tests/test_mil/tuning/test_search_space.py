@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mil.config.overrides import take_overrides
@@ -86,6 +86,7 @@ SCALARS = st.one_of(
 
 
 @settings(max_examples=60, deadline=None)
+@example("A¹")
 @given(st.one_of(SCALARS, st.lists(st.floats(-1e9, 1e9), max_size=3)))
 def test_a_value_survives_being_written_as_an_override(value: Any) -> None:
     assert take_overrides([override_text("target", value)], ["target"])[0] == {"target": value}
