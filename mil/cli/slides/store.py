@@ -1,10 +1,9 @@
 """``mil store``: what is in a store, whether it is whole, and how it is mended, cleared and converted."""
 
-import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,15 @@ import typer
 from rich.console import Console
 
 from mil.cli.console import LiveCount, counted, print_table, say
+from mil.cli.slides.store_report import (
+    ROWS_SHOWN,
+    print_findings,
+    print_json,
+    print_slides,
+    print_summary,
+    say_more,
+    size_text,
+)
 
 store_app = typer.Typer(
     name="store",
@@ -23,7 +31,6 @@ store_app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-_ROWS_SHOWN = 40
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 StoreArgument = Annotated[Path, typer.Argument(help="The embedding store, such as cohort.zarr.")]
@@ -48,11 +55,11 @@ def list_store(
 
     console, summary = Console(), summarise(open_store(store))
     if as_json:
-        _print_json(console, asdict(summary) | {"path": str(summary.path)})
+        print_json(console, asdict(summary) | {"path": str(summary.path)})
         return
-    _print_summary(console, summary)
+    print_summary(console, summary)
     if slides:
-        _print_slides(console, summary)
+        print_slides(console, summary)
 
 
 @store_app.command()
@@ -84,9 +91,9 @@ def verify(
     console = Console()
     findings = _verify(Console(stderr=True) if as_json else console, store, entries, slides, quick, workers)
     if as_json:
-        _print_json(console, [asdict(finding) | {"path": str(finding.path)} for finding in findings])
+        print_json(console, [asdict(finding) | {"path": str(finding.path)} for finding in findings])
     else:
-        _print_findings(console, findings)
+        print_findings(console, findings)
     if findings:
         raise typer.Exit(1)
 
@@ -107,15 +114,15 @@ def repair(store: StoreArgument, *, quick: QuickOption = False, yes: YesOption =
     check_on_disk(store_path(store))
     console = Console()
     findings = _verify(console, store, None, None, quick, None)
-    _print_findings(console, findings)
+    print_findings(console, findings)
     if not findings:
         return
     plan = plan_repair(findings)
     if plan.moves:
         say(console, f"{counted(len(plan.moves), 'unit')} ({size_text(plan.n_bytes)}) to move to {store}/quarantine:")
-        for move in plan.moves[:_ROWS_SHOWN]:
+        for move in plan.moves[:ROWS_SHOWN]:
             say(console, f"  {move.path.relative_to(store)}")
-        _say_more(console, len(plan.moves))
+        say_more(console, len(plan.moves))
         if not (yes or _agreed("Move them?")):
             say(console, "Nothing was moved.")
             raise typer.Exit(1)
@@ -152,9 +159,9 @@ def gc(
     console = Console()
     garbage = find_garbage(open_store(store, "r+"), _seconds(older_than), quarantine)
     kinds = Counter(piece.kind for piece in garbage)
-    for piece in garbage[:_ROWS_SHOWN]:
+    for piece in garbage[:ROWS_SHOWN]:
         say(console, f"  {piece.path.relative_to(store)}  {piece.kind}, {size_text(piece.n_bytes)}")
-    _say_more(console, len(garbage))
+    say_more(console, len(garbage))
     total = size_text(sum(piece.n_bytes for piece in garbage))
     what = ", ".join(f"{kind}: {n}" for kind, n in sorted(kinds.items())) or "nothing to remove"
     if not garbage or not yes:
@@ -191,8 +198,8 @@ def convert(
     say(console, f"{target}: {counts}, in {seconds:.1f} s")
     if report.failed:
         rows = [[unit, reason] for unit, reason in report.failed.items()]
-        print_table(console, "what could not be converted", ["slide", "reason"], rows[:_ROWS_SHOWN])
-        _say_more(console, len(rows))
+        print_table(console, "what could not be converted", ["slide", "reason"], rows[:ROWS_SHOWN])
+        say_more(console, len(rows))
         say(console, f"fix: mil store repair {source}, then mil extract again, then this command again")
         raise typer.Exit(1)
 
@@ -266,109 +273,6 @@ def _slide_files(console: Console, store: Any, slides: Path) -> dict[str, Path]:
     return files
 
 
-def _print_summary(console: Console, summary: Any) -> None:
-    lines = [
-        f"{summary.path}: {summary.format}, {counted(len(summary.slides), 'slide')}, {summary.n_tiles} tiles of "
-        f"{summary.tiles}, {size_text(summary.n_bytes)} on disk",
-        f"µm/px of level 0: {_range_text(summary.mpp_range('native_mpp'))}; "
-        f"of the tiles: {_range_text(summary.mpp_range('achieved_mpp'))}",
-    ]
-    if any(slide.synthetic for slide in summary.slides):
-        lines.append("SYNTHETIC DATA: some of these slides were drawn by a program.")
-    for line in lines:
-        say(console, line)
-    rows = [
-        [
-            _entry_text(entry),
-            "unreadable" if entry.dim is None else f"{entry.dim} {entry.dtype}",
-            str(entry.rows),
-            size_text(entry.n_bytes),
-            _state_counts(entry),
-        ]
-        for entry in summary.entries
-    ]
-    print_table(console, "features", ["entry", "each", "rows", "size", "which"], rows)
-    _print_remarks(console, summary)
-
-
-def _entry_text(entry: Any) -> str:
-    """Name of an entry, and of its backbone where that is another."""
-    from extract.store.core.recipes import is_unknown
-
-    if entry.backbone in (None, entry.name):
-        return str(entry.name)
-    return f"{entry.name} ({'backbone unknown' if is_unknown(entry.backbone) else entry.backbone})"
-
-
-def _state_counts(entry: Any) -> str:
-    """How many slides have what: ``12 complete, 3 without``."""
-    states = ("complete", "partial", "without", "damaged", "waiting")
-    counts = {state: getattr(entry, state) for state in states}
-    return ", ".join(f"{n} {state}" for state, n in counts.items() if n or state == "complete")
-
-
-def _print_remarks(console: Console, summary: Any) -> None:
-    """What else is in the folder, and what to do about it."""
-    damaged = [slide for slide in summary.slides if slide.problem not in (None, "no tiles")]
-    waiting = sum(slide.problem == "no tiles" for slide in summary.slides)
-    remarks = []
-    if damaged or any(entry.damaged for entry in summary.entries):
-        which = f": {damaged[0].slide_id}" if damaged else ""
-        remarks.append(f"some units cannot be used{which}; see mil store verify {summary.path}")
-    if waiting:
-        remarks.append(f"{counted(waiting, 'slide')} with features but no tiles; mil extract cuts them again")
-    if summary.n_leftovers:
-        remarks.append(
-            f"{counted(summary.n_leftovers, 'leftover')} of runs, stopped or at work "
-            f"({size_text(summary.leftover_bytes)}); see mil store gc {summary.path}"
-        )
-    if summary.quarantine_bytes:
-        remarks.append(
-            f"{size_text(summary.quarantine_bytes)} in quarantine; see mil store gc {summary.path} --quarantine"
-        )
-    for remark in remarks:
-        say(console, remark, "yellow")
-
-
-def _print_slides(console: Console, summary: Any) -> None:
-    rows = [
-        [
-            slide.slide_id,
-            "–" if slide.n_tiles is None else str(slide.n_tiles),
-            _number(slide.native_mpp),
-            _number(slide.achieved_mpp),
-            size_text(slide.n_bytes),
-            _states(slide.entries, slide.problem),
-        ]
-        for slide in summary.slides
-    ]
-    print_table(console, "slides", ["slide", "tiles", "level 0", "µm/px", "size", "which"], rows)
-
-
-def _states(entries: Mapping[str, str], problem: str | None) -> str:
-    """The entries of a slide by what they are: ``complete: a, b; partial: c``."""
-    if problem is not None and problem != "no tiles":
-        return "tiles damaged"
-    by_state: dict[str, list[str]] = {}
-    for name, state in entries.items():
-        by_state.setdefault(state, []).append(name)
-    return "; ".join(f"{state}: {', '.join(names)}" for state, names in sorted(by_state.items())) or "no features"
-
-
-def _print_findings(console: Console, findings: Sequence[Any]) -> None:
-    """A table of what is wrong, and each fix once."""
-    if not findings:
-        return
-    rows = [
-        [finding.slide_id or "–", finding.entry or ("tiles" if finding.slide_id else "store"), finding.what]
-        for finding in findings
-    ]
-    print_table(console, "what is wrong", ["slide", "which", "reason"], rows[:_ROWS_SHOWN])
-    _say_more(console, len(rows), "; --json lists all")
-    for fix, n in Counter(finding.fix for finding in findings).items():
-        say(console, f"fix for {n}: {fix}" if n < len(findings) else f"fix: {fix}")
-
-
 def _agreed(question: str) -> bool:
     """Ask; no answer, as where nobody sits at a terminal, is no."""
     try:
@@ -385,31 +289,3 @@ def _seconds(text: str) -> float:
             param_hint="--older-than",
         )
     return float(match[1]) * _SECONDS[match[2]]
-
-
-def size_text(n_bytes: float) -> str:
-    """A size for people: 1.2 GB, 34 MB, 5.6 kB."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if n_bytes >= size:
-            return f"{n_bytes / size:.3g} {unit}" if n_bytes < 999.5 * size else f"{n_bytes / size:.0f} {unit}"
-    return f"{n_bytes:.0f} B"
-
-
-def _range_text(values: tuple[float, float] | None) -> str:
-    if values is None:
-        return "unknown"
-    low, high = (f"{value:.4g}" for value in values)
-    return low if low == high else f"{low} to {high}"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
-
-
-def _say_more(console: Console, n: int, hint: str = "") -> None:
-    if n > _ROWS_SHOWN:
-        say(console, f"  and {n - _ROWS_SHOWN} more{hint}")
-
-
-def _print_json(console: Console, value: Any) -> None:
-    console.print(json.dumps(value, indent=1), markup=False, highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from extract.errors import EntryNotFoundError, StoreError
 from extract.store import Store, open_store
 from mil.cli.main import app
-from mil.cli.slides.store import size_text
+from mil.cli.slides.store_report import size_text
 from tests.test_extract.healthy import FORMATS, healthy_store, unit_files
 from tests.test_extract.small import tree
 
