@@ -13,7 +13,8 @@ from extract.store.core.recipes import (
     from_dict,
 )
 from extract.store.core.slide_reader import SlideReader
-from extract.store.core.store import Store, TilesUnit
+from extract.store.core.store import Store
+from extract.store.core.unit import TilesUnit
 from extract.store.formats.h5_store import H5Store
 from extract.store.formats.opening import create_store, find_format, open_store
 from extract.store.formats.zarr_store import ZarrStore

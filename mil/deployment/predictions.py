@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extract.store import Store
-from extract.store.core.ids import encode_id
+from extract.store.core.unit import encode_id
 from mil.arrays import BoolArray, FloatArray
 from mil.errors import RunError, did_you_mean, listed
 from mil.files import Row, probability_text, write_atomically, write_csv

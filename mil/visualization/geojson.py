@@ -7,7 +7,7 @@ from typing import Any
 
 from extract.errors import StoreError
 from extract.store import SlideReader, Store, open_store
-from extract.store.core.store import encode_id
+from extract.store.core.unit import encode_id
 from mil.errors import ConfigError, listed
 from mil.files import write_atomically
 from mil.visualization.slide_card import DAMAGES, Progress, entries_shown, first_features, flag_masks, tissue_mask_of

@@ -25,8 +25,8 @@ from extract.errors import (
 )
 from extract.store import Store, TileRecipe, TilesUnit, TissueRecipe, create_store, difference, open_store
 from extract.store.core.fingerprint import sha256_of
-from extract.store.core.ids import encode_id
 from extract.store.core.remote_path import RemotePath
+from extract.store.core.unit import encode_id
 from extract.store.formats.opening import BACKENDS
 from tests.test_extract.small import EXECUTION, feature_recipe, matrix, tiles_unit, tree
 

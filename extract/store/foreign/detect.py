@@ -11,10 +11,10 @@ from extract.store.foreign.layouts.atlaspatch import AtlasPatch
 from extract.store.foreign.layouts.base import MAYBE, NO, SURE, Answers, ForeignFile, ForeignLayout
 from extract.store.foreign.layouts.clam import Clam, ClamTensor
 from extract.store.foreign.layouts.classic import ClassicCsv, ClassicNpz
+from extract.store.foreign.layouts.matrices import is_tensor_file
 from extract.store.foreign.layouts.plain_h5 import PlainH5
 from extract.store.foreign.layouts.slideflow import INDEX_SUFFIX, Slideflow
 from extract.store.foreign.layouts.stamp import Stamp
-from extract.store.foreign.layouts.torch_files import is_tensor_file
 from extract.store.foreign.layouts.trident import Trident
 from extract.store.foreign.layouts.wsidata import WsiData
 

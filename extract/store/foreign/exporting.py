@@ -12,7 +12,7 @@ import numpy as np
 from extract.errors import EntryNotFoundError, ExtractError, StoreError, StoreFullError
 from extract.store import Store, TileRecipe
 from extract.store.core.files import clear_when_full, partial_path
-from extract.store.core.ids import encode_id
+from extract.store.core.unit import encode_id
 from extract.store.foreign.importing import OnOutcome, Outcome
 from extract.store.foreign.spatialdata import write_spatialdata
 from extract.store.formats.tool_attributes import coords_attributes

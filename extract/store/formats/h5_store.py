@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 
 from extract.errors import UnitCorruptError
-from extract.store.core.ids import encode_id
 from extract.store.core.recipes import TileRecipe
 from extract.store.core.slide_reader import SlideReader
 from extract.store.core.store import Store
-from extract.store.core.unit import PICTURES
+from extract.store.core.unit import PICTURES, encode_id
 from extract.store.formats.h5_file import read_array, read_attributes, read_record, write_h5
 from extract.store.formats.tool_attributes import coords_attributes
 

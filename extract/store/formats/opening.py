@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from extract.errors import StoreError
+from extract.store.core.readable_store import Mode
 from extract.store.core.recipes import TileRecipe
 from extract.store.core.remote_path import RemotePath, store_path
-from extract.store.core.store import Mode, Store
+from extract.store.core.store import Store
 from extract.store.formats.h5_store import H5Store
 from extract.store.formats.remote_store import RemoteStore
 from extract.store.formats.zarr_store import ZarrStore

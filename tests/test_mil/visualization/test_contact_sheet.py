@@ -21,7 +21,7 @@ from extract.errors import EntryNotFoundError, StoreError
 from extract.slides.image import open_slide
 from extract.slides.masks import read_mask
 from extract.store import Execution, TileRecipe, TilesUnit, ZarrStore
-from extract.store.core.store import encode_id
+from extract.store.core.unit import encode_id
 from extract.tiling.tiles import cut_slide
 from mil.cli.slides.sheet import sheet
 from mil.errors import ConfigError, MissingExtraError

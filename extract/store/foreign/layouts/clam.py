@@ -20,8 +20,7 @@ from extract.store.foreign.layouts.base import (
 )
 from extract.store.foreign.layouts.frames import Frame, corners_l0
 from extract.store.foreign.layouts.hdf5 import contents, number, open_h5, read_dataset
-from extract.store.foreign.layouts.matrices import check_rows, clean_features
-from extract.store.foreign.layouts.torch_files import load_tensor
+from extract.store.foreign.layouts.matrices import check_rows, clean_features, load_tensor
 
 _TRIDENT = {"patch_size_level0", "level0_magnification", "target_magnification"}
 

@@ -20,8 +20,7 @@ from extract.errors import ForeignFileError
 from extract.store.foreign.layouts.base import NO, SURE, Answers, CutFacts, ForeignBag, ForeignFile, ForeignLayout
 from extract.store.foreign.layouts.frames import Frame, corners_l0
 from extract.store.foreign.layouts.hdf5 import number, plain_value
-from extract.store.foreign.layouts.matrices import check_rows, clean_features
-from extract.store.foreign.layouts.torch_files import load_tensor
+from extract.store.foreign.layouts.matrices import check_rows, clean_features, load_tensor
 
 INDEX_SUFFIX = ".index.npz"
 _CONFIG = "bags_config.json"

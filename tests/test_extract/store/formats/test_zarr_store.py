@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from extract.errors import StoreError, UnitCorruptError
 from extract.store import Store, ZarrStore, open_store
-from extract.store.core.ids import decode_id, encode_id
+from extract.store.core.unit import decode_id, encode_id
 from tests.test_extract.small import feature_recipe, tiles_unit, tree
 from tests.test_extract.store_conformance import RECIPE, StoreConformance, add
 
