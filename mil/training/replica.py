@@ -1,6 +1,6 @@
 """A replica, (fold, seed, settings) of one head, and what its training leaves."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from aggregators import Aggregator
+from mil.bags.bags import Bags
 from mil.config.train import TrainConfig
 
 PartArray = npt.NDArray[np.str_]
@@ -81,7 +82,7 @@ EpochDone = Callable[[EpochRecord], None]
 
 
 class SavedEpoch(Protocol):
-    """Where a replica keeps its state between epochs."""
+    """Where a replica, or a stack of them, keeps its state between epochs."""
 
     def load(self) -> dict[str, Any] | None:
         """The state that was saved last, if there is any."""
@@ -93,4 +94,28 @@ class SavedEpoch(Protocol):
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the saved state."""
+        ...
+
+    def discard(self) -> None:
+        """It is no longer needed."""
+        ...
+
+
+class ReplicaKeeper(Protocol):
+    """What training asks of whoever keeps its replicas, so that one that was stopped goes on."""
+
+    def load(self, replica: Replica, bags: Bags, n_outputs: int) -> TrainedReplica | None:
+        """A replica that was finished before, or None."""
+        ...
+
+    def keep(self, trained: TrainedReplica) -> None:
+        """Write a finished replica down; its saved epoch is no longer needed."""
+        ...
+
+    def epoch(self, replica: Replica) -> SavedEpoch:
+        """Where a replica keeps its state between epochs."""
+        ...
+
+    def stack(self, replicas: Sequence[Replica]) -> SavedEpoch:
+        """Where replicas that are trained together keep theirs."""
         ...

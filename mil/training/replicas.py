@@ -11,8 +11,7 @@ from extract.memory import keep_freed_memory
 from mil.bags.bags import Bags
 from mil.bags.forward import MAX_INSTANCES
 from mil.training.loop import train_replica
-from mil.training.replica import EpochRecord, PartArray, Replica, TrainedReplica
-from mil.training.resume import UnfinishedTraining
+from mil.training.replica import EpochRecord, PartArray, Replica, ReplicaKeeper, TrainedReplica
 from mil.training.stacked import stacks, train_stacked
 from mil.training.tasks import TargetArray
 
@@ -46,7 +45,7 @@ def train_replicas(
     n_outputs: int,
     device: torch.device,
     progress: OnProgress | None = None,
-    unfinished: UnfinishedTraining | None = None,
+    keeper: ReplicaKeeper | None = None,
     patients: Sequence[str] | None = None,
     stacked: bool | None = None,
 ) -> list[TrainedReplica]:
@@ -64,7 +63,7 @@ def train_replicas(
         n_outputs: logits per bag, see `mil.training.tasks.count_outputs`.
         device: where to train.
         progress: called after each epoch and each replica.
-        unfinished: keeps what is done; replicas that it holds are not trained again.
+        keeper: keeps what is done; replicas that it holds are not trained again.
         patients: [n], whose slide each bag is.
         stacked: whether to stack; None does on a GPU.
 
@@ -74,7 +73,7 @@ def train_replicas(
     """
     if device.type == "cpu":
         keep_freed_memory()
-    ledger = _Ledger(list(replicas), progress or (lambda _: None), unfinished)
+    ledger = _Ledger(list(replicas), progress or (lambda _: None), keeper)
     ledger.load(bags, n_outputs)
     groups, alone = [], ledger.missing()
     if device.type == "cuda" if stacked is None else stacked:
@@ -83,7 +82,7 @@ def train_replicas(
         groups, alone = [[alone[at] for at in group] for group in found], [alone[at] for at in rest]
     for group in groups:
         chosen, own_parts = [replicas[index] for index in group], [parts[index] for index in group]
-        saved = unfinished.stack(chosen) if unfinished is not None else None
+        saved = keeper.stack(chosen) if keeper is not None else None
         try:
             trained = train_stacked(
                 bags, targets, chosen, own_parts, n_outputs, device, ledger.epoch_done(group), saved
@@ -99,7 +98,7 @@ def train_replicas(
         if saved is not None:
             saved.discard()
     for index in alone:
-        saved = unfinished.epoch(replicas[index]) if unfinished is not None else None
+        saved = keeper.epoch(replicas[index]) if keeper is not None else None
         told = partial(ledger.epoch_done([index]), 0)
         ledger.finish(
             index,
@@ -114,15 +113,15 @@ class _Ledger:
 
     replicas: list[Replica]
     report: OnProgress
-    unfinished: UnfinishedTraining | None
+    keeper: ReplicaKeeper | None
     done: dict[int, TrainedReplica] = field(default_factory=dict)
 
     def load(self, bags: Bags, n_outputs: int) -> None:
         """Take over what an earlier training has finished."""
-        if self.unfinished is None:
+        if self.keeper is None:
             return
         for index, replica in enumerate(self.replicas):
-            trained = self.unfinished.load(replica, bags, n_outputs)
+            trained = self.keeper.load(replica, bags, n_outputs)
             if trained is not None:
                 self._note(index, trained)
 
@@ -141,8 +140,8 @@ class _Ledger:
 
     def finish(self, index: int, trained: TrainedReplica) -> None:
         """Keep a replica and tell."""
-        if self.unfinished is not None:
-            self.unfinished.keep(trained)
+        if self.keeper is not None:
+            self.keeper.keep(trained)
         self._note(index, trained)
 
     def trained(self) -> list[TrainedReplica]:

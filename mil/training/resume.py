@@ -53,7 +53,7 @@ def training_key(config: TrainConfig, cohort: Cohort, splits: Splits, bags: Bags
 
 
 class UnfinishedTraining:
-    """What is done of a training.
+    """What is done of a training; a `mil.training.replica.ReplicaKeeper`.
 
     Args:
         folder: holds all that is unfinished for one run folder.

@@ -27,7 +27,8 @@ from mil.training.replica import Replica, TrainedReplica
 from mil.training.replicas import Progress, train_replicas
 from mil.training.resume import training_key
 from mil.training.tasks import count_outputs, decode
-from mil.tuning.score_ledger import LEDGER, ScoreLedger, SealedReplicas, SeedScore
+from mil.tuning.score_ledger import LEDGER, ScoreLedger, SeedScore
+from mil.tuning.sealed_replicas import SealedReplicas
 from mil.tuning.sweep_config import Setting
 
 COMPLETE, PRUNED, FAILED = "complete", "pruned", "failed"
