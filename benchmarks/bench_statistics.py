@@ -27,7 +27,7 @@ from mil.evaluation.predictions import ReplicaPredictions
 from mil.reports.report import write_report
 from mil.statistics import metrics
 from mil.statistics.abstention import evaluate_abstention
-from mil.statistics.bootstrap import patient_bootstrap
+from mil.statistics.bootstrap import Resampling, patient_bootstrap
 from mil.statistics.calibration import evaluate_calibration
 from mil.statistics.classification import evaluate
 
@@ -102,8 +102,8 @@ def score_at_once(slides: Slides, weights: FloatArray) -> FloatArray:
 def measure_bootstrap(slides: Slides, replicates: int, looped: int, repeats: int) -> list[Result]:
     """Ours, the loop's scaled to as many replicates, and how far apart the two are."""
     subject = f"{len(set(slides.patient_ids))} patients, {len(slides.class_names)} classes"
-    ours = timed(lambda: evaluate(*slides.given(), replicates=replicates), repeats)
-    by_bca = timed(lambda: evaluate(*slides.given(), replicates=replicates, interval="bca"), repeats)
+    ours = timed(lambda: evaluate(*slides.given(), resampling=Resampling(replicates)), repeats)
+    by_bca = timed(lambda: evaluate(*slides.given(), resampling=Resampling(replicates, interval="bca")), repeats)
     weights = drawn_weights(slides, looped)
     scale = replicates / looped
     theirs = [scale * seconds for seconds in timed(lambda: score_by_loop(slides, weights), repeats)]

@@ -11,7 +11,7 @@ from mil.arrays import BoolArray, FloatArray, IntArray
 from mil.errors import EvaluationError, did_you_mean, listed
 from mil.evaluation.predictions import ReplicaPredictions
 from mil.evaluation.temperature import warn_of_validation
-from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling
+from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread
 from mil.statistics.checks import few_patients
 
 DEFAULT = 0.5
@@ -192,7 +192,7 @@ def _rates(
         held, hits = weights @ sides, weights @ right
         return {"rate": np.divide(hits, held, out=np.full(held.shape, np.nan), where=held > 0)}
 
-    spread = resampling.spread(score, patient_ids, labels)
+    spread = Spread.of(score, patient_ids, resampling, labels)
     patients = np.array(patient_ids)
     found = [spread.entry("rate", len(set(patients[sides[:, at] > 0])) >= 2, at) for at in range(2)]
     return found[0], found[1]

@@ -12,7 +12,7 @@ from mil.arrays import FloatArray
 from mil.cohort.targets import CLASSIFICATION
 from mil.evaluation.headlines import HEADLINES, first_headline
 from mil.evaluation.predictions import Outcomes
-from mil.statistics.bootstrap import Spread
+from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread
 from mil.statistics.paired_tests import (
     PairedDifference,
     detectable,
@@ -31,20 +31,18 @@ class Pair:
         one: whose metric is taken first.
         other: whose is taken off; its rows are those of `one`, in one order.
         metric: one of the task's, see `mil.evaluation.headlines.HEADLINES`.
-        replicates: bootstrap and permutation resamples.
-        seed: of the resamples.
+        resampling: how intervals are made; as many resamples, of the same seed, are permuted.
     """
 
     one: Outcomes
     other: Outcomes
     metric: str
-    replicates: int = 2000
-    seed: int = 0
+    resampling: Resampling = USUAL_RESAMPLING
 
     def difference(self) -> PairedDifference:
         """One minus other, with its interval over resampled patients, the same for both."""
         if self._classes:
-            return paired_difference(*self._arguments, replicates=self.replicates, seed=self.seed)
+            return paired_difference(*self._arguments, resampling=self.resampling)
         entry = self._spread.entry(self.metric, self.one.is_claimable())
         return PairedDifference(float(self._spread.value[self.metric]), entry["low"], entry["high"])
 
@@ -56,17 +54,17 @@ class Pair:
         if any(np.isnan(each.scores(only=self.metric)[self.metric][0]) for each in (self.one, self.other)):
             return None
         if self._classes:
-            return permutation_test(*self._arguments, resamples=self.replicates, seed=self.seed)
+            return permutation_test(*self._arguments, resamples=self.resampling.replicates, seed=self.resampling.seed)
 
         def score(swaps: FloatArray) -> FloatArray:
             return self.one.exchanged(self.other, swaps, self.metric)
 
-        return exchange_test(score, self.one.patient_ids, self.replicates, self.seed)
+        return exchange_test(score, self.one.patient_ids, self.resampling.replicates, self.resampling.seed)
 
     def detectable(self) -> float | None:
         """See `mil.statistics.paired_tests.minimum_detectable_difference`."""
         if self._classes:
-            return minimum_detectable_difference(*self._arguments, replicates=self.replicates, seed=self.seed)
+            return minimum_detectable_difference(*self._arguments, resampling=self.resampling)
         differences = self._spread.resampled[self.metric]
         differences = differences[~np.isnan(differences)]
         if not self.one.is_claimable() or differences.size < 2 or np.ptp(differences) == 0:
@@ -88,7 +86,7 @@ class Pair:
             one, other = (each.scores(weights, only=self.metric)[self.metric] for each in (self.one, self.other))
             return {self.metric: one - other}
 
-        return Spread.of(difference, self.one.patient_ids, self.replicates, self.seed)
+        return Spread.of(difference, self.one.patient_ids, self.resampling)
 
 
 def member_metrics(task: str) -> tuple[str, ...]:

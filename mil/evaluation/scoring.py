@@ -1,7 +1,6 @@
 """What a finished training scored out of fold, by the kind of its target; the content of ``metrics.json``."""
 
 import math
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -30,16 +29,16 @@ def evaluate_out_of_fold(predictions: ReplicaPredictions) -> dict[str, Any]:
 
 def evaluate_outcomes(outcomes: Outcomes, resampling: Resampling = USUAL_RESAMPLING) -> dict[str, Any]:
     """Every metric with its interval, see `mil.statistics.classification.evaluate` and its likes of other tasks."""
-    cohort, said, how = outcomes.cohort, outcomes.said, asdict(resampling)
+    cohort, said = outcomes.cohort, outcomes.said
     patients, values = cohort.patient_ids, cohort.values
     if values is None:
-        return statistics.evaluate(cohort.labels, said, patients, cohort.class_names, **how)
+        return statistics.evaluate(cohort.labels, said, patients, cohort.class_names, resampling)
     if cohort.task == MULTI_LABEL:
-        return evaluate_multi_label(values, said, patients, cohort.columns, **how)
+        return evaluate_multi_label(values, said, patients, cohort.columns, resampling)
     if cohort.task == REGRESSION:
-        return evaluate_regression(values, said, patients, cohort.columns, **how)
+        return evaluate_regression(values, said, patients, cohort.columns, resampling)
     n_slides = len(set(cohort.slide_ids))
-    return evaluate_survival(values, said[:, 0], patients, outcomes.folds, n_slides=n_slides, **how)
+    return evaluate_survival(values, said[:, 0], patients, outcomes.folds, resampling, n_slides)
 
 
 def score_replica(predictions: ReplicaPredictions, at: int) -> dict[str, float | None]:

@@ -153,9 +153,10 @@ def compare_runs(
     cohort = reference.outcomes.cohort
     metric = metric or first_headline(cohort.task)
     _check_metric(metric, cohort.task, len(cohort.columns))
-    scored = [evaluate_outcomes(run.outcomes, Resampling(replicates, seed)) for run in runs]
+    resampling = Resampling(replicates, seed)
+    scored = [evaluate_outcomes(run.outcomes, resampling) for run in runs]
     rows = [
-        _row(run, reference, Interval(**found[metric]), metric, replicates, seed)
+        _row(run, reference, Interval(**found[metric]), metric, resampling)
         for run, found in zip(runs, scored, strict=True)
     ]
     adjusted = holm([row.p if row.p is not None else 1.0 for row in rows[1:]])
@@ -194,13 +195,13 @@ def _check_metric(metric: str, task: str, n_columns: int) -> None:
 
 
 def _row(
-    run: _RunToCompare, reference: _RunToCompare, value: Interval, metric: str, replicates: int, seed: int
+    run: _RunToCompare, reference: _RunToCompare, value: Interval, metric: str, resampling: Resampling
 ) -> ComparedRun:
     head, entry = (str(run.metrics.get(key, "")) for key in ("head", "entry"))
     row = ComparedRun(run.name, head, entry, value)
     if run is reference:
         return row
-    pair = Pair(run.outcomes, reference.outcomes, metric, replicates, seed)
+    pair = Pair(run.outcomes, reference.outcomes, metric, resampling)
     return replace(
         row,
         difference=Interval.of(pair.difference()),

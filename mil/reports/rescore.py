@@ -225,11 +225,11 @@ def _score(
 
 def _of_classes(outcomes: Outcomes, resampling: Resampling) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Calibration and abstention, which only classes have."""
-    cohort, how = outcomes.cohort, asdict(resampling)
+    cohort = outcomes.cohort
     if cohort.task != CLASSIFICATION:
         return None, None
     slides = (cohort.labels, outcomes.said, cohort.patient_ids, cohort.class_names)
-    return evaluate_calibration(*slides, **how), evaluate_abstention(*slides, **how)
+    return evaluate_calibration(*slides, resampling=resampling), evaluate_abstention(*slides, resampling)
 
 
 def _operate(predictions: ReplicaPredictions, target: OperatingTarget, resampling: Resampling) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from mil.arrays import BoolArray, FloatArray, IntArray
 from mil.errors import EvaluationError, listed
-from mil.statistics.bootstrap import Spread
+from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread
 from mil.statistics.checks import check_scores, few_patients
 
 COVERAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -89,11 +89,7 @@ def evaluate_abstention(
     probabilities: npt.ArrayLike,
     patient_ids: Sequence[str],
     class_names: Sequence[str],
-    replicates: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
-    interval: str = "percentile",
-    stratified: bool = False,
+    resampling: Resampling = USUAL_RESAMPLING,
     coverages: Sequence[float] = COVERAGES,
 ) -> dict[str, Any]:
     """The curve, the area under it and the accuracy at some coverages, with intervals over resampled patients.
@@ -106,11 +102,7 @@ def evaluate_abstention(
         probabilities: [n, C].
         patient_ids: [n].
         class_names: [C].
-        replicates: number of bootstrap resamples.
-        seed: of the resamples.
-        confidence: of the intervals.
-        interval: "percentile" or "bca".
-        stratified: draw patients among those with the same set of classes.
+        resampling: how intervals are made; stratified, it draws patients among those with the same set of classes.
         coverages: shares of slides that are to be answered, at the least.
 
     Returns:
@@ -135,8 +127,7 @@ def evaluate_abstention(
         accuracy = np.divide(hits, held, out=np.full(held.shape, np.nan), where=held > 0)
         return {"area": _area(sure, right, weights), "accuracy": accuracy}
 
-    strata = truth if stratified else None
-    spread = Spread.of(score, patient_ids, replicates, seed, confidence, interval, strata)
+    spread = Spread.of(score, patient_ids, resampling, truth)
     patients = np.array(patient_ids)
     return {
         "area": spread.entry("area", len(set(patient_ids)) >= 2),

@@ -138,62 +138,6 @@ def bca_interval(
     return _quantiles(defined, ndtr(shift + moved / (1 - acceleration * moved)))
 
 
-@dataclass(frozen=True, eq=False)
-class Spread:
-    """A statistic on the slides as they are, on resamples of patients and, for BCa, without each patient.
-
-    Attributes:
-        value: named values, [...].
-        resampled: the same names, [B, ...].
-        left_out: the same names, [P, ...]; None for percentile intervals.
-        strata: positions of the patients that were drawn among themselves.
-        confidence: of the intervals.
-    """
-
-    value: dict[str, FloatArray]
-    resampled: dict[str, FloatArray]
-    left_out: dict[str, FloatArray] | None
-    strata: list[IntArray]
-    confidence: float
-
-    @classmethod
-    def of(
-        cls,
-        statistic: Statistic,
-        patient_ids: Sequence[str],
-        replicates: int = 2000,
-        seed: int = 0,
-        confidence: float = 0.95,
-        interval: str = "percentile",
-        stratify: IntArray | None = None,
-    ) -> "Spread":
-        """Score a statistic, see `mil.statistics.bootstrap.patient_bootstrap`."""
-        check_confidence(confidence)
-        check_interval(interval)
-        once = statistic(np.ones((1, len(patient_ids))))
-        return cls(
-            value={name: array[0] for name, array in once.items()},
-            resampled=patient_bootstrap(statistic, patient_ids, replicates, seed, stratify),
-            left_out=patient_jackknife(statistic, patient_ids) if interval == "bca" else None,
-            strata=patient_strata(patient_ids, stratify),
-            confidence=confidence,
-        )
-
-    def entry(self, name: str, claimable: bool = True, column: int | None = None) -> dict[str, float | None]:
-        """{value, low, high} of a name, or of one of its columns; None what is undefined or not to be claimed."""
-        at = ... if column is None else (..., column)
-        value = float(self.value[name][at])
-        interval = self._interval(name, at, value) if claimable and not math.isnan(value) else None
-        low, high = interval or (None, None)
-        return {"value": None if math.isnan(value) else value, "low": low, "high": high}
-
-    def _interval(self, name: str, at: Any, value: float) -> tuple[float, float] | None:
-        resampled = self.resampled[name][at]
-        if self.left_out is None:
-            return percentile_interval(resampled, self.confidence)
-        return bca_interval(resampled, value, self.left_out[name][at], self.confidence, self.strata)
-
-
 def check_confidence(confidence: float) -> None:
     """Refuse what is no confidence level.
 
@@ -233,7 +177,7 @@ class Resampling:
         seed: of the resamples.
         confidence: of the intervals, such as 0.95.
         interval: "percentile" or "bca".
-        stratified: draw patients among those with the same set of classes.
+        stratified: draw patients among those of the same strata, for classes those with the same set of them.
 
     Raises:
         EvaluationError: an impossible value.
@@ -250,13 +194,73 @@ class Resampling:
         check_confidence(self.confidence)
         check_interval(self.interval)
 
-    def spread(self, statistic: Statistic, patient_ids: Sequence[str], labels: IntArray) -> Spread:
-        """Score a statistic of slides with these labels [n], see `Spread.of`."""
-        strata = labels if self.stratified else None
-        return Spread.of(statistic, patient_ids, self.replicates, self.seed, self.confidence, self.interval, strata)
+    def describe(self) -> dict[str, Any]:
+        """How intervals were made, for `metrics.json`; what is usual is left out."""
+        usual = self.interval == "percentile" and not self.stratified
+        unusual = {} if usual else {"interval": self.interval, "stratified": self.stratified}
+        return {"replicates": self.replicates, "confidence": self.confidence, **unusual}
 
 
 USUAL_RESAMPLING = Resampling()
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """A statistic on the slides as they are, on resamples of patients and, for BCa, without each patient.
+
+    Attributes:
+        value: named values, [...].
+        resampled: the same names, [B, ...].
+        left_out: the same names, [P, ...]; None for percentile intervals.
+        strata: positions of the patients that were drawn among themselves.
+        confidence: of the intervals.
+    """
+
+    value: dict[str, FloatArray]
+    resampled: dict[str, FloatArray]
+    left_out: dict[str, FloatArray] | None
+    strata: list[IntArray]
+    confidence: float
+
+    @classmethod
+    def of(
+        cls,
+        statistic: Statistic,
+        patient_ids: Sequence[str],
+        resampling: Resampling = USUAL_RESAMPLING,
+        strata: IntArray | None = None,
+    ) -> "Spread":
+        """Score a statistic, see `mil.statistics.bootstrap.patient_bootstrap`.
+
+        Args:
+            statistic: see `Statistic`.
+            patient_ids: [n].
+            resampling: how intervals are made.
+            strata: [n], such as classes; heeded where the resampling is stratified.
+        """
+        stratify = strata if resampling.stratified else None
+        once = statistic(np.ones((1, len(patient_ids))))
+        return cls(
+            value={name: array[0] for name, array in once.items()},
+            resampled=patient_bootstrap(statistic, patient_ids, resampling.replicates, resampling.seed, stratify),
+            left_out=patient_jackknife(statistic, patient_ids) if resampling.interval == "bca" else None,
+            strata=patient_strata(patient_ids, stratify),
+            confidence=resampling.confidence,
+        )
+
+    def entry(self, name: str, claimable: bool = True, column: int | None = None) -> dict[str, float | None]:
+        """{value, low, high} of a name, or of one of its columns; None what is undefined or not to be claimed."""
+        at = ... if column is None else (..., column)
+        value = float(self.value[name][at])
+        interval = self._interval(name, at, value) if claimable and not math.isnan(value) else None
+        low, high = interval or (None, None)
+        return {"value": None if math.isnan(value) else value, "low": low, "high": high}
+
+    def _interval(self, name: str, at: Any, value: float) -> tuple[float, float] | None:
+        resampled = self.resampled[name][at]
+        if self.left_out is None:
+            return percentile_interval(resampled, self.confidence)
+        return bca_interval(resampled, value, self.left_out[name][at], self.confidence, self.strata)
 
 
 def _times_drawn(total: int, size: int, generator: np.random.Generator) -> IntArray:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mil.arrays import FloatArray, IntArray
 from mil.errors import EvaluationError, did_you_mean, listed
-from mil.statistics.bootstrap import Spread
+from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread
 from mil.statistics.checks import FEW_PATIENTS, check_scores, few_patients
 
 BINNINGS = ("width", "mass")
@@ -91,11 +91,7 @@ def evaluate_calibration(
     class_names: Sequence[str],
     bins: int = 10,
     by: str = "width",
-    replicates: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
-    interval: str = "percentile",
-    stratified: bool = False,
+    resampling: Resampling = USUAL_RESAMPLING,
 ) -> dict[str, Any]:
     """Every measure of calibration, plain values for `metrics.json`; intervals are over resampled patients.
 
@@ -122,11 +118,10 @@ def evaluate_calibration(
         held, hits = weights @ inside, weights @ (inside * right[:, None])  # [B, bins]
         return {**means, "accuracy": np.divide(hits, held, out=np.full(held.shape, np.nan), where=held > 0)}
 
-    strata = truth if stratified else None
-    spread = Spread.of(score, patient_ids, replicates, seed, confidence, interval, strata)
+    spread = Spread.of(score, patient_ids, resampling, truth)
     reliability = _describe_bins(spread, top, bin_of, np.array(patient_ids))
     of_classes = classwise_calibration_errors(truth, scores, bins, by)
-    mean, high = error_if_calibrated(scores, bins, by, seed)
+    mean, high = error_if_calibrated(scores, bins, by, resampling.seed)
     return {
         **{name: spread.entry(name, len(set(patient_ids)) >= 2) for name in losses},
         "ece": expected_calibration_error(truth, scores, bins, by),

@@ -1,7 +1,6 @@
-"""What evaluations of labels and numbers share: the check of their arguments, and how they say what was resampled."""
+"""What evaluations share: the check of their arguments, and warnings of too few patients."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -39,13 +38,6 @@ def check_values(
             f"for this slide"
         )
     return values, said
-
-
-def describe_resampling(replicates: int, confidence: float, interval: str, stratified: bool) -> dict[str, Any]:
-    """How intervals were made, for `metrics.json`; what is usual is left out."""
-    usual = interval == "percentile" and not stratified
-    unusual = {} if usual else {"interval": interval, "stratified": stratified}
-    return {"replicates": replicates, "confidence": confidence, **unusual}
 
 
 # Below this many patients the percentile interval of a class rests on a handful of different resamples.

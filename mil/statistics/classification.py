@@ -15,7 +15,7 @@ import numpy.typing as npt
 from mil.arrays import BoolArray, FloatArray, IntArray
 from mil.errors import EvaluationError, did_you_mean, listed
 from mil.statistics import metrics
-from mil.statistics.bootstrap import Spread
+from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread
 from mil.statistics.checks import check_scores, describe_few_patients, patients_per_class, warn_of_strata
 
 SUMMARY_METRICS = ("macro_f1", "balanced_accuracy", "auroc", "accuracy")
@@ -28,11 +28,7 @@ def evaluate(
     probabilities: npt.ArrayLike,
     patient_ids: Sequence[str],
     class_names: Sequence[str],
-    replicates: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
-    interval: str = "percentile",
-    stratified: bool = False,
+    resampling: Resampling = USUAL_RESAMPLING,
 ) -> dict[str, Any]:
     """Every metric with its patient-level bootstrap interval, ready for `metrics.json` (undefined values are None).
 
@@ -44,11 +40,7 @@ def evaluate(
         probabilities: [n, C].
         patient_ids: [n].
         class_names: [C].
-        replicates: number of bootstrap resamples.
-        seed: of the resamples.
-        confidence: of the intervals, such as 0.95.
-        interval: "percentile" or "bca" (bias-corrected and accelerated), see `mil.statistics.bootstrap`.
-        stratified: draw patients among those with the same set of classes.
+        resampling: how intervals are made; stratified, it draws patients among those with the same set of classes.
 
     Returns:
         `n_slides`, `n_patients`, `replicates`, `confidence`; `macro_f1`, `balanced_accuracy`, `auroc`, `accuracy` as
@@ -65,23 +57,17 @@ def evaluate(
     spread = Spread.of(
         lambda weights: class_scores(truth, scores, weights),
         patient_ids,
-        replicates,
-        seed,
-        confidence,
-        interval,
-        truth if stratified else None,
+        resampling,
+        truth,
     )
     dropped = {name: int(np.isnan(spread.resampled[name]).sum()) for name in SUMMARY_METRICS}
-    warnings = _warn(class_names, patients, dropped, replicates)
-    if stratified:
+    warnings = _warn(class_names, patients, dropped, resampling.replicates)
+    if resampling.stratified:
         warnings += warn_of_strata(truth, patient_ids, class_names)
-    chosen = {"interval": interval, "stratified": stratified} if interval != "percentile" or stratified else {}
     return {
         "n_slides": len(truth),
         "n_patients": len(set(patient_ids)),
-        "replicates": replicates,
-        "confidence": confidence,
-        **chosen,
+        **resampling.describe(),
         **{name: spread.entry(name, is_claimable(name, patients)) for name in SUMMARY_METRICS},
         "confusion": spread.value["confusion"].astype(int).tolist(),
         "classes": {name: _describe_class(index, spread, patients) for index, name in enumerate(class_names)},

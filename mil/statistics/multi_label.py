@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from mil.arrays import FloatArray
 from mil.cohort.targets import MULTI_LABEL, find_strata
-from mil.statistics.bootstrap import Spread
-from mil.statistics.checks import FEW_PATIENTS, check_values, describe_resampling, warn_of_strata
+from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread
+from mil.statistics.checks import FEW_PATIENTS, check_values, warn_of_strata
 from mil.statistics.metrics import binary_auroc, confusion, f1, mean_defined, one_vs_all, recall, weightings
 
 SUMMARY = {"macro_auroc": "auroc", "macro_f1": "f1", "macro_balanced_accuracy": "balanced_accuracy"}
@@ -81,11 +81,7 @@ def evaluate_multi_label(
     chances: npt.ArrayLike,
     patient_ids: Sequence[str],
     columns: Sequence[str],
-    replicates: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
-    interval: str = "percentile",
-    stratified: bool = False,
+    resampling: Resampling = USUAL_RESAMPLING,
 ) -> dict[str, Any]:
     """Every metric with its interval over resampled patients, ready for `metrics.json`.
 
@@ -94,11 +90,7 @@ def evaluate_multi_label(
         chances: [n, L], probability of yes.
         patient_ids: [n].
         columns: [L], names of the labels.
-        replicates: number of bootstrap resamples.
-        seed: of the resamples.
-        confidence: of the intervals.
-        interval: "percentile" or "bca", see `mil.statistics.bootstrap`.
-        stratified: draw patients among those with the same rarest label.
+        resampling: how intervals are made; stratified, it draws patients among those with the same rarest label.
 
     Returns:
         `n_slides`, `n_patients`, `replicates`, `confidence`; `macro_auroc`, `macro_f1`, `macro_balanced_accuracy`
@@ -115,8 +107,7 @@ def evaluate_multi_label(
         return _means(values, found) | {f"of_{name}": each for name, each in found.items()}
 
     strata, names = find_strata(MULTI_LABEL, columns, values, patient_ids)
-    how = (replicates, seed, confidence, interval, strata if stratified else None)
-    spread = Spread.of(statistic, patient_ids, *how)
+    spread = Spread.of(statistic, patient_ids, resampling, strata)
     patients, fewest = np.array(patient_ids), count_fewest(values, patient_ids)
     targets = {
         column: {
@@ -130,12 +121,12 @@ def evaluate_multi_label(
     return {
         "n_slides": len(values),
         "n_patients": len(set(patient_ids)),
-        **describe_resampling(replicates, confidence, interval, stratified),
+        **resampling.describe(),
         **{name: spread.entry(name, min(fewest) >= 2) for name in SUMMARY},
         "targets": targets,
         "warnings": [
             *_warn(columns, fewest, spread.resampled["macro_auroc"]),
-            *(warn_of_strata(strata, patient_ids, names, "stratum") if stratified else ()),
+            *(warn_of_strata(strata, patient_ids, names, "stratum") if resampling.stratified else ()),
         ],
     }
 

@@ -11,7 +11,7 @@ from scipy.special import ndtri, stdtr, stdtrit
 from mil.arrays import FloatArray
 from mil.errors import EvaluationError, listed
 from mil.statistics import metrics
-from mil.statistics.bootstrap import Spread, check_confidence
+from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread, check_confidence
 from mil.statistics.checks import check_scores, patients_per_class
 from mil.statistics.classification import SUMMARY_METRICS, check_metric, class_scores, is_claimable
 
@@ -180,11 +180,7 @@ def paired_difference(
     probabilities_b: npt.ArrayLike,
     patient_ids: Sequence[str],
     metric: str = "macro_f1",
-    replicates: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
-    interval: str = "percentile",
-    stratified: bool = False,
+    resampling: Resampling = USUAL_RESAMPLING,
 ) -> PairedDifference:
     """Difference A - B of a summary metric on the same slides, with both scored on the same resamples of patients.
 
@@ -194,11 +190,7 @@ def paired_difference(
         probabilities_b: [n, C].
         patient_ids: [n].
         metric: one of `SUMMARY_METRICS`.
-        replicates: number of bootstrap resamples.
-        seed: of the resamples.
-        confidence: of the interval.
-        interval: "percentile" or "bca".
-        stratified: draw patients among those with the same set of classes.
+        resampling: how intervals are made; stratified, it draws patients among those with the same set of classes.
 
     Raises:
         EvaluationError: an unknown metric, or arguments that do not belong together.
@@ -209,11 +201,7 @@ def paired_difference(
         probabilities_b,
         patient_ids,
         metric,
-        replicates,
-        seed,
-        confidence,
-        interval,
-        stratified,
+        resampling,
     )
     truth = np.asarray(labels).astype(np.int64)
     patients = patients_per_class(truth, patient_ids, np.shape(probabilities_a)[-1])
@@ -227,11 +215,7 @@ def difference_spread(
     probabilities_b: npt.ArrayLike,
     patient_ids: Sequence[str],
     metric: str = "macro_f1",
-    replicates: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
-    interval: str = "percentile",
-    stratified: bool = False,
+    resampling: Resampling = USUAL_RESAMPLING,
 ) -> Spread:
     """The replicates behind `paired_difference`, under the name of the metric; same arguments and errors."""
     check_metric(metric)
@@ -242,8 +226,7 @@ def difference_spread(
     def difference(weights: FloatArray | None) -> dict[str, FloatArray]:
         return {metric: class_scores(truth, scores_a, weights)[metric] - class_scores(truth, scores_b, weights)[metric]}
 
-    strata = truth if stratified else None
-    return Spread.of(difference, patient_ids, replicates, seed, confidence, interval, strata)
+    return Spread.of(difference, patient_ids, resampling, truth)
 
 
 def paired_t_interval(differences: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
@@ -273,8 +256,7 @@ def minimum_detectable_difference(
     metric: str = "macro_f1",
     power: float = 0.8,
     significance: float = 0.05,
-    replicates: int = 2000,
-    seed: int = 0,
+    resampling: Resampling = USUAL_RESAMPLING,
 ) -> float | None:
     """Difference of a metric that cohorts of this size detect in a share `power` of cases, see `detectable`.
 
@@ -289,8 +271,7 @@ def minimum_detectable_difference(
         metric: one of `mil.statistics.classification.SUMMARY_METRICS`.
         power: share of such cohorts in which the test finds the difference.
         significance: of the two-sided test.
-        replicates: number of bootstrap resamples.
-        seed: of the resamples.
+        resampling: how intervals are made.
 
     Returns:
         The difference, 0 or more. None where no standard error can be told: a single patient, or two heads whose
@@ -299,7 +280,7 @@ def minimum_detectable_difference(
     Raises:
         EvaluationError: an unknown metric, impossible shares, or arguments that do not belong together.
     """
-    spread = difference_spread(labels, probabilities_a, probabilities_b, patient_ids, metric, replicates, seed)
+    spread = difference_spread(labels, probabilities_a, probabilities_b, patient_ids, metric, resampling)
     differences = spread.resampled[metric]
     differences = differences[~np.isnan(differences)]
     if len(set(patient_ids)) < 2 or differences.size < 2 or np.ptp(differences) == 0:

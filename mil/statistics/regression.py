@@ -13,8 +13,8 @@ from scipy.stats import rankdata
 from mil.arrays import FloatArray
 from mil.cohort.targets import REGRESSION, find_strata
 from mil.errors import EvaluationError
-from mil.statistics.bootstrap import Spread
-from mil.statistics.checks import FEW_PATIENTS, check_values, describe_resampling, warn_of_strata
+from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread
+from mil.statistics.checks import FEW_PATIENTS, check_values, warn_of_strata
 from mil.statistics.metrics import mean_defined, weightings
 
 METRICS = ("r2", "pearson", "spearman", "mae", "rmse")
@@ -97,11 +97,7 @@ def evaluate_regression(
     predicted: npt.ArrayLike,
     patient_ids: Sequence[str],
     columns: Sequence[str],
-    replicates: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
-    interval: str = "percentile",
-    stratified: bool = False,
+    resampling: Resampling = USUAL_RESAMPLING,
 ) -> dict[str, Any]:
     """Every metric with its interval over resampled patients, ready for `metrics.json`.
 
@@ -110,11 +106,8 @@ def evaluate_regression(
         predicted: [n, K].
         patient_ids: [n].
         columns: [K], names of the targets.
-        replicates: number of bootstrap resamples.
-        seed: of the resamples.
-        confidence: of the intervals.
-        interval: "percentile" or "bca", see `mil.statistics.bootstrap`.
-        stratified: draw patients among those in the same quarter of the first target.
+        resampling: how intervals are made; stratified, it draws patients among those in the same quarter of the first
+            target.
 
     Returns:
         `n_slides`, `n_patients`, `replicates`, `confidence`; the mean over targets of every metric as {value, low,
@@ -132,14 +125,13 @@ def evaluate_regression(
         return _means(found) | {f"of_{name}": each for name, each in found.items()}
 
     strata, names = find_strata(REGRESSION, columns, values, patient_ids)
-    how = (replicates, seed, confidence, interval, strata if stratified else None)
-    spread = Spread.of(statistic, patient_ids, *how)
+    spread = Spread.of(statistic, patient_ids, resampling, strata)
     n_patients = len(set(patient_ids))
     enough = n_patients >= 2
     return {
         "n_slides": len(values),
         "n_patients": n_patients,
-        **describe_resampling(replicates, confidence, interval, stratified),
+        **resampling.describe(),
         **{name: spread.entry(name, enough) for name in METRICS},
         "targets": {
             column: {name: spread.entry(f"of_{name}", enough, at) for name in METRICS}
@@ -147,7 +139,7 @@ def evaluate_regression(
         },
         "warnings": [
             *_warn_of_few(n_patients),
-            *(warn_of_strata(strata, patient_ids, names, "stratum") if stratified else ()),
+            *(warn_of_strata(strata, patient_ids, names, "stratum") if resampling.stratified else ()),
         ],
     }
 

@@ -12,8 +12,7 @@ import numpy.typing as npt
 from mil.arrays import BoolArray, FloatArray
 from mil.cohort.targets import SURVIVAL, find_strata
 from mil.errors import EvaluationError
-from mil.statistics.bootstrap import Spread
-from mil.statistics.checks import describe_resampling
+from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread
 from mil.statistics.metrics import weightings
 
 # pairs are compared in blocks of this many rows, which bounds the memory
@@ -163,12 +162,8 @@ def evaluate_survival(
     risks: npt.ArrayLike,
     patient_ids: Sequence[str],
     groups: Sequence[object] | None = None,
-    replicates: int = 2000,
-    seed: int = 0,
-    confidence: float = 0.95,
+    resampling: Resampling = USUAL_RESAMPLING,
     n_slides: int | None = None,
-    interval: str = "percentile",
-    stratified: bool = False,
 ) -> dict[str, Any]:
     """Concordance with its interval over resampled patients, ready for `metrics.json`.
 
@@ -178,12 +173,9 @@ def evaluate_survival(
         patient_ids: [n].
         groups: [n], the models that were asked; risks of different models are not compared. A slide that several
             tested stands there several times.
-        replicates: number of bootstrap resamples.
-        seed: of the resamples.
-        confidence: of the intervals.
+        resampling: how intervals are made; stratified, it draws patients among those who died as early or late, or did
+            not, see `find_strata`.
         n_slides: how many slides there are, where some stand there several times; n by default.
-        interval: "percentile" or "bca", see `mil.statistics.bootstrap`.
-        stratified: draw patients among those who died as early or late, or did not, see `find_strata`.
 
     Returns:
         `n_slides`, `n_patients`, `n_events` (patients), `replicates`, `confidence`, `concordance` as {value, low,
@@ -205,8 +197,8 @@ def evaluate_survival(
         return {"concordance": concordance(patients.times, patients.events, patients.risks, weights, patients.groups)}
 
     truth = np.stack([patients.times, patients.events], axis=1)
-    strata = find_strata(SURVIVAL, ("time", "event"), truth, patients.ids)[0] if stratified else None
-    spread = Spread.of(statistic, patients.ids, replicates, seed, confidence, interval, strata)
+    strata = find_strata(SURVIVAL, ("time", "event"), truth, patients.ids)[0] if resampling.stratified else None
+    spread = Spread.of(statistic, patients.ids, resampling, strata)
     n_events = count_events(patients.ids, patients.events)
     what = "the interval is too narrow to be trusted" if n_events >= 2 else "no interval is given"
     few = f"{n_events} patient(s) have the event: {what}"
@@ -214,7 +206,7 @@ def evaluate_survival(
         "n_slides": n_slides or len(known),
         "n_patients": len(set(patients.ids)),
         "n_events": n_events,
-        **describe_resampling(replicates, confidence, interval, stratified),
+        **resampling.describe(),
         "concordance": spread.entry("concordance", n_events >= 2),
         "warnings": [few] if n_events < FEW_EVENTS else [],
     }

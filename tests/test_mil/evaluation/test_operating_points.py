@@ -1,6 +1,6 @@
 """Thresholds reach their targets on the slides they are chosen by, and see validation parts only."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,7 +84,7 @@ def test_operating_points_are_scored_out_of_fold():
     assert point.sensitivity["value"] == pytest.approx(point.predicted[truth].mean())
     assert point.specificity["value"] == pytest.approx((~point.predicted[~truth]).mean())
     assert point.sensitivity["low"] < point.sensitivity["value"] < point.sensitivity["high"]
-    default = evaluate(cohort.labels, predictions.out_of_fold(), cohort.patient_ids, cohort.class_names, 10)
+    default = evaluate(cohort.labels, predictions.out_of_fold(), cohort.patient_ids, cohort.class_names, Resampling(10))
     assert point.sensitivity["value"] > default["classes"]["triple-negative"]["recall"]["value"]
 
 
@@ -133,7 +133,7 @@ def test_rates_and_intervals_are_those_of_the_recalls():
     for how in (Resampling(300), Resampling(300, 1, 0.8, "bca"), Resampling(300, stratified=True)):
         point = operate(predictions, sensitivity=0.9, resampling=how)
         said = np.eye(2)[point.predicted.astype(int)]
-        found = evaluate(cohort.labels, said, cohort.patient_ids, cohort.class_names, **asdict(how))["classes"]
+        found = evaluate(cohort.labels, said, cohort.patient_ids, cohort.class_names, how)["classes"]
         assert point.sensitivity == pytest.approx(found["triple-negative"]["recall"])
         assert point.specificity == pytest.approx(found["Luminal A"]["recall"])
 

@@ -96,17 +96,17 @@ def test_scores_are_plain_counting_and_weights_are_repeats(task: str) -> None:
 @pytest.mark.parametrize("task", TARGETS)
 def test_a_better_model_is_found_and_an_equal_one_is_not(task: str) -> None:
     good, poor = outcomes(task, 0.9), outcomes(task, 0.1)
-    pair = Pair(good, poor, first_headline(task), 300)
+    pair = Pair(good, poor, first_headline(task), Resampling(300))
     difference = pair.difference()
     assert difference.difference == pytest.approx(naive(good) - naive(poor))
     assert difference.low > 0
     assert pair.p() < 0.02
     assert 0 < pair.detectable() < 1.5
-    same = Pair(good, good, first_headline(task), 100)
+    same = Pair(good, good, first_headline(task), Resampling(100))
     assert same.difference() == (0, 0, 0)
     assert same.p() == 1
     assert same.detectable() is None
-    turned = Pair(poor, good, first_headline(task), 300)
+    turned = Pair(poor, good, first_headline(task), Resampling(300))
     assert turned.difference().high == pytest.approx(-difference.low)
 
 
@@ -119,7 +119,7 @@ def test_paired_differences_are_those_of_resampled_patients() -> None:
             [np.flatnonzero(of_slide == at) for at in rng.integers(len(patients), size=len(patients))]
         )
         found.append(r2_score(one.values[drawn], one.said[drawn]) - r2_score(one.values[drawn], other.said[drawn]))
-    pair = Pair(one, other, "r2", 2000).difference()
+    pair = Pair(one, other, "r2", Resampling(2000)).difference()
     np.testing.assert_allclose([pair.low, pair.high], np.quantile(found, [0.025, 0.975]), atol=0.06)
 
 
@@ -128,7 +128,7 @@ def test_risks_of_other_scales_compare_alike() -> None:
     folds = np.array(other.folds)[:, None]
     # a model of its own in every fold, with its own unit
     stretched = replace(other, said=np.where(folds == 1, 1000 * other.said - 5e4, other.said / 7 + 3 * folds))
-    expected, found = (Pair(one, each, "concordance", 200) for each in (other, stretched))
+    expected, found = (Pair(one, each, "concordance", Resampling(200)) for each in (other, stretched))
     assert found.difference() == expected.difference()
     assert found.p() == expected.p()
 
@@ -142,7 +142,7 @@ def test_exchanged_risks_are_ranks_put_in_the_place_of_others(monkeypatch: pytes
     # all exchanges of a test are a few calls: one by one, a thousand patients would take a minute
     calls = []
     monkeypatch.setattr("mil.evaluation.predictions.concordance", lambda *given: calls.append(1) or concordance(*given))
-    assert Pair(one, other, "concordance", 300).p() is not None
+    assert Pair(one, other, "concordance", Resampling(300)).p() is not None
     assert len(calls) < 10
 
 
@@ -161,11 +161,11 @@ def _ranks(found: Outcomes) -> np.ndarray:
 def test_a_metric_that_a_model_does_not_have_is_not_tested(task: str) -> None:
     good = outcomes("regression", 0.9)
     if task == "regression":
-        pair = Pair(good, replace(good, said=np.full_like(good.said, 7.0)), "pearson", 50)
+        pair = Pair(good, replace(good, said=np.full_like(good.said, 7.0)), "pearson", Resampling(50))
     else:
         # of two classes one is left
         cohort = replace(good.cohort, values=None, task=task, labels=np.zeros(60, np.int64), class_names=("a", "b"))
-        pair = Pair(*(Outcomes(cohort, np.full((60, 2), share)) for share in (0.4, 0.5)), "auroc", 50)
+        pair = Pair(*(Outcomes(cohort, np.full((60, 2), share)) for share in (0.4, 0.5)), "auroc", Resampling(50))
     assert Interval.of(pair.difference()) == Interval(None, None, None)
     assert pair.p() is None
 
@@ -202,7 +202,7 @@ def test_folders_give_back_the_metrics_of_the_training(runs: dict[str, list[Path
 def test_comparing_states_what_pairs_say(runs: dict[str, list[Path]], task: str, tmp_path: Path, capsys) -> None:
     comparison = compare_runs(runs[task], replicates=100)
     first, second = (read_outcomes(path).outcomes for path in runs[task])
-    pair = Pair(second, first, comparison.metric, 100)
+    pair = Pair(second, first, comparison.metric, Resampling(100))
     row = comparison.rows[1]
     assert comparison.metric == first_headline(task)
     assert (row.difference.value, row.difference.low, row.difference.high) == pair.difference()

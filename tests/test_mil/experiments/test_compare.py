@@ -22,6 +22,7 @@ from mil.files import write_csv
 from mil.runs.ensemble import make_ensemble
 from mil.runs.saved_outcomes import read_outcomes
 from mil.splits.folds import make_splits
+from mil.statistics.bootstrap import Resampling
 from mil.statistics.delong import delong_test
 from mil.statistics.paired_tests import (
     corrected_t_test,
@@ -80,11 +81,11 @@ def test_figures_are_those_of_the_tests(runs: list[Path], metric: str) -> None:
     expected_p = []
     for row, found in zip(comparison.rows[1:], others, strict=True):
         both = (found.cohort.labels, found.said, first.said, found.patient_ids, metric)
-        pair = paired_difference(*both, replicates=400, seed=1)
+        pair = paired_difference(*both, resampling=Resampling(400, seed=1))
         assert (row.difference.value, row.difference.low, row.difference.high) == pytest.approx(pair)
         assert row.value.value - comparison.rows[0].value.value == pytest.approx(pair.difference)
         assert row.p == permutation_test(*both, resamples=400, seed=1)
-        assert row.detectable == minimum_detectable_difference(*both, replicates=400, seed=1)
+        assert row.detectable == minimum_detectable_difference(*both, resampling=Resampling(400, seed=1))
         scores = (found.said[:, 1], first.said[:, 1])
         assert row.p_delong == delong_test(found.cohort.labels, *scores, found.patient_ids).p
         expected_p.append(row.p)

@@ -20,6 +20,7 @@ from mil.errors import MissingExtraError, RunError
 from mil.evaluation.operating_points import operate_one_vs_rest
 from mil.experiments.crossval import train
 from mil.reports.report import write_report
+from mil.statistics.bootstrap import Resampling
 from mil.statistics.calibration import evaluate_calibration
 from mil.statistics.classification import evaluate
 from tests.test_mil.small import make_cohort, make_store
@@ -103,7 +104,7 @@ def make_run(
         "warnings": ["class 'HER2(+)' is absent from the test part of fold 1"],
         "looks": 1,
         "synthetic": False,
-        "out_of_fold": evaluate(labels, probabilities, patients, class_names, replicates=replicates),
+        "out_of_fold": evaluate(labels, probabilities, patients, class_names, resampling=Resampling(replicates)),
         "per_replica": [
             {
                 "replica": f"fold{fold}-seed{seed}",

@@ -96,9 +96,9 @@ def test_every_part_is_resampled_as_asked(run: Path, interval: str, stratified: 
     (found,) = score_runs([run], Resampling(**how)).runs
     slides = read_outcomes(run).outcomes
     given = (slides.cohort.labels, slides.said, slides.patient_ids, slides.cohort.class_names)
-    assert found.metrics == evaluate(*given, **how)
-    assert found.calibration == evaluate_calibration(*given, **how)
-    assert found.abstention == evaluate_abstention(*given, **how)
+    assert found.metrics == evaluate(*given, Resampling(**how))
+    assert found.calibration == evaluate_calibration(*given, resampling=Resampling(**how))
+    assert found.abstention == evaluate_abstention(*given, Resampling(**how))
     (usual,) = score_runs([run], Resampling(150, 3, 0.8)).runs
     for part, name in (("metrics", "macro_f1"), ("calibration", "brier"), ("abstention", "area")):
         one, other = getattr(found, part)[name], getattr(usual, part)[name]

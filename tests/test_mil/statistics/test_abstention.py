@@ -8,6 +8,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score
 
 from mil.errors import EvaluationError
 from mil.statistics.abstention import choose_confidence, evaluate_abstention, risk_coverage
+from mil.statistics.bootstrap import Resampling
 
 
 def heads(n: int = 80, seed: int = 0, digits: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +67,7 @@ def test_a_confidence_that_reaches_an_accuracy():
 def test_everything_at_once_with_an_interval():
     labels, probabilities = heads(90)
     patients = [f"p{at // 2}" for at in range(90)]
-    found = evaluate_abstention(labels, probabilities, patients, "abc", replicates=500)
+    found = evaluate_abstention(labels, probabilities, patients, "abc", Resampling(500))
     curve = risk_coverage(labels, probabilities)
     assert found["area"]["value"] == pytest.approx(curve.area)
     assert found["area"]["low"] < curve.area < found["area"]["high"] < 1
@@ -74,7 +75,7 @@ def test_everything_at_once_with_an_interval():
     assert found["curve"][-1]["coverage"] == 1.0
     assert found["curve"][0]["balanced_accuracy"] is None
     json.dumps(found, allow_nan=False)
-    few = evaluate_abstention(labels[:9], probabilities[:9], list("abcdefghi"), "abc", replicates=10)
+    few = evaluate_abstention(labels[:9], probabilities[:9], list("abcdefghi"), "abc", Resampling(10))
     assert any("patients" in text for text in few["warnings"])
 
 
@@ -88,7 +89,7 @@ def test_accuracy_at_every_coverage_is_that_of_a_plain_loop():
     labels, probabilities = heads(90, digits=1)
     patients = [f"p{at // 2}" for at in range(90)]
     shares = (1.0, 0.9, 0.35)
-    found = evaluate_abstention(labels, probabilities, patients, "abc", replicates=200, coverages=shares)["coverages"]
+    found = evaluate_abstention(labels, probabilities, patients, "abc", Resampling(200), coverages=shares)["coverages"]
     sure, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     for share, row in zip(shares, found, strict=True):
         # the highest confidence that enough slides reach
@@ -107,7 +108,7 @@ def test_nine_tenths_of_ten_slides_are_nine():
     patients = [f"p{at}" for at in range(10)]
     # 3 x 0.1 is more than 0.3
     shares = [min(0.1 * at, 1) for at in range(1, 11)]
-    found = evaluate_abstention(np.zeros(10, int), probabilities, patients, "ab", replicates=5, coverages=shares)
+    found = evaluate_abstention(np.zeros(10, int), probabilities, patients, "ab", Resampling(5), coverages=shares)
     assert [row["n_slides"] for row in found["coverages"]] == list(range(1, 11))
     with pytest.raises(EvaluationError, match="got the coverages 90"):
         evaluate_abstention(np.zeros(10, int), probabilities, patients, "ab", coverages=[90])
@@ -118,7 +119,7 @@ def test_one_patient_alone_gives_no_interval():
     surest = int(probabilities.max(axis=1).argmax())
     patients = [f"p{at}" for at in range(12)]
     probabilities[surest] = [0.98, 0.01, 0.01]
-    (row,) = evaluate_abstention(labels, probabilities, patients, "abc", replicates=20, coverages=[0.05])["coverages"]
+    (row,) = evaluate_abstention(labels, probabilities, patients, "abc", Resampling(20), coverages=[0.05])["coverages"]
     assert row["n_slides"] == 1
     assert row["accuracy"]["low"] is None
 
@@ -126,9 +127,9 @@ def test_one_patient_alone_gives_no_interval():
 def test_bca_and_strata_move_the_interval_only():
     labels, probabilities = heads(90)
     given = (labels, probabilities, [f"p{at // 2}" for at in range(90)], "abc")
-    usual = evaluate_abstention(*given, replicates=300)
+    usual = evaluate_abstention(*given, Resampling(300))
     for how in ({"interval": "bca"}, {"stratified": True}):
-        other = evaluate_abstention(*given, replicates=300, **how)
+        other = evaluate_abstention(*given, Resampling(300, **how))
         assert other["curve"] == usual["curve"]
         assert other["area"]["value"] == usual["area"]["value"]
         assert other["area"] != usual["area"]

@@ -51,7 +51,7 @@ def test_bca_is_scipys_on_the_same_resamples(confidence):
         confidence_level=confidence,
         method="BCa",
     ).confidence_interval
-    found = Spread.of(statistic, ids, 999, confidence=confidence, interval="bca").entry("variance")
+    found = Spread.of(statistic, ids, Resampling(999, confidence=confidence, interval="bca")).entry("variance")
     assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high), rel=1e-9)
     plain = percentile_interval(resampled, confidence)
     assert found["low"] > plain[0]
@@ -62,7 +62,7 @@ def test_bca_by_strata_is_scipys_of_several_samples():
     values, ids = skewed(30)
     labels = np.repeat([0, 1], [12, 18])
     statistic = mean_and_spread(values)
-    spread = Spread.of(statistic, ids, 800, interval="bca", stratify=labels)
+    spread = Spread.of(statistic, ids, Resampling(800, interval="bca", stratified=True), labels)
     expected = stats.bootstrap(
         (np.arange(12), np.arange(12, 30)),
         lambda first, second: statistic(weights_of(np.r_[first, second], 30))["variance"][0],
@@ -80,7 +80,9 @@ def test_bca_covers_a_skewed_truth_better_than_the_percentile_interval():
     for seed in range(300):
         values, ids = skewed(25, seed)
         for at, interval in enumerate(("percentile", "bca")):
-            spread = Spread.of(lambda w, v=values: {"mean": w @ v / w.sum(axis=1)}, ids, 400, interval=interval)
+            spread = Spread.of(
+                lambda w, v=values: {"mean": w @ v / w.sum(axis=1)}, ids, Resampling(400, interval=interval)
+            )
             entry = spread.entry("mean")
             missed[at] += not entry["low"] <= truth <= entry["high"]
     assert missed[1] < missed[0]
@@ -89,7 +91,7 @@ def test_bca_covers_a_skewed_truth_better_than_the_percentile_interval():
 
 def test_bca_without_variation_or_without_bias_to_be_told():
     ids = [f"p{at}" for at in range(5)]
-    constant = Spread.of(lambda w: {"x": np.ones(len(w))}, ids, 50, interval="bca")
+    constant = Spread.of(lambda w: {"x": np.ones(len(w))}, ids, Resampling(50, interval="bca"))
     assert constant.entry("x") == {"value": 1.0, "low": 1.0, "high": 1.0}
     assert bca_interval(np.array([1.0, 2.0]), 3.0, np.arange(5.0)) is None
     assert bca_interval(np.array([np.nan]), 3.0, np.arange(5.0)) is None
@@ -136,17 +138,22 @@ def test_one_stratum_is_no_strata():
 
 def test_an_unknown_interval_is_refused():
     with pytest.raises(EvaluationError, match=r"'bac'.*did you mean 'bca'"):
-        Spread.of(lambda w: {"x": w.sum(axis=1)}, ["a", "b"], 5, interval="bac")
+        Spread.of(lambda w: {"x": w.sum(axis=1)}, ["a", "b"], Resampling(5, interval="bac"))
 
 
-def test_a_resampling_is_the_spread_of_its_settings():
+def test_a_spread_is_made_as_its_resampling_says():
     values, patients = skewed()
     labels = (np.arange(40) % 2).astype(np.int64)
     for how in (Resampling(50, 1, 0.8, "bca"), Resampling(50, 1, 0.8, stratified=True)):
-        found = how.spread(mean_and_spread(values), patients, labels)
-        strata = labels if how.stratified else None
-        expected = Spread.of(mean_and_spread(values), patients, 50, 1, 0.8, how.interval, strata)
-        assert found.entry("variance") == expected.entry("variance")
+        statistic, strata = mean_and_spread(values), labels if how.stratified else None
+        found = Spread.of(statistic, patients, how, labels)
+        drawn = patient_bootstrap(statistic, patients, 50, 1, strata)["variance"]
+        np.testing.assert_array_equal(found.resampled["variance"], drawn)
+        value, left_out = found.value["variance"], patient_jackknife(statistic, patients)["variance"]
+        bca = bca_interval(drawn, float(value), left_out, 0.8, patient_strata(patients, strata))
+        entry = found.entry("variance")
+        expected = bca if how.interval == "bca" else percentile_interval(drawn, 0.8)
+        assert (entry["low"], entry["high"]) == expected
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
 
 from mil.errors import EvaluationError
+from mil.statistics.bootstrap import Resampling
 from mil.statistics.calibration import (
     assign_bins,
     brier,
@@ -91,7 +92,7 @@ def test_overconfidence_is_told_from_chance():
 def test_everything_at_once_with_intervals():
     labels, probabilities = calibrated(240, sharpness=2)
     patients = [f"p{at // 2}" for at in range(240)]
-    found = evaluate_calibration(labels, probabilities, patients, "abc", replicates=500)
+    found = evaluate_calibration(labels, probabilities, patients, "abc", resampling=Resampling(500))
     assert found["brier"]["value"] == pytest.approx(brier(labels, probabilities))
     assert found["nll"]["value"] == pytest.approx(log_likelihood_loss(labels, probabilities))
     for name in ("brier", "nll"):
@@ -106,7 +107,9 @@ def test_everything_at_once_with_intervals():
 def test_thin_bins_and_classes_are_told():
     labels, probabilities = calibrated(12)
     labels[:] = [0, 1, 2] * 4
-    found = evaluate_calibration(labels, probabilities, [f"p{at}" for at in range(12)], "abc", replicates=50)
+    found = evaluate_calibration(
+        labels, probabilities, [f"p{at}" for at in range(12)], "abc", resampling=Resampling(50)
+    )
     assert any("'a' has 4 patients" in text for text in found["warnings"])
     assert any("reliability bins hold slides of fewer than 5" in text for text in found["warnings"])
     for each in found["reliability"]:
@@ -128,9 +131,9 @@ def test_what_are_no_probabilities_is_refused():
 def test_bca_and_strata_move_the_intervals_only():
     labels, probabilities = calibrated(240, sharpness=2)
     given = (labels, probabilities, [f"p{at // 2}" for at in range(240)], "abc")
-    usual = evaluate_calibration(*given, replicates=300)
+    usual = evaluate_calibration(*given, resampling=Resampling(300))
     for how in ({"interval": "bca"}, {"stratified": True}):
-        other = evaluate_calibration(*given, replicates=300, **how)
+        other = evaluate_calibration(*given, resampling=Resampling(300, **how))
         assert other["ece"] == usual["ece"]
         for name in ("brier", "nll"):
             assert other[name]["value"] == usual[name]["value"]

@@ -10,7 +10,7 @@ from sklearn import metrics as sk
 
 from mil.errors import EvaluationError
 from mil.statistics import metrics
-from mil.statistics.bootstrap import patient_bootstrap, percentile_interval
+from mil.statistics.bootstrap import Resampling, patient_bootstrap, percentile_interval
 from mil.statistics.checks import few_patients
 from mil.statistics.classification import evaluate
 from mil.statistics.paired_tests import paired_difference, paired_t_interval
@@ -25,7 +25,7 @@ def predictions(seed: int, n: int = 120, n_classes: int = 3, signal: float = 1.5
 
 def test_values_are_those_of_scikit_learn():
     labels, probabilities = predictions(0)
-    result = evaluate(labels, probabilities, [f"p{at}" for at in range(120)], ["a", "b", "c"], replicates=50)
+    result = evaluate(labels, probabilities, [f"p{at}" for at in range(120)], ["a", "b", "c"], Resampling(50))
     predicted = probabilities.argmax(axis=1)
     assert result["macro_f1"]["value"] == pytest.approx(sk.f1_score(labels, predicted, average="macro"))
     assert result["balanced_accuracy"]["value"] == pytest.approx(sk.balanced_accuracy_score(labels, predicted))
@@ -57,7 +57,7 @@ def test_single_slide_patients_agree_with_scipy(metric):
         n_resamples=1000,
         rng=np.random.default_rng(3),
     ).confidence_interval
-    ours = evaluate(labels, probabilities, [f"p{at}" for at in range(120)], ["a", "b"], replicates=4000)[metric]
+    ours = evaluate(labels, probabilities, [f"p{at}" for at in range(120)], ["a", "b"], Resampling(4000))[metric]
     # The standard error of a 2.5 % quantile from 1,000 draws is about 0.09 standard deviations of the metric.
     tolerance = 0.25 * (reference.high - reference.low) / 3.92
     assert ours["low"] == pytest.approx(reference.low, abs=tolerance)
@@ -93,14 +93,14 @@ def test_results_do_not_depend_on_the_order_of_slides_or_on_memory(monkeypatch):
     labels, probabilities = predictions(2)
     patients = [f"p{at // 3}" for at in range(120)]
     names = ["a", "b", "c"]
-    result = evaluate(labels, probabilities, patients, names, replicates=300)
+    result = evaluate(labels, probabilities, patients, names, Resampling(300))
     order = np.random.default_rng(0).permutation(120)
-    shuffled = evaluate(labels[order], probabilities[order], [patients[at] for at in order], names, replicates=300)
+    shuffled = evaluate(labels[order], probabilities[order], [patients[at] for at in order], names, Resampling(300))
     assert result["macro_f1"] == pytest.approx(shuffled["macro_f1"])
     assert result["classes"]["b"]["auroc"] == pytest.approx(shuffled["classes"]["b"]["auroc"])
-    assert evaluate(labels, probabilities, patients, names, replicates=300, seed=1) != result
+    assert evaluate(labels, probabilities, patients, names, Resampling(300, seed=1)) != result
     monkeypatch.setattr("mil.statistics.bootstrap.WEIGHTS_AT_ONCE", 120 * 7)
-    assert evaluate(labels, probabilities, patients, names, replicates=300) == result
+    assert evaluate(labels, probabilities, patients, names, Resampling(300)) == result
 
 
 def test_wider_confidence_is_wider():
@@ -108,7 +108,9 @@ def test_wider_confidence_is_wider():
     patients = [f"p{at}" for at in range(120)]
     widths = []
     for confidence in (0.5, 0.9, 0.99):
-        each = evaluate(labels, probabilities, patients, ["a", "b", "c"], 500, confidence=confidence)["auroc"]
+        each = evaluate(labels, probabilities, patients, ["a", "b", "c"], Resampling(500, confidence=confidence))[
+            "auroc"
+        ]
         widths.append(each["high"] - each["low"])
     assert widths[0] < widths[1] < widths[2]
 
@@ -116,7 +118,7 @@ def test_wider_confidence_is_wider():
 def test_replicates_without_a_class_are_dropped_and_counted():
     labels = np.array([0] * 8 + [1, 1])
     probabilities = np.eye(2)[labels] * 0.8 + 0.1
-    result = evaluate(labels, probabilities, list("abcdefghij"), ["many", "rare"], replicates=2000)
+    result = evaluate(labels, probabilities, list("abcdefghij"), ["many", "rare"], Resampling(2000))
     missed = 0.8**10 + 0.2**10
     assert result["dropped"]["macro_f1"] == pytest.approx(2000 * missed, abs=90)
     assert result["dropped"]["accuracy"] == 0
@@ -139,14 +141,14 @@ def test_replicates_without_a_class_do_not_count_as_its_failure():
 def test_no_interval_on_a_single_patient():
     labels, probabilities = predictions(4, n=30)
     patients = ["only" if label == 2 else f"p{at}" for at, label in enumerate(labels)]
-    result = evaluate(labels, probabilities, patients, ["a", "b", "c"], replicates=200)
+    result = evaluate(labels, probabilities, patients, ["a", "b", "c"], Resampling(200))
     for entry in (result["macro_f1"], result["auroc"], *(result["classes"]["c"][k] for k in ("tp", "f1", "auroc"))):
         assert entry["value"] is not None
         assert (entry["low"], entry["high"]) == (None, None)
     assert result["accuracy"]["low"] < result["accuracy"]["high"]
     assert result["classes"]["a"]["f1"]["low"] is not None
     assert any("'c' has 1 patient:" in text for text in result["warnings"])
-    alone = evaluate(labels, probabilities, ["x"] * 30, ["a", "b", "c"], replicates=200)
+    alone = evaluate(labels, probabilities, ["x"] * 30, ["a", "b", "c"], Resampling(200))
     assert alone["accuracy"]["low"] is None
     assert any("all slides are of 1 patient" in text for text in alone["warnings"])
 
@@ -154,7 +156,7 @@ def test_no_interval_on_a_single_patient():
 def test_a_class_without_slides_is_undefined_not_zero():
     labels, probabilities = predictions(6, n=40, n_classes=2)
     probabilities = np.c_[probabilities, np.zeros(40)]
-    result = evaluate(labels, probabilities, [f"p{at}" for at in range(40)], ["a", "b", "absent"], replicates=100)
+    result = evaluate(labels, probabilities, [f"p{at}" for at in range(40)], ["a", "b", "absent"], Resampling(100))
     absent = result["classes"]["absent"]
     assert absent["recall"] == absent["f1"] == absent["auroc"] == {"value": None, "low": None, "high": None}
     assert result["macro_f1"]["low"] is not None
@@ -168,13 +170,13 @@ def test_paired_difference_uses_the_same_resamples():
     labels, a = predictions(7, n=200, signal=2.0)
     b = predictions(7, n=200, signal=1.0)[1]  # the same noise with less signal
     patients = [f"p{at // 2}" for at in range(200)]
-    pair = paired_difference(labels, a, b, patients, "balanced_accuracy", replicates=1000)
-    one, other = (evaluate(labels, p, patients, "abc", replicates=1000)["balanced_accuracy"] for p in (a, b))
+    pair = paired_difference(labels, a, b, patients, "balanced_accuracy", Resampling(1000))
+    one, other = (evaluate(labels, p, patients, "abc", Resampling(1000))["balanced_accuracy"] for p in (a, b))
     assert pair.difference == pytest.approx(one["value"] - other["value"])
     assert 0 < pair.low < pair.difference < pair.high
     assert pair.high - pair.low < 0.8 * np.hypot(one["high"] - one["low"], other["high"] - other["low"])
     assert paired_difference(labels, a, a, patients) == (0.0, 0.0, 0.0)
-    reverse = paired_difference(labels, b, a, patients, "balanced_accuracy", replicates=1000)
+    reverse = paired_difference(labels, b, a, patients, "balanced_accuracy", Resampling(1000))
     assert (reverse.low, reverse.high) == pytest.approx((-pair.high, -pair.low))
 
 
@@ -206,10 +208,10 @@ def test_bad_arguments_are_refused():
     ]
     for arguments, message in refused:
         with pytest.raises(EvaluationError, match=message):
-            evaluate(*arguments, replicates=10)
+            evaluate(*arguments, Resampling(10))
     for keywords, message in (({"confidence": 95}, "pass 0.95"), ({"replicates": 0}, "replicates=0")):
         with pytest.raises(EvaluationError, match=message):
-            evaluate(labels, probabilities, patients, names, **keywords)
+            evaluate(labels, probabilities, patients, names, Resampling(**keywords))
     with pytest.raises(EvaluationError, match="did you mean 'macro_f1'"):
         paired_difference(labels, probabilities, probabilities, patients, "macrof1")
 
@@ -217,7 +219,7 @@ def test_bad_arguments_are_refused():
 def test_the_defaults_give_the_numbers_they_always_gave():
     labels = np.arange(30) % 3
     scores = np.eye(3)[(labels + (np.arange(30) % 7 == 0)) % 3] * 0.6 + (np.arange(90).reshape(30, 3) * 37 % 11) / 100
-    result = evaluate(labels, scores, [f"p{at // 2}" for at in range(30)], "abc", replicates=500, seed=3)
+    result = evaluate(labels, scores, [f"p{at // 2}" for at in range(30)], "abc", Resampling(500, seed=3))
     assert result["macro_f1"] == {"value": 0.8330827067669172, "low": 0.6999405822935234, "high": 0.9400106837606836}
     assert result["auroc"] == {"value": 0.8766666666666666, "low": 0.7632298385642136, "high": 0.9796193119912805}
     assert result["classes"]["b"]["precision"] == {"value": 0.8, "low": 0.5770833333333335, "high": 1.0}
@@ -245,16 +247,16 @@ def test_bca_is_scipys_where_patients_are_slides(metric):
         n_resamples=0,
         bootstrap_result=SimpleNamespace(bootstrap_distribution=resampled),
     ).confidence_interval
-    found = evaluate(labels, probabilities, patients, "abc", replicates=800, interval="bca")[metric]
+    found = evaluate(labels, probabilities, patients, "abc", Resampling(800, interval="bca"))[metric]
     assert (found["low"], found["high"]) == pytest.approx((reference.low, reference.high), rel=1e-9)
 
 
 def test_options_change_intervals_and_nothing_else():
     labels, probabilities = predictions(10, n=60)
     patients = [f"p{at // 2}" for at in range(60)]
-    plain = evaluate(labels, probabilities, patients, "abc", 500)
+    plain = evaluate(labels, probabilities, patients, "abc", Resampling(500))
     for options in ({"interval": "bca"}, {"stratified": True}, {"interval": "bca", "stratified": True}):
-        other = evaluate(labels, probabilities, patients, "abc", 500, **options)
+        other = evaluate(labels, probabilities, patients, "abc", Resampling(500, **options))
         assert {"interval": other["interval"], "stratified": other["stratified"]} == (
             {"interval": "percentile", "stratified": False} | options
         )
@@ -265,13 +267,19 @@ def test_options_change_intervals_and_nothing_else():
             assert other[key]["low"] < other[key]["value"] < other[key]["high"]
         json.dumps(other, allow_nan=False)
     with pytest.raises(EvaluationError, match="did you mean 'percentile'"):
-        evaluate(labels, probabilities, patients, "abc", interval="percentil")
+        evaluate(labels, probabilities, patients, "abc", Resampling(interval="percentil"))
 
 
 def test_by_strata_no_replicate_lacks_a_class():
     labels = np.array([0] * 8 + [1, 1, 2])
     probabilities = np.eye(3)[labels] * 0.8 + 0.1 / 3
-    result = evaluate(labels, probabilities, list("abcdefghijj"), ["many", "rare", "rest"], 500, stratified=True)
+    result = evaluate(
+        labels,
+        probabilities,
+        list("abcdefghijj"),
+        ["many", "rare", "rest"],
+        Resampling(500, stratified=True),
+    )
     assert set(result["dropped"].values()) == {0}
     assert result["classes"]["many"]["tp"] == {"value": 8, "low": 8.0, "high": 8.0}
     # j alone has slides of both "rare" and "rest", i alone of just "rare"
@@ -287,7 +295,7 @@ def test_paired_differences_take_the_same_options():
     patients = [f"p{at // 2}" for at in range(80)]
     plain = paired_difference(labels, a, b, patients)
     for options in ({"interval": "bca"}, {"stratified": True}):
-        other = paired_difference(labels, a, b, patients, **options)
+        other = paired_difference(labels, a, b, patients, resampling=Resampling(**options))
         assert other.difference == plain.difference
         assert other.low != plain.low
         assert other.low < other.difference < other.high

@@ -5,6 +5,7 @@ import pytest
 from sklearn.metrics import balanced_accuracy_score, f1_score, recall_score, roc_auc_score
 
 from mil.errors import EvaluationError
+from mil.statistics.bootstrap import Resampling
 from mil.statistics.multi_label import evaluate_multi_label, label_aurocs, score, summarise
 
 
@@ -44,7 +45,7 @@ def test_the_evaluation_holds_means_labels_and_warnings():
     truth, chances = _draw(0)
     truth[:, 2] = 0
     truth[0, 2] = 1
-    found = evaluate_multi_label(truth, chances, [f"p{at}" for at in range(60)], ["er", "pr", "her2"], replicates=100)
+    found = evaluate_multi_label(truth, chances, [f"p{at}" for at in range(60)], ["er", "pr", "her2"], Resampling(100))
     assert found["targets"]["her2"]["positive"] == 1
     assert found["targets"]["her2"]["auroc"]["low"] is None
     assert found["macro_auroc"]["low"] is None
@@ -69,7 +70,7 @@ def test_means_are_of_all_labels_or_of_none():
     # the rare label is ranked worst: without it the mean would be too good
     chances[:, 1] = np.where(truth[:, 1] == 1, 0.0, 0.9)
     patients = [f"p{at}" for at in range(len(truth))]
-    found = evaluate_multi_label(truth, chances, patients, ["a", "b", "c"], replicates=400)
+    found = evaluate_multi_label(truth, chances, patients, ["a", "b", "c"], Resampling(400))
     others = [found["targets"][name]["auroc"]["value"] for name in "ac"]
     assert found["macro_auroc"]["high"] < np.mean(others) - 0.1
     assert any("bootstrap replicates lack an answer to a label" in text for text in found["warnings"])
@@ -81,9 +82,9 @@ def test_patients_alone_in_their_stratum_are_told():
     rarest = [next((at for at in (1, 0, 2) if row[at] == 1), 3) for row in truth]
     patients[rarest.index(1)] = patients[rarest.index(3)] = "both"
     names = ["a", "b", "c"]
-    found = evaluate_multi_label(truth, chances, patients, names, replicates=50, stratified=True)
+    found = evaluate_multi_label(truth, chances, patients, names, Resampling(50, stratified=True))
     assert any("1 patient alone has slides of" in text and "no other stratum" in text for text in found["warnings"])
-    plain = evaluate_multi_label(truth, chances, patients, names, replicates=50)
+    plain = evaluate_multi_label(truth, chances, patients, names, Resampling(50))
     assert plain["warnings"] == []
 
 

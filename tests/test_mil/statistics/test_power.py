@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mil.errors import EvaluationError
+from mil.statistics.bootstrap import Resampling
 from mil.statistics.paired_tests import detectable, minimum_detectable_difference, paired_difference
 
 
@@ -26,14 +27,14 @@ def test_simulated_cohorts_detect_it_in_four_of_five_cases(metric):
         gain = float(
             np.mean(
                 [
-                    minimum_detectable_difference(*two_heads(rng, n, gain), metric=metric, replicates=300)
+                    minimum_detectable_difference(*two_heads(rng, n, gain), metric=metric, resampling=Resampling(300))
                     for _ in range(30)
                 ]
             )
         )
     found, differences = 0, []
     for _ in range(250):
-        pair = paired_difference(*two_heads(rng, n, gain), metric=metric, replicates=300)
+        pair = paired_difference(*two_heads(rng, n, gain), metric=metric, resampling=Resampling(300))
         found += pair.low > 0
         differences.append(pair.difference)
     assert np.mean(differences) == pytest.approx(gain, abs=0.01)

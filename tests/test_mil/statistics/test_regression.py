@@ -6,6 +6,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
 
 from mil.errors import EvaluationError
+from mil.statistics.bootstrap import Resampling
 from mil.statistics.regression import evaluate_regression, score
 
 
@@ -48,26 +49,26 @@ def test_what_does_not_vary_is_undefined():
 
 def test_the_evaluation_holds_means_targets_and_intervals():
     truth, said = _draw(2)
-    found = evaluate_regression(truth, said, [f"p{at // 2}" for at in range(50)], ["a", "b"], replicates=200)
+    found = evaluate_regression(truth, said, [f"p{at // 2}" for at in range(50)], ["a", "b"], Resampling(200))
     assert (found["n_slides"], found["n_patients"]) == (50, 25)
     each = [found["targets"][name]["r2"]["value"] for name in ("a", "b")]
     assert found["r2"]["value"] == pytest.approx(np.mean(each))
     assert found["r2"]["low"] < found["r2"]["value"] < found["r2"]["high"]
-    alone = evaluate_regression(truth, said, ["p"] * 50, ["a", "b"], replicates=20)
+    alone = evaluate_regression(truth, said, ["p"] * 50, ["a", "b"], Resampling(20))
     assert alone["r2"]["low"] is None
     assert alone["warnings"]
 
 
 def test_few_patients_and_those_alone_in_their_stratum_are_told():
     truth, said = _draw(3, targets=1)
-    few = evaluate_regression(truth, said, [f"p{at % 3}" for at in range(50)], ["a"], replicates=50)
+    few = evaluate_regression(truth, said, [f"p{at % 3}" for at in range(50)], ["a"], Resampling(50))
     assert few["warnings"] == ["all slides are of 3 patient(s): the intervals are too narrow to be trusted"]
     patients = [f"p{at}" for at in range(50)]
     patients[int(truth.argmax())] = patients[int(truth.argmin())] = "both"
-    found = evaluate_regression(truth, said, patients, ["a"], replicates=50, stratified=True)
+    found = evaluate_regression(truth, said, patients, ["a"], Resampling(50, stratified=True))
     (text,) = found["warnings"]
     assert text.startswith("1 patient alone has slides of 'a: part 1', 'a: part 4' and of no other stratum")
-    assert evaluate_regression(truth, said, patients, ["a"], replicates=50)["warnings"] == []
+    assert evaluate_regression(truth, said, patients, ["a"], Resampling(50))["warnings"] == []
 
 
 def test_shapes_that_do_not_fit_are_refused():

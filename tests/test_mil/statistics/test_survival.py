@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mil.errors import EvaluationError
+from mil.statistics.bootstrap import Resampling
 from mil.statistics.survival import by_patient, concordance, evaluate_survival, high_risk, kaplan_meier
 
 
@@ -71,7 +72,7 @@ def test_a_patient_counts_once_with_the_mean_risk_of_the_slides():
         ("c", "1", 0.0),
     ]
     assert high_risk(patients).tolist() == [True, False, False]
-    twice = evaluate_survival(values, [1, 3, 4, 0], ["b", "b", "a", "c"], replicates=50)
+    twice = evaluate_survival(values, [1, 3, 4, 0], ["b", "b", "a", "c"], resampling=Resampling(50))
     assert twice["concordance"]["value"] == 1
     assert (twice["n_slides"], twice["n_patients"], twice["n_events"]) == (4, 3, 2)
 
@@ -79,13 +80,13 @@ def test_a_patient_counts_once_with_the_mean_risk_of_the_slides():
 def test_intervals_hold_the_value_and_few_events_are_told():
     times, events, risks = _draw(0)
     values = np.stack([times, events], axis=1)
-    found = evaluate_survival(values, risks, [str(at) for at in range(len(times))], replicates=300)
+    found = evaluate_survival(values, risks, [str(at) for at in range(len(times))], resampling=Resampling(300))
     assert found["concordance"]["low"] < found["concordance"]["value"] < found["concordance"]["high"]
     assert found["warnings"] == []
-    few = evaluate_survival(values[:8], risks[:8], [str(at) for at in range(8)], replicates=50)
+    few = evaluate_survival(values[:8], risks[:8], [str(at) for at in range(8)], resampling=Resampling(50))
     assert "patient(s) have the event: the interval is too narrow" in few["warnings"][0]
     once = np.stack([times, np.arange(len(times)) == 3], axis=1)
-    one = evaluate_survival(once, risks, [str(at) for at in range(len(times))], replicates=50)
+    one = evaluate_survival(once, risks, [str(at) for at in range(len(times))], resampling=Resampling(50))
     assert one["concordance"]["low"] is None
     assert one["warnings"] == ["1 patient(s) have the event: no interval is given"]
 
