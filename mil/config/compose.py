@@ -1,7 +1,6 @@
 """Files, recipes, overrides and values become one checked configuration."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -174,54 +173,37 @@ def _from_tree(tree: Mapping[str, Any]) -> TrainConfig:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- Hydra
+# ----------------------------------------------------------------------------------------------------------- overrides
 
 
 def _compose(defaults: _Defaults, overrides: Sequence[str]) -> dict[str, Any]:
-    """Let Hydra apply ``overrides``, of which `check_given` has refused what it would refuse with its own words."""
-    import hydra.errors
+    """Apply ``overrides``, of which `check_given` has refused what is wrong by itself.
+
+    Hydra reads them; it composes nothing, since it does so through the state of the whole process, which a user's own
+    application and other threads share.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    parsed = parse_overrides(overrides)
+    chosen = defaults.chosen | {item.key_or_group: str(item.value()) for item in parsed if item.key_or_group in GROUPS}
+    groups = {group: {"name": chosen[group], **defaults.options[group][chosen[group]]} for group in GROUPS}
+    merging = ""
     try:
-        with _hydra_app(defaults):
-            composed = hydra.compose(_PRIMARY, overrides=list(overrides))
-        tree = OmegaConf.to_container(composed, resolve=False)
-    except (hydra.errors.HydraException, OmegaConfBaseException) as error:
+        tree = OmegaConf.create({**defaults.top, **groups})
+        OmegaConf.set_struct(tree, True)
+        for item in parsed:
+            merging = f"Error merging override {item.input_line}"
+            if item.key_or_group not in GROUPS:
+                OmegaConf.update(tree, item.key_or_group, item.value(), merge=True)
+        plain = OmegaConf.to_container(tree, resolve=False)
+    except OmegaConfBaseException as error:
         raise ConfigError(
-            f"got {' '.join(overrides)} → Hydra says: {error} → write group=option or a.b=value, and quote text with "
-            f"special characters: target='\"my column\"'"
+            f"got {' '.join(overrides)} → Hydra says: {merging or error} → write group=option or a.b=value, and quote "
+            f"text with special characters: target='\"my column\"'"
         ) from error
-    assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
-
-
-@contextmanager
-def _hydra_app(defaults: _Defaults) -> Iterator[None]:
-    """Register our tree with Hydra for one composition, and leave Hydra's process-wide state as it was."""
-    from hydra import initialize, version
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.global_hydra import GlobalHydra
-
-    active, base, store = GlobalHydra.instance().hydra, version.getbase(), ConfigStore.instance()
-    ours = (*GROUPS, f"{_PRIMARY}.yaml")
-    kept = {name: store.repo.pop(name) for name in ours if name in store.repo}
-    GlobalHydra.instance().clear()
-    try:
-        for group in GROUPS:
-            for name, keywords in defaults.options[group].items():
-                store.store(group=group, name=name, node={"name": name, **keywords})
-        choice = [{group: defaults.chosen[group]} for group in GROUPS]
-        store.store(name=_PRIMARY, node={"defaults": ["_self_", *choice], **defaults.top})
-        with initialize(config_path=None, version_base="1.3"):
-            yield
-    finally:
-        for name in ours:
-            store.repo.pop(name, None)
-        store.repo.update(kept)
-        GlobalHydra.instance().hydra = active
-        if active is not None:
-            version.VersionBase.instance().setbase(base)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
 
 
 _SECTIONS: dict[str, Any] = {

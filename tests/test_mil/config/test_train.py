@@ -1,5 +1,6 @@
 """The configuration: what may be set, how it is checked, and that it runs again."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError
 from itertools import cycle
 from pathlib import Path
@@ -231,6 +232,28 @@ def test_hydras_own_state_is_left_as_it_was() -> None:
         assert compose("train").head.x == 1
     assert not GlobalHydra.instance().is_initialized()
     del store.repo["head"], store.repo["train.yaml"]
+
+
+def test_threads_compose_while_another_application_of_hydra_runs() -> None:
+    from hydra import compose, initialize
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+
+    ConfigStore.instance().store(name="theirs", node={"x": 1})
+
+    def ours(at: int) -> tuple[int, str]:
+        found = compose_config([f"epochs={at + 1}", f"head={('mean', 'max')[at % 2]}"])
+        return found.epochs, found.head.name
+
+    with initialize(config_path=None, version_base="1.2"):
+        active = GlobalHydra.instance().hydra
+        with ThreadPoolExecutor(8) as pool:
+            found = [pool.submit(ours, at) for at in range(60)]
+            for _ in range(10):
+                assert GlobalHydra.instance().hydra is active
+                assert compose("theirs", overrides=["x=2"]).x == 2
+        assert [each.result() for each in found] == [(at + 1, ("mean", "max")[at % 2]) for at in range(60)]
+    del ConfigStore.instance().repo["theirs.yaml"]
 
 
 def test_the_keys_of_an_option_go_with_it(tmp_path: Path) -> None:
