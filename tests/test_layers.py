@@ -89,7 +89,6 @@ TO_SPLIT = {
     "extract.reading.isolation",
     "extract.slides.direct",
     "extract.slides.sources",
-    "mil.training.stacked",
 }
 
 

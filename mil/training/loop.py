@@ -23,12 +23,12 @@ from mil.bags.samplers import draw_instances, draw_seeds, draw_views, sampled_or
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL
 from mil.config.train import TrainConfig
 from mil.errors import BagError, ConfigError, TrainingDivergedError, listed
+from mil.training.checkpoint import inherit_weights
 from mil.training.losses import class_numbers
 from mil.training.optimizers import add_l1_gradient, create_optimizer, set_learning_rate
 from mil.training.replica import EpochDone, EpochRecord, PartArray, Replica, SavedEpoch, TrainedReplica
 from mil.training.schedules import learning_rate
 from mil.training.tasks import TargetArray, create_task, decode
-from mil.training.warm_start import inherit_weights
 from mil.training.weight_average import WeightAverage
 
 

@@ -12,7 +12,8 @@ from mil.bags.bags import Bags
 from mil.bags.forward import MAX_INSTANCES
 from mil.training.loop import train_replica
 from mil.training.replica import EpochRecord, PartArray, Replica, ReplicaKeeper, TrainedReplica
-from mil.training.stacked import stacks, train_stacked
+from mil.training.stackable import stacks
+from mil.training.stacked import train_stacked
 from mil.training.tasks import TargetArray
 
 

@@ -3,26 +3,25 @@
 The replicas of one seed share their packs, so that all folds and learning rates of a head cost one pass over the bags
 rather than one each; which bags a replica learns from is a matter of weights, zero for the others. The results are
 those of `mil.training.loop.train_replica` to float tolerance. What cannot be stacked exactly is trained one by one, see
-`is_stackable`: heads that share batch statistics or have a loss of their own, and recipes beyond AdamW with weighted
-cross-entropy. What a head draws, such as dropout, belongs to (seed, step, bag), so the folds of a seed draw alike.
+`mil.training.stackable`: heads that share batch statistics or have a loss of their own, and recipes beyond AdamW with
+weighted cross-entropy. What a head draws, such as dropout, belongs to (seed, step, bag), so the folds of a seed draw
+alike.
 """
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional
 
-from aggregators import Aggregator, BagDraws, create_aggregator
-from aggregators.base import Dropout, Standardize
-from aggregators.norm import BatchNorm
+from aggregators import Aggregator, BagDraws
+from aggregators.base import Standardize
 from mil.arrays import IntArray
 from mil.bags.bags import Bags
 from mil.bags.devices import PeakMemory
@@ -35,6 +34,7 @@ from mil.statistics.metrics import balanced_accuracy, confusion
 from mil.training.losses import log_loss, probabilities
 from mil.training.replica import EpochRecord, PartArray, Replica, SavedEpoch, TrainedReplica
 from mil.training.schedules import learning_rate
+from mil.training.stackable import create_started_head
 from mil.training.tasks import config_class_weights
 
 Stacked = dict[str, Tensor]
@@ -43,68 +43,10 @@ Stacked = dict[str, Tensor]
 StackedEpochDone = Callable[[int, EpochRecord], None]
 """Called with a replica's place in the stack."""
 
-# settings that may have any value; all others have to be those of a plain recipe
-# fmt: off
-_ANY_VALUE = frozenset((
-    "store", "labels", "target", "backbone", "slide_column", "patient_column", "split", "folds", "repeats", "sites",
-    "split_column", "split_file", "seeds", "split_seed", "validation_fraction", "epochs", "patience", "min_epochs",
-    "batch_bags", "instance_budget", "class_weights", "standardize", "grad_clip", "device", "memory", "head",
-    "optimizer", "scheduler", "track",
-))
-# fmt: on
-_SCHEDULERS = ("cosine", "constant", "onecycle", "step")
 _EPS = 1e-8
 # what of a stack changes from epoch to epoch
 _ARRAYS = ("running", "best_loss", "best_epoch")
 _TENSORS = ("parameters", "buffers", "moments", "steps", "best_weights")
-
-
-def is_stackable(config: TrainConfig, head: Aggregator) -> bool:
-    """Whether replicas of this recipe and head can be trained stacked, with the results of one by one."""
-    plain = TrainConfig(head=config.head, standardize=config.standardize)
-    recipe = all(
-        getattr(config, item.name) == getattr(plain, item.name)
-        for item in fields(config)
-        if item.name not in _ANY_VALUE
-    )
-    own_loss = type(head).auxiliary_loss is not Aggregator.auxiliary_loss
-    return (
-        recipe
-        and config.task == CLASSIFICATION
-        and config.optimizer.name == "adamw"
-        and config.scheduler.name in _SCHEDULERS
-        and not own_loss
-        and not any(map(_depends_on_its_company, head.modules()))
-    )
-
-
-def _depends_on_its_company(module: nn.Module) -> bool:
-    """Whether a layer shares statistics between bags or, as torch's and timm's dropout, draws for all in one stream."""
-    chances = (getattr(module, name, None) for name in ("p", "dropout", "drop_prob"))
-    draws = any(isinstance(p, int | float) and p > 0 for p in chances)
-    return isinstance(module, BatchNorm | nn.BatchNorm1d) or (draws and not isinstance(module, Dropout))
-
-
-def stacks(replicas: Sequence[Replica], bags: Bags, n_classes: int, at_once: int) -> tuple[list[list[int]], list[int]]:
-    """Which replicas to train together, by their position, and which one by one.
-
-    Args:
-        replicas: all of them.
-        bags: theirs.
-        n_classes: C.
-        at_once: most replicas in one stack, which bounds the memory.
-    """
-    groups: dict[tuple[int, str], list[int]] = defaultdict(list)
-    alone: list[int] = []
-    for at, replica in enumerate(replicas):
-        if is_stackable(replica.config, _create_head(replica, bags, n_classes)):
-            plain = replace(replica.config.optimizer, lr=1.0, weight_decay=0.0)
-            groups[replica.seed, repr(replace(replica.config, optimizer=plain))].append(at)
-        else:
-            alone.append(at)
-    pieces = [group[start : start + at_once] for group in groups.values() for start in range(0, len(group), at_once)]
-    alone += [piece[0] for piece in pieces if len(piece) == 1]
-    return [piece for piece in pieces if len(piece) > 1], sorted(alone)
 
 
 def train_stacked(
@@ -217,7 +159,7 @@ class _Stack:
         """The replicas as they start: each as `train_replica` would start it."""
         heads = []
         for replica, part in zip(replicas, parts, strict=True):
-            head = _create_head(replica, bags, n_classes)
+            head = create_started_head(replica, bags, n_classes)
             if isinstance(head.input_norm, Standardize):
                 head.input_norm.fit(*bags.moments.mean_std(np.flatnonzero(part == "train")))
             heads.append(head.to(device))
@@ -296,7 +238,7 @@ class _Stack:
     def head_of(self, at: int) -> Aggregator:
         """A replica as a head of its own, at its best epoch, on the CPU."""
         replica = self.replicas[at]
-        head = _create_head(replica, self.bags, self.class_weights.shape[1])
+        head = create_started_head(replica, self.bags, self.class_weights.shape[1])
         head.load_state_dict({name: value[at].cpu() for name, value in self.best_weights.items()})
         return head.eval()
 
@@ -433,14 +375,6 @@ def _predict(stack: _Stack, weights: Stacked, indices: IntArray) -> Iterator[tup
     for pack in stack.bags.packs(indices, MAX_INSTANCES):
         yield pack.bags, stack.logits(own, fixed, pack).float().cpu()
     stack.head.train()
-
-
-def _create_head(replica: Replica, bags: Bags, n_classes: int) -> Aggregator:
-    """A head as the replica's seed starts it; torch's own generator stays as it was."""
-    head = replica.config.head
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(replica.seed)
-        return create_aggregator(head.name, in_dim=bags.dim, n_classes=n_classes, **head.keywords)
 
 
 def _check_finite(stack: _Stack, losses: np.ndarray, epoch: int) -> None:

@@ -20,7 +20,8 @@ from mil.training.loop import train_replica
 from mil.training.replica import EpochRecord, Replica, TrainedReplica
 from mil.training.replicas import Progress, train_replicas
 from mil.training.resume import UnfinishedTraining, kept_replicas
-from mil.training.stacked import is_stackable, stacks, train_stacked
+from mil.training.stackable import is_stackable, stacks
+from mil.training.stacked import train_stacked
 from tests.test_mil.small import DIM, fast_config, make_cohort, make_features
 
 COHORT = make_cohort(n_patients=15)
