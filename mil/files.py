@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -58,7 +59,60 @@ def write_json(path: Path, content: object) -> None:
     write_atomically(path, text.encode("utf-8", "backslashreplace"))
 
 
-def put_in_place(partial: Path, folder: Path) -> None:
+@contextmanager
+def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill beside ``folder``, put in its place when the block ends: a folder that exists is whole.
+
+    After any error, nothing of it is left, and what was there before still is.
+
+    Args:
+        folder: where the results are to lie.
+        overwrite: replace whatever is there, which the caller has looked at; else it must be new or empty.
+
+    Raises:
+        RunError: ``folder`` is taken, or cannot be written, as on a full disk.
+
+    Example:
+        >>> with new_folder(Path("runs/scores")) as partial:                     # doctest: +SKIP
+        ...     write_json(partial / "scores.json", {"auroc": 0.8})
+    """
+    if not overwrite:
+        check_new_folder(folder)
+    partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
+    try:
+        with tell_full_disk(folder):
+            partial.mkdir(parents=True)
+            yield partial
+            _put_in_place(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def tell_full_disk(folder: Path) -> Iterator[None]:
+    """Say of files that cannot be written which results they belong to, and what helps.
+
+    Raises:
+        RunError: in place of any OSError of the block.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"got {error} while writing {folder} → free some space or choose another --out") from error
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse a folder that holds anything, or is a file.
+
+    Raises:
+        RunError: it does.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "it exists and is not empty" if folder.is_dir() else "it is a file"
+        raise RunError(f"got {folder} as folder to write → {what} → give a new folder with --out")
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
     """Rename ``partial`` to ``folder``; an older folder is moved aside first, and back if that fails."""
     if not folder.exists():
         partial.rename(folder)

@@ -62,7 +62,7 @@ ROOMS = {
         "cli": "",
         "cli/console": "evaluation",
         "cli/slides": "files visualization cli/console",
-        "cli/heads": "errors cohort statistics config bags training evaluation runs reports experiments tuning "
+        "cli/heads": "errors files cohort statistics config bags training evaluation runs reports experiments tuning "
         "deployment demo cli/console cli/slides",
         "cli/main": "cli/slides cli/heads",
         "__main__": "cli/main",

@@ -15,20 +15,18 @@ MODEL/
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from extract.store import fingerprint
 from mil.cohort.targets import CLASSIFICATION
 from mil.errors import CheckpointError, RunError
 from mil.evaluation.averaging import Averaging, Scale
-from mil.files import put_in_place, write_atomically
-from mil.runs.folders import MODEL, check_new_folder
+from mil.files import new_folder, write_atomically
+from mil.runs.folders import MODEL
 
 FORMAT = 1
 MEMBERS = "members"
@@ -121,18 +119,11 @@ def write_artefact(folder: Path, record: Mapping[str, Any], files: Mapping[str, 
         RunError: ``folder`` exists and is not empty, or cannot be written.
     """
     folder = folder.absolute()
-    check_new_folder(folder)
     content = seal(record, files)
-    partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
-    try:
+    with new_folder(folder) as partial:
         for name, each in content.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(partial / name, each)
-        put_in_place(partial, folder)
-    except OSError as error:
-        raise RunError(f"got {error} while writing {folder} → free some space or choose another --out") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return Artefact(folder, json.loads(content[MODEL]))
 
 

@@ -1,12 +1,10 @@
 """Evaluation on an external labelled cohort: a model meets slides that had no part in making it."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 import numpy as np
 
@@ -24,8 +22,7 @@ from mil.evaluation.abstention_rule import abstention_of
 from mil.evaluation.predictions import Outcomes
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.evaluation.tables import truth_cells, truth_names
-from mil.files import Row, probability_text, put_in_place, write_csv, write_json
-from mil.runs.folders import check_new_folder
+from mil.files import Row, new_folder, probability_text, write_csv, write_json
 from mil.runs.lineage import Lineage, TrainingCohort, read_lineage
 from mil.runs.lineage import overlap as overlap_with
 from mil.runs.look_ledger import Look
@@ -61,24 +58,18 @@ class ExternalEvaluation:
         """Write ``metrics.json``, ``predictions.csv`` and ``attrition.csv``; the look at the cohort is counted.
 
         Raises:
-            RunError: ``folder`` exists and is not empty.
+            RunError: ``folder`` exists and is not empty, or cannot be written.
         """
         folder = Path(folder).absolute()
-        check_new_folder(folder)
         look = Look.at(
             folder, self.cohort, f"{self.metrics['head']} of {self.metrics['model']}", self.predictions.entry
         )
         metrics = self.metrics | {"looks": look.count_earlier() + 1}
-        partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
-        try:
-            partial.mkdir(parents=True)
+        with new_folder(folder) as partial:
             write_csv(partial / "predictions.csv", self._rows())
             write_csv(partial / "attrition.csv", _attrition_rows(metrics["attrition"]))
             write_json(partial / "metrics.json", metrics)
             look.append()
-            put_in_place(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         return replace(self, metrics=metrics)
 
     def _rows(self) -> Iterator[Row]:

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import io
 import logging
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,6 @@ from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +26,7 @@ from mil.deployment.inference import available_slides, fitting_entry
 from mil.deployment.model import load_model, read_members
 from mil.errors import MissingExtraError, RunError, listed
 from mil.evaluation.tables import value_names
-from mil.files import put_in_place, write_atomically, write_json
-from mil.runs.folders import check_new_folder
+from mil.files import check_new_folder, new_folder, write_atomically, write_json
 from mil.training.checkpoint import CheckpointRecord, package_versions
 from mil.training.tasks import Record
 
@@ -119,23 +116,11 @@ def export_onnx(
         sizes = tuple(len(bag) for bag in bags)
         facts = (record.replica, name, digest, outputs, temperature, largest, sizes, len(real), dict(record.task))
         found.append(OnnxParity(*facts))
-    _write_folder(out, files, _description(model.record, found))
-    return found
-
-
-def _write_folder(out: Path, files: Mapping[str, bytes], description: dict[str, Any]) -> None:
-    """Write beside the folder's place first, then rename: a folder that exists is whole."""
-    partial = out.with_name(f".{out.name}.{uuid4().hex}.partial")
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(out) as partial:
         for name, content in files.items():
             write_atomically(partial / name, content)
-        write_json(partial / "onnx.json", description)
-        put_in_place(partial, out)
-    except OSError as error:
-        raise RunError(f"got {error} while writing {out} → free some space or choose another --out") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(partial / "onnx.json", _description(model.record, found))
+    return found
 
 
 def to_onnx(head: Aggregator, name: str) -> tuple[bytes, tuple[str, ...]]:

@@ -28,8 +28,9 @@ from mil.evaluation.predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.evaluation.tables import said_names
 from mil.evaluation.temperature import scale_temperatures
+from mil.files import check_new_folder
 from mil.runs.ensemble import read_ensemble
-from mil.runs.folders import CARD, check_new_folder, is_ensemble, refuse_artefact
+from mil.runs.folders import CARD, is_ensemble, refuse_artefact
 from mil.runs.lineage import COHORT, read_lineage
 from mil.runs.run_folder import read_predictions, read_values
 from mil.splits.splits import PARTS

@@ -6,12 +6,10 @@ folds; how often these were looked at is repeated beside the figures. Whoever sc
 the best has looked more often than any file can tell.
 """
 
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 
@@ -21,8 +19,8 @@ from mil.evaluation.headlines import HEADLINES
 from mil.evaluation.operating_points import check_targets, operate, operate_one_vs_rest
 from mil.evaluation.predictions import Outcomes, ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
-from mil.files import Row, put_in_place, write_csv, write_json
-from mil.runs.folders import check_new_folder, is_ensemble, refuse_artefact
+from mil.files import Row, new_folder, write_csv, write_json
+from mil.runs.folders import is_ensemble, refuse_artefact
 from mil.runs.run_folder import read_predictions
 from mil.runs.saved_outcomes import SavedOutcomes, read_outcomes
 from mil.statistics.abstention import evaluate_abstention
@@ -104,13 +102,10 @@ class Scores:
         """Write ``scores.json``, ``scores.csv``, of classes ``abstention.csv`` and, if asked for, ``operating.csv``.
 
         Raises:
-            RunError: ``folder`` exists and is not empty.
+            RunError: ``folder`` exists and is not empty, or cannot be written.
         """
         folder = Path(folder).absolute()
-        check_new_folder(folder)
-        partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
-        try:
-            partial.mkdir(parents=True)
+        with new_folder(folder) as partial:
             plain = {"resampling": asdict(self.resampling), "runs": [asdict(run) for run in self.runs]}
             write_json(partial / SCORES, plain)
             write_csv(partial / SCORES_CSV, _score_rows(self.runs))
@@ -118,9 +113,6 @@ class Scores:
                 write_csv(partial / ABSTENTION_CSV, _abstention_rows(self.runs))
             if any(run.operating for run in self.runs):
                 write_csv(partial / OPERATING_CSV, _operating_rows(self.runs))
-            put_in_place(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         return folder
 
     def draw(self, folder: str | Path) -> None:

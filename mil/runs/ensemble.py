@@ -7,13 +7,11 @@ good, and only whoever picked can know that.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from mil.arrays import FloatArray
 from mil.cohort.cohort import Cohort
@@ -25,7 +23,7 @@ from mil.evaluation.paired import gain_over, member_metrics
 from mil.evaluation.predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.evaluation.tables import out_of_fold_rows, stated_task
-from mil.files import put_in_place, write_csv, write_json
+from mil.files import new_folder, write_csv, write_json
 from mil.runs.folders import ENSEMBLE, is_ensemble, refuse_artefact
 from mil.runs.look_ledger import Look
 from mil.runs.run_folder import read_predictions
@@ -59,7 +57,7 @@ class Ensemble:
         """Write ``oof.csv``, ``metrics.json`` and ``ensemble.json``; the look at the test folds is counted.
 
         Raises:
-            RunError: ``folder`` holds anything but an earlier ensemble.
+            RunError: ``folder`` holds anything but an earlier ensemble, or cannot be written.
         """
         folder = Path(folder).absolute()
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else {""} if folder.exists() else set()
@@ -67,17 +65,12 @@ class Ensemble:
             raise RunError(f"got {folder} for an ensemble → it holds {listed(sorted(there))} → give a new folder")
         look = Look.at(folder, self.cohort, "ensemble", self.metrics["entry"])
         metrics = self.metrics | {"looks": look.count_earlier() + 1}
-        partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
-        try:
-            partial.mkdir(parents=True)
+        with new_folder(folder, overwrite=True) as partial:
             members = {"members": [str(path) for path in self.folders]}
             write_json(partial / ENSEMBLE, asdict(self.averaging) | members)
             write_csv(partial / "oof.csv", out_of_fold_rows(self.cohort, self.probabilities, stated_task(self.cohort)))
             write_json(partial / "metrics.json", metrics)
             look.append()
-            put_in_place(partial, folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         return folder
 
 

@@ -106,17 +106,6 @@ def refuse_artefact(folder: Path, wanted: str = "the --out folder of a finished 
         )
 
 
-def check_new_folder(folder: Path) -> None:
-    """Refuse a folder that holds anything, or is a file.
-
-    Raises:
-        RunError: it does.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        what = "it exists and is not empty" if folder.is_dir() else "it is a file"
-        raise RunError(f"got {folder} as folder to write → {what} → give a new folder with --out")
-
-
 ENSEMBLE = "ensemble.json"
 
 

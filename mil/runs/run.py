@@ -1,18 +1,16 @@
 """A finished training and its folder of plain files."""
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from mil.cohort.cohort import Cohort
 from mil.config.train import TrainConfig
 from mil.errors import RunError, listed
 from mil.evaluation.predictions import ReplicaPredictions
 from mil.evaluation.tables import out_of_fold_rows
-from mil.files import Row, put_in_place, write_csv, write_json
+from mil.files import Row, new_folder, write_csv, write_json
 from mil.runs.folders import check_run_folder
 from mil.runs.look_ledger import Look
 from mil.splits.splits import Splits
@@ -78,18 +76,11 @@ class Run:
         check_folder(folder, overwrite)
         look = Look.at(folder, self.cohort, self.config.head.name, self.entry)
         saved = replace(self, folder=folder, metrics=self.metrics | {"looks": look.count_earlier() + 1})
-        partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
-        try:
-            partial.mkdir(parents=True)
+        with new_folder(folder, overwrite=True) as partial:
             _write_run(partial, saved)
             if complete is not None:
                 complete(partial)
             look.append()
-            put_in_place(partial, folder)
-        except OSError as error:
-            raise RunError(f"got {error} while writing {folder} → free some space or choose another --out") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         return saved
 
 

@@ -1,6 +1,5 @@
 """The folder of a sweep: what is written, and in which words."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from mil.evaluation.headlines import tie_breaker
 from mil.evaluation.predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_out_of_fold
 from mil.evaluation.tables import out_of_fold_rows
-from mil.files import Row, write_atomically, write_csv
+from mil.files import Row, tell_full_disk, write_atomically, write_csv, write_json
 from mil.runs.look_ledger import Look
 from mil.splits.splits import Splits
 from mil.splits.tables import write_splits
@@ -116,6 +115,16 @@ def write_sweep(folder: Path, found: Sweep, entry: str) -> Sweep:
     """Write what a sweep found; ``metrics.json``, which says that it is whole, comes last."""
     look = Look.at(folder, found.cohort, found.metrics["head"], entry)
     found = replace(found, metrics=found.metrics | {"looks": look.count_earlier() + 1})
+    with tell_full_disk(folder):
+        _write_tables(folder, found)
+        look.append()
+        write_json(folder / "metrics.json", found.metrics)
+    discard_unfinished(folder / UNFINISHED)
+    return found
+
+
+def _write_tables(folder: Path, found: Sweep) -> None:
+    """Every file but ``metrics.json``."""
     write_splits(folder / "splits.csv", found.splits, found.cohort)
     write_csv(folder / "trials.csv", _trial_rows(found))
     write_csv(folder / "chosen.csv", _chosen_rows(found))
@@ -123,11 +132,6 @@ def write_sweep(folder: Path, found: Sweep, entry: str) -> Sweep:
     write_atomically(folder / "best.yaml", best_yaml(found).encode())
     write_csv(folder / "predictions.csv", found.predictions.rows())
     write_csv(folder / "oof.csv", out_of_fold_rows(*found.predictions.tested(), found.predictions.task))
-    look.append()
-    text = json.dumps(found.metrics, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(folder / "metrics.json", text.encode())
-    discard_unfinished(folder / UNFINISHED)
-    return found
 
 
 def best_yaml(found: Sweep) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mil.errors import RunError
-from mil.files import probability_text, put_in_place, require_writable, write_atomically, write_csv, write_json
+from mil.files import new_folder, probability_text, require_writable, write_atomically, write_csv, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,13 +43,40 @@ def test_a_name_that_is_not_utf8_is_written_all_the_same(tmp_path: Path) -> None
     assert json.loads((tmp_path / "a.json").read_text())["slide"] == name
 
 
-def test_a_folder_that_cannot_be_put_in_place_leaves_the_older_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "a").write_text("1")
-    with pytest.raises(FileNotFoundError):
-        put_in_place(tmp_path / "absent", tmp_path / "old")
+def fill(folder: Path, content: str, overwrite: bool = False, error: BaseException | None = None) -> None:
+    with new_folder(folder, overwrite) as partial:
+        (partial / "a").write_text(content)
+        if error is not None:
+            raise error
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
+    fill(tmp_path / "new" / "one", "1")
+    assert (tmp_path / "new" / "one" / "a").read_text() == "1"
+    for error in (ValueError, KeyboardInterrupt):
+        with pytest.raises(error):
+            fill(tmp_path / "two", "2", error=error())
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_folder_is_replaced_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    fill(tmp_path / "one", "1")
+    with pytest.raises(RunError, match="not empty"):
+        fill(tmp_path / "one", "2")
+    assert (tmp_path / "one" / "a").read_text() == "1"
+    fill(tmp_path / "one", "2", overwrite=True)
+    assert (tmp_path / "one" / "a").read_text() == "2"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="it is a file"):
+        fill(tmp_path / "file", "3")
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "file"}
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_older_one(tmp_path: Path) -> None:
+    fill(tmp_path / "old", "1")
+    with pytest.raises(RunError, match="No such file"), new_folder(tmp_path / "old", overwrite=True) as partial:
+        partial.rmdir()
     assert (tmp_path / "old" / "a").read_text() == "1"
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 

@@ -223,7 +223,7 @@ def evaluate(
     Example: `mil evaluate --run models/subtype --store b.zarr --labels b.csv --target subtype --out b_results`
     """
     from mil.deployment.external import evaluate_external
-    from mil.runs.folders import check_new_folder
+    from mil.files import check_new_folder
 
     check_new_folder(out)
     found = evaluate_external(

@@ -43,8 +43,8 @@ def score(
 
     Example: `mil score runs/abmil --interval bca --strata --sensitivity 0.95 --out scores`
     """
+    from mil.files import check_new_folder
     from mil.reports.rescore import score_runs
-    from mil.runs.folders import check_new_folder
     from mil.statistics.bootstrap import Resampling
 
     operating = _operating(sensitivity, specificity, youden, class_name)

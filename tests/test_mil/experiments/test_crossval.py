@@ -148,7 +148,9 @@ def test_a_folder_that_is_taken_is_refused_and_kept(run: Run, tmp_path: Path) ->
         run.save(tmp_path / "file" / "run")
 
 
-@pytest.mark.parametrize("at", ["write_csv", "save_checkpoint", "write_json", "put_in_place"])
+@pytest.mark.parametrize(
+    "at", ["runs.run.write_csv", "runs.run.save_checkpoint", "runs.run.write_json", "files._put_in_place"]
+)
 @pytest.mark.parametrize("older", [False, True])
 def test_a_killed_save_leaves_no_run_that_looks_whole(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, older: bool
@@ -161,7 +163,7 @@ def test_a_killed_save_leaves_no_run_that_looks_whole(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"mil.runs.run.{at}", killed)
+    monkeypatch.setattr(f"mil.{at}", killed)
     with pytest.raises(KeyboardInterrupt):
         run.save(folder, overwrite=True)
     assert (folder / "report.html").exists() == older == folder.exists()
