@@ -25,7 +25,7 @@ app.command()(cli_plan.plan)
 app.command()(cli_plan.doctor)
 app.command()(cli_extract.extract)
 
-TILING = ("--mpp", "0.5", "--tile-px", "64")
+TILING = ("--mpp", "0.5", "--tile-px", "64", "--runtime", "torch")
 
 
 def run(*arguments: str | Path) -> tuple[int, str]:
@@ -72,7 +72,7 @@ def test_plan_prints_slides_totals_and_failures(slides: Path, tmp_path: Path):
 
 def test_plan_of_a_good_cohort_measures_and_exits_with_0(slides: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("extract.planning.plan.plan_extraction", partial(plan_extraction, measure_s=0.2))
-    code, said = run("plan", slides, *TILING, "--default-mpp", "0.5", "--runtime", "torch", "--device", "cpu")
+    code, said = run("plan", slides, *TILING, "--default-mpp", "0.5", "--device", "cpu")
     assert code == 0
     assert "2 slides: 2 to embed, 0 will fail" in said
     assert "1 slide: µm/px from --default-mpp" in said
@@ -95,7 +95,7 @@ def test_the_same_flags_make_the_same_recipe(slides: Path, tmp_path: Path):
         "saturation",
     ]
     flags += ["--edge", "drop", "--jitter-px", "7", "--jitter-seed", "3", "--keep-pen", "--default-mpp", "0.25"]
-    flags += ["--allow-upsampling"]
+    flags += ["--allow-upsampling", "--runtime", "torch"]
     assert run("extract", slides, "--store", tmp_path / "s.zarr", *flags)[0] == 0
     before = tree(tmp_path, but=())
     code, said = run("plan", slides, "--store", tmp_path / "s.zarr", *flags)
@@ -184,6 +184,6 @@ def test_doctor_speaks_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_a_store_of_other_flags_is_refused(slides: Path, tmp_path: Path):
     from extract.errors import RecipeMismatchError
 
-    run_extraction(slides / "fine.tif", tmp_path / "s.zarr", mpp=0.5, tile_px=64)
+    run_extraction(slides / "fine.tif", tmp_path / "s.zarr", mpp=0.5, tile_px=64, runtime="torch")
     with pytest.raises(RecipeMismatchError):
         run("plan", slides, "--store", tmp_path / "s.zarr", "--mpp", "0.5", "--tile-px", "48")

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from extract.errors import StoreError
 from extract.pipeline.fleet import check_claims
+from extract.planning.plan import plan_extraction
 from extract.store import Execution, TileRecipe, create_store, from_dict, open_store
 from extract.store.core.remote_path import store_path
 from mil.config.compose import compose_config
@@ -37,7 +39,10 @@ def share_among(url: str, ids: list[str], entry: str) -> None:
 
 
 @pytest.mark.slow
-def test_from_slides_to_a_head_in_a_bucket(mil: Mil, bucket: str, tmp_path: Path) -> None:
+def test_from_slides_to_a_head_in_a_bucket(
+    mil: Mil, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("extract.planning.plan.plan_extraction", partial(plan_extraction, measure_s=0.2))
     url = f"{bucket}/cohort.zarr"
     for i in range(2):
         write_slide(tmp_path / "slides" / f"00{i}.tif", 260, 200, seed=i)
