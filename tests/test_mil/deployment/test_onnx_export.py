@@ -21,7 +21,6 @@ COHORT = make_cohort()
 HEAD = {"name": "abmil", "embed_dim": 8, "attention_dim": 4, "branches": 2, "input_norm": "standardize"}
 SIZES = (1, 2, 3, 5, 16, 17, 64, 65, 500)
 FOLLOWED = {
-    "afs": ("dtfd", {}),
     "afs, official": ("dtfd", {"official": True}),
     "maxs": ("dtfd", {"distillation": "MaxS", "selected": 2}),
     "maxmins": ("dtfd", {"distillation": "MaxMinS", "selected": 3, "official": True}),
