@@ -1,6 +1,7 @@
 """Small cohorts and a store in memory, for the tests of training."""
 
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ def make_store(cohort: Cohort, **keywords: Any) -> MemoryStore:
     return MemoryStore(dict(zip(cohort.slide_ids, features, strict=True)), **keywords)
 
 
+@cache
 def fast_config(*overrides: str) -> TrainConfig:
-    """A configuration that trains a tiny ABMIL head in a moment."""
+    """A configuration that trains a tiny ABMIL head in a moment; composed once, as Hydra takes a sixth of a second."""
     return compose_config([*FAST, *overrides])

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from aggregators import list_aggregators
 from mil.config.compose import compose_config
 from mil.config.options import OPTIMIZERS, RECIPES, SCHEDULERS, TASK_LOSSES
 from mil.config.overrides import take_overrides
@@ -41,13 +40,6 @@ def test_a_saved_config_composes_to_itself(overrides: list[str], tmp_path: Path)
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml(), encoding="utf-8")
     assert compose_config([], file) == config
-
-
-@pytest.mark.parametrize("head", list_aggregators())
-def test_every_head_is_an_option_with_its_keywords(head: str, tmp_path: Path) -> None:
-    config = compose_config([f"head={head}"])
-    assert config.head == HeadConfig(head, {"input_norm": "standardize"})
-    assert "dropout" in config.head.keywords
 
 
 def test_later_sources_win(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from aggregators import aggregator_record, keyword_names, list_aggregators
 from mil.config.compose import compose_config
+from mil.config.sections import HeadConfig
 from mil.deployment.inference import predict
 from mil.errors import TrainingDivergedError
 from mil.experiments.crossval import train
@@ -46,7 +47,10 @@ def test_every_keyword_can_be_set_and_is_kept_by_the_saved_config(name: str, tmp
     defaults = {key: value for key, value in keyword_names(name).items() if key != "input_norm"}
     overrides = [f"head.{key}={json.dumps(value)}" for key, value in defaults.items()]
     config = compose_config([f"head={name}", *overrides])
-    assert config == compose_config([f"head={name}"])
+    plain = compose_config([f"head={name}"])
+    assert config == plain
+    assert plain.head == HeadConfig(name, {"input_norm": "standardize"})
+    assert "dropout" in plain.head.keywords
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert compose_config([], tmp_path / "config.yaml") == config
 

@@ -1,6 +1,7 @@
 """Stacked training gives what training one by one gives."""
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ HEADS = {
 }
 
 
+@cache
 def _config(head: str, *more: str) -> TrainConfig:
     return compose_config([*HEADS[head], "epochs=6", "optimizer.lr=0.02", "device=cpu", "batch_bags=5", *more])
 
