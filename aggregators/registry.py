@@ -4,6 +4,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, TypeVar
 
 from aggregators.base import Aggregator
@@ -96,7 +97,13 @@ def keyword_names(name: str) -> dict[str, object]:
         >>> keyword_names("mean")
         {'embed_dim': None, 'dropout': 0.0, 'input_norm': 'none'}
     """
-    parameters = inspect.signature(aggregator_record(name).builder).parameters
+    return dict(_keywords(aggregator_record(name).builder))
+
+
+@cache
+def _keywords(builder: type[Aggregator]) -> dict[str, object]:
+    """Read once: a configuration asks for those of every head many times."""
+    parameters = inspect.signature(builder).parameters
     return {key: value.default for key, value in parameters.items() if key not in ("in_dim", "n_classes")}
 
 

@@ -54,8 +54,10 @@ def check_option(group: str, option: str, keys: Iterable[str] = ()) -> None:
 def require_key(group: str, option: str, key: str) -> None:
     """Raise unless ``key`` is one of the option's; where it is another option's, say whose."""
     keys = option_keys(group)
+    if key in keys[option]:
+        return
     others = [name for name in nearest(option, list(keys)) if key in keys[name]]
-    if key in keys[option] or not others:
+    if not others:
         require_known(key, keys[option], f"{group}.", what="key")
         return
     own = ", ".join(f"{group}.{name}" for name in keys[option])
