@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -72,6 +73,11 @@ class CheckpointRecord:
 
 def package_versions() -> dict[str, str]:
     """Versions of what decides a result."""
+    return dict(_installed())
+
+
+@cache
+def _installed() -> dict[str, str]:
     found = {}
     for name in _PACKAGES:
         try:
