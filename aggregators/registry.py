@@ -4,7 +4,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from typing import Literal, TypeVar
 
 from aggregators.base import Aggregator
@@ -30,6 +30,12 @@ class AggregatorRecord:
     paper: str
     cost: Literal["linear", "quadratic"]
     permutation_invariant: bool
+
+    @cached_property
+    def keywords(self) -> dict[str, object]:
+        """The constructor's keywords with their defaults, without in_dim and n_classes."""
+        parameters = inspect.signature(self.builder).parameters
+        return {key: value.default for key, value in parameters.items() if key not in ("in_dim", "n_classes")}
 
 
 _RECORDS: dict[str, AggregatorRecord] = {}
@@ -97,14 +103,7 @@ def keyword_names(name: str) -> dict[str, object]:
         >>> keyword_names("mean")
         {'embed_dim': None, 'dropout': 0.0, 'input_norm': 'none'}
     """
-    return dict(_keywords(aggregator_record(name).builder))
-
-
-@cache
-def _keywords(builder: type[Aggregator]) -> dict[str, object]:
-    """Read once: a configuration asks for those of every head many times."""
-    parameters = inspect.signature(builder).parameters
-    return {key: value.default for key, value in parameters.items() if key not in ("in_dim", "n_classes")}
+    return dict(aggregator_record(name).keywords)
 
 
 def create_aggregator(name: str, in_dim: int = 1024, n_classes: int = 4, **keywords: object) -> Aggregator:
