@@ -1,4 +1,4 @@
-"""Writing the plain files of a run: whole or not at all."""
+"""The plain files of a run: written whole or not at all, and JSON read back."""
 
 import csv
 import io
@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from mil.errors import RunError
@@ -57,6 +58,19 @@ def write_json(path: Path, content: object) -> None:
     """Write plain values as JSON; what UTF-8 cannot hold is escaped."""
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(path, text.encode("utf-8", "backslashreplace"))
+
+
+def read_json(path: Path) -> Any:
+    """Plain values of a JSON file; NaN, which Python writes and JSON does not know, is None.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or nested deeper than anything that is written here.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """A trained model as prediction needs it, in a run folder or in an artefact, alone or in an ensemble."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from mil.errors import CheckpointError, RunError, did_you_mean, listed
 from mil.evaluation.averaging import Averaging
 from mil.runs.ensemble import read_ensemble
 from mil.runs.folders import is_artefact, is_ensemble
+from mil.runs.run_folder import METRICS, RunFolder
 from mil.training.checkpoint import CheckpointRecord, load_checkpoint
 
 
@@ -130,19 +130,12 @@ def load_model(folder: Path, replicas: Sequence[str] | None = None) -> Model:
 def _replicas_of_run(folder: Path) -> tuple[str, ...]:
     """The names of the checkpoints, which must be those that the run trained, and no others."""
     names = tuple(path.stem for path in sorted((folder / "checkpoints").glob("*.safetensors")))
-    if not (folder / "metrics.json").is_file() or not names:
+    if not (folder / METRICS).is_file() or not names:
         raise RunError(
             f"got {folder} as run folder → there are no metrics.json and checkpoints in it → give the --out folder of "
             f"a finished mil train, or a model of mil pack"
         )
-    try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        expected = [each["replica"] for each in metrics["per_replica"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"got {folder / 'metrics.json'}, which is not what mil train writes ({type(error).__name__} {error}) → "
-            f"bring it back from a copy of the run"
-        ) from error
+    expected = RunFolder.open(folder).replica_names
     odd = sorted(set(names) ^ set(expected))
     if odd:
         raise RunError(

@@ -28,11 +28,11 @@ from mil.evaluation.predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.evaluation.tables import said_names
 from mil.evaluation.temperature import scale_temperatures
-from mil.files import check_new_folder
+from mil.files import check_new_folder, read_json
 from mil.runs.ensemble import read_ensemble
 from mil.runs.folders import CARD, is_ensemble, refuse_artefact
 from mil.runs.lineage import COHORT, read_lineage
-from mil.runs.run_folder import read_predictions, read_values
+from mil.runs.run_folder import RunFolder, read_predictions, read_values
 from mil.splits.splits import PARTS
 from mil.statistics.calibration import evaluate_calibration, evaluate_label_calibration
 from mil.training.checkpoint import CheckpointRecord, package_versions
@@ -90,7 +90,7 @@ def pack(
     wish.check()
     refuse_artefact(folder)
     if wish != Wish():
-        wish.check_task(_read_metrics(folder).get("task", CLASSIFICATION))
+        wish.check_task(RunFolder.open(folder).task)
     record, files = (_pack_ensemble if is_ensemble(folder) else _pack_single)(folder, wish, calibrate)
     return write_artefact(out, record, files | {CARD: write_card(record).encode()})
 
@@ -312,19 +312,9 @@ def _now() -> str:
 
 
 def _read_metrics(folder: Path) -> dict[str, Any]:
-    needed = {"out_of_fold", "warnings", "synthetic", "looks", "created"}
+    needed = ("out_of_fold", "warnings", "synthetic", "looks", "created")
     # an ensemble leaves the counts of its cohort to its members
-    needed |= set() if is_ensemble(folder) else {"cohort"}
-    try:
-        metrics: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        missing = sorted(needed - set(metrics))
-    except (OSError, ValueError) as error:
-        raise RunError(f"got {folder / 'metrics.json'}, which cannot be read ({error}) → bring it back") from error
-    if missing:
-        raise RunError(
-            f"got {folder / 'metrics.json'} without {', '.join(missing)} → expected what mil train writes → train again"
-        )
-    return metrics
+    return RunFolder.open(folder, *needed, *(() if is_ensemble(folder) else ("cohort",))).metrics
 
 
 def _checkpoint_files(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
@@ -332,7 +322,7 @@ def _checkpoint_files(folder: Path, names: tuple[str, ...]) -> dict[str, bytes]:
     files = {}
     for name in names:
         path = folder / "checkpoints" / f"{name}.safetensors"
-        plain = json.loads(path.with_suffix(".json").read_bytes())
+        plain = read_json(path.with_suffix(".json"))
         plain["config"] = _without_paths(plain["config"])
         files[f"checkpoints/{path.name}"] = path.read_bytes()
         files[f"checkpoints/{name}.json"] = json.dumps(plain, indent=2, ensure_ascii=False).encode()

@@ -4,7 +4,6 @@ Every cell of the board is a training by `mil.experiments.crossval`, under the s
 folds, and saved as a run folder of its own; baselines are added. A head that fails costs its row, not the board.
 """
 
-import json
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -32,10 +31,11 @@ from mil.experiments.benchmark_config import DEFAULT_HEADS, BenchmarkConfig, com
 from mil.experiments.crossval import check_target, cross_validate, split_plan
 from mil.experiments.leaderboard import Board, BoardRow, Entrant, board_metrics, rank, score
 from mil.experiments.leaderboard_page import write_page
-from mil.files import write_atomically
+from mil.files import tell_full_disk, write_atomically
 from mil.runs.folders import check_board_folder
 from mil.runs.look_ledger import Look
 from mil.runs.run import check_folder
+from mil.runs.run_folder import RunFolder
 from mil.splits.plan import split_cohort
 from mil.splits.splits import Splits
 from mil.splits.tables import write_splits
@@ -165,8 +165,9 @@ def _benchmark(
     train = config.train
     splits = split_cohort(cohort, split_plan(train))
     tested = cohort.subset(np.flatnonzero(splits.test.any(axis=0)))
-    write_atomically(folder / "config.yaml", config.to_yaml().encode())
-    write_splits(folder / "splits.csv", splits, cohort)
+    with tell_full_disk(folder):
+        write_atomically(folder / "config.yaml", config.to_yaml().encode())
+        write_splits(folder / "splits.csv", splits, cohort)
     replicas = splits.n_folds * len(train.seeds)
     count = _Count(len(sources) * len(config.heads) * replicas, progress or (lambda _: None))
     rows: list[BoardRow] = []
@@ -182,8 +183,8 @@ def _benchmark(
             count.finish(replicas, cell.where)
             board = _board(rows, cohort, tested, config, sources, splits.warnings, folder)
             # after each cell, so that a long benchmark can be followed
-            board.write_csv(folder / "leaderboard.csv")
-            with suppress(MissingExtraError):
+            with tell_full_disk(folder), suppress(MissingExtraError):
+                board.write_csv(folder / "leaderboard.csv")
                 write_page(folder / "leaderboard.html", board)
     with suppress(OSError):
         # gone unless a cell that failed has left replicas there
@@ -326,12 +327,11 @@ def _enter(cell: _Cell, cohort: Cohort, count: _Count) -> Entrant:
 
 def _is_trained(run_folder: Path, train: TrainConfig, cohort: Cohort, bags: Bags) -> bool:
     """Whether a run folder holds the result of exactly this training."""
-    try:
-        found = json.loads((run_folder / "metrics.json").read_text(encoding="utf-8"))["key"]
-    except (OSError, ValueError, KeyError):
+    run = RunFolder.find(run_folder)
+    if run is None or "key" not in run.metrics:
         return False
     splits = split_cohort(cohort, split_plan(train))
-    return bool(found == training_key(train, cohort, splits, bags, resolve_device(train.device)))
+    return bool(run.metrics["key"] == training_key(train, cohort, splits, bags, resolve_device(train.device)))
 
 
 def _board(

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from mil.cohort.cohort import Cohort
-from mil.cohort.targets import CLASSIFICATION
 from mil.evaluation.headlines import HEADLINES, first_headline
 from mil.evaluation.paired import NOTHING, SIGNIFICANT, Interval, Pair
 from mil.evaluation.predictions import Outcomes, seed_scores
@@ -68,10 +67,9 @@ class Entrant:
     @classmethod
     def of_run(cls, name: str, entry: str, folder: Path, where: str) -> "Entrant":
         """A head that was trained, from its run folder, which lies at ``where`` in the board's."""
-        found = read_outcomes(folder)
+        found = read_outcomes(folder, "per_replica")
         task, metrics = found.outcomes.cohort.task, found.metrics
-        classes = task == CLASSIFICATION
-        seeds = metrics["seed_macro_f1"] if classes else seed_scores(read_predictions(folder), first_headline(task))
+        seeds = metrics.get("seed_macro_f1") or seed_scores(read_predictions(folder), first_headline(task))
         return cls(name, entry, "head", found.outcomes, tuple(seeds), _cost(metrics["per_replica"]), "", where)
 
 

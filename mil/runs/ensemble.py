@@ -6,7 +6,6 @@ out-of-fold predictions stay honest; runs that were picked by their test folds m
 good, and only whoever picked can know that.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -23,10 +22,10 @@ from mil.evaluation.paired import gain_over, member_metrics
 from mil.evaluation.predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.evaluation.tables import out_of_fold_rows, stated_task
-from mil.files import new_folder, write_csv, write_json
+from mil.files import new_folder, read_json, write_csv, write_json
 from mil.runs.folders import ENSEMBLE, is_ensemble, refuse_artefact
 from mil.runs.look_ledger import Look
-from mil.runs.run_folder import read_predictions
+from mil.runs.run_folder import RunFolder, read_predictions
 
 _FILES = frozenset({ENSEMBLE, "oof.csv", "metrics.json"})
 
@@ -130,7 +129,7 @@ def read_ensemble(folder: Path) -> tuple[tuple[Path, ...], Averaging]:
         RunError: there is none, or a member has gone.
     """
     try:
-        plain = json.loads((folder / ENSEMBLE).read_text(encoding="utf-8"))
+        plain = read_json(folder / ENSEMBLE)
         members = tuple(Path(each) for each in plain["members"])
         scales = tuple(Scale(**each) for each in plain.get("scales", ()))
         averaging = Averaging(plain["average"], plain.get("task", CLASSIFICATION), scales)
@@ -159,7 +158,8 @@ def over_members(
 def _metrics(paths: Sequence[Path], said: MemberPredictions) -> dict[str, Any]:
     cohort, together = said.cohort, said.outcomes()
     found = evaluate_outcomes(together)
-    facts = [json.loads((path / "metrics.json").read_text(encoding="utf-8")) for path in paths]
+    needed = ("head", "entry", "n_replicas", "synthetic", "out_of_fold")
+    facts = [RunFolder.open(path, *needed).metrics for path in paths]
     members = [
         {"run": str(path), "head": run["head"], "entry": run["entry"]}
         | {name: run["out_of_fold"][name] for name in member_metrics(cohort.task)}

@@ -22,6 +22,7 @@ import numpy as np
 from mil.arrays import BoolArray
 from mil.cohort.joining import OTHER_SUFFIXES, SLIDE_SUFFIXES
 from mil.errors import RunError
+from mil.files import read_json
 
 COHORT = "training_cohort.json"
 _DIGITS = 24
@@ -141,7 +142,7 @@ def _follow(folder: Path, later: tuple[Path, ...]) -> Lineage:
 def _packed_lineage(folder: Path) -> Lineage:
     path = folder / COHORT
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
+        plain = read_json(path)
         cohorts = [TrainingCohort.from_plain(each) for each in (plain, *plain.get("earlier", ()))]
         unknown = tuple(plain.get("unknown", ()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -160,7 +161,7 @@ def _start_of(folder: Path) -> Path | None:
     if not records:
         return None
     try:
-        start = json.loads(records[0].read_text(encoding="utf-8"))["config"].get("init")
+        start = read_json(records[0])["config"].get("init")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"got {records[0]}, which cannot be read ({type(error).__name__} {error}) → it tells which weights were "
@@ -178,7 +179,7 @@ def _is_newer(folder: Path, other: Path) -> bool:
 def _made(folder: Path) -> datetime | None:
     for name, key in (("metrics.json", "created"), ("model.json", "trained")):
         try:
-            return datetime.fromisoformat(json.loads((folder / name).read_text(encoding="utf-8"))[key])
+            return datetime.fromisoformat(read_json(folder / name)[key])
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return None

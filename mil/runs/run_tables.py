@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mil.cohort.targets import CLASSIFICATION
 from mil.errors import RunError
+from mil.runs.run_folder import RunFolder
 
 METRICS_KEYS = (
     "target",
@@ -101,26 +100,13 @@ class RunFiles:
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:
-    """The content of ``metrics.json``; NaN, which Python writes and JSON does not know, is None.
+    """The content of ``metrics.json`` with all that a report needs.
 
     Raises:
         RunError: it is missing, is no JSON or lacks keys.
     """
-    text = _read_text(folder, "metrics.json")
-    try:
-        metrics = json.loads(text, parse_constant=lambda _: None)
-    except json.JSONDecodeError as error:
-        raise RunError(
-            f"got {folder / 'metrics.json'} that is not JSON ({error}) → expected the file that "
-            "`mil train` wrote → run `mil train` again"
-        ) from error
-    missing = [key for key in METRICS_KEYS if not isinstance(metrics, dict) or key not in metrics]
-    if missing:
-        raise RunError(
-            f"got {folder / 'metrics.json'} without {', '.join(missing)} → expected {', '.join(METRICS_KEYS)} → "
-            "train again with this version of tessera-mil"
-        )
-    return {"task": CLASSIFICATION} | dict(metrics)
+    run = RunFolder.open(folder, *METRICS_KEYS)
+    return {"task": run.task} | run.metrics
 
 
 def read_run(folder: Path, metrics: dict[str, Any], columns: Sequence[str]) -> RunFiles:

@@ -1,7 +1,6 @@
 """What a run, a sweep or an ensemble said out of fold, read back from its folder, whatever the target."""
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from mil.evaluation.members import MemberPredictions
 from mil.evaluation.predictions import Outcomes
 from mil.runs.ensemble import read_ensemble
 from mil.runs.folders import is_ensemble
-from mil.runs.run_folder import read_predictions
+from mil.runs.run_folder import RunFolder, read_predictions
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,22 +28,28 @@ class SavedOutcomes:
     metrics: dict[str, Any]
 
 
-def read_outcomes(folder: Path) -> SavedOutcomes:
+def read_outcomes(folder: Path, *needed: str) -> SavedOutcomes:
     """The out-of-fold predictions of a folder of `mil train`, `mil sweep` or `mil ensemble`.
 
     For survival, what each fold's models said: of an ensemble it is made again from its members.
 
+    Args:
+        folder: where it lies.
+        needed: keys that ``metrics.json`` must hold.
+
     Raises:
         RunError: a file is missing, or does not hold what was written.
     """
+    run = RunFolder.open(folder, *needed)
+    run.require_target()
+    metrics = run.metrics
     try:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         with open(folder / "oof.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
             outcomes = outcomes_of(list(csv.DictReader(file)), metrics)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = error.strerror if isinstance(error, OSError) else f"{type(error).__name__} {error}"
         raise RunError(
-            f"got {folder} as run folder → its metrics.json and oof.csv cannot be read ({what}) → give the --out "
+            f"got {folder} as run folder → its oof.csv cannot be read ({what}) → give the --out "
             f"folder of a finished mil train"
         ) from error
     if outcomes.cohort.task == SURVIVAL:

@@ -20,7 +20,7 @@ from extract.store import fingerprint
 from mil.bags.bags import Bags
 from mil.cohort.cohort import Cohort
 from mil.config.train import TrainConfig
-from mil.files import write_atomically
+from mil.files import tell_full_disk, write_atomically
 from mil.splits.splits import Splits
 from mil.splits.tables import split_rows
 from mil.training.checkpoint import package_versions
@@ -146,8 +146,9 @@ def _content_hash(path: Path | None) -> str | None:
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, sha256(buffer.getbuffer()).digest() + buffer.getvalue())
+    with tell_full_disk(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, sha256(buffer.getbuffer()).digest() + buffer.getvalue())
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mil.files import tell_full_disk
+
 LEDGER = "scores.jsonl"
 
 
@@ -47,7 +49,8 @@ class ScoreLedger:
         """Write one down."""
         self._scores[key, fold, seed] = score
         content = {"key": key, "fold": fold, "seed": seed, **vars(score)}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self._path, "a", encoding="utf-8") as file:
-            # a line of its own even after one that was cut short
-            file.write("\n" + json.dumps(content, allow_nan=False) + "\n")
+        with tell_full_disk(self._path.parent):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "a", encoding="utf-8") as file:
+                # a line of its own even after one that was cut short
+                file.write("\n" + json.dumps(content, allow_nan=False) + "\n")

@@ -26,7 +26,7 @@ from mil.config.preflight import missing_inputs
 from mil.errors import SplitError
 from mil.evaluation.predictions import Outcomes, ReplicaPredictions
 from mil.experiments.crossval import check_target, split_plan
-from mil.files import write_atomically
+from mil.files import tell_full_disk, write_atomically
 from mil.runs.folders import check_sweep_folder
 from mil.splits.plan import split_cohort
 from mil.splits.splits import Splits
@@ -116,7 +116,8 @@ def _sweep(store: Store, cohort: Cohort, config: SweepConfig, folder: Path, prog
     entry = choose_entry(store, config.train.backbone)
     data = _open(store, cohort, config, entry)
     warnings = _check_select(data, config.select)
-    write_atomically(folder / "config.yaml", config.to_yaml().encode())
+    with tell_full_disk(folder):
+        write_atomically(folder / "config.yaml", config.to_yaml().encode())
     n_replicas = _count(config, settings, data.splits)
     trainer = TrialTrainer(data, folder / UNFINISHED, n_replicas, progress, config.shares_loss)
     if settings is not None:

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from mil.config.compose import compose_config
 from mil.deployment.artefact import write_artefact
 from mil.deployment.external import evaluate_external
 from mil.deployment.onnx_export import export_onnx
 from mil.errors import RunError
-from mil.experiments.crossval import train
+from mil.experiments.benchmark import benchmark
+from mil.experiments.crossval import cross_validate, train
 from mil.reports.rescore import score_runs
 from mil.runs.ensemble import make_ensemble
 from mil.runs.look_ledger import LEDGER
 from mil.runs.run import Run
+from mil.tuning.sweep import sweep
 from tests.test_mil.small import make_cohort, make_store
 
 COHORT = make_cohort()
@@ -69,3 +72,17 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     save(tmp_path / "out")
     assert (tmp_path / "out").is_dir()
     assert {path.name for path in tmp_path.iterdir()} <= {LEDGER, "out"}
+
+
+@pytest.mark.parametrize("what", ["board", "sweep", "training"])
+def test_what_is_written_on_the_way_is_told_too(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, out = make_store(COHORT), tmp_path / "out"
+    options = {"folds": 2, "seeds": 1, "epochs": 1, "device": "cpu"}
+    begin: dict[str, Callable[[], object]] = {
+        "board": lambda: benchmark([store], COHORT, ["mean"], out, **options),
+        "sweep": lambda: sweep(store, COHORT, {"optimizer.lr": [0.01, 0.001]}, out, head="mean", **options),
+        "training": lambda: cross_validate(store, COHORT, compose_config(values=options), unfinished=out),
+    }
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match=r"got .*No space left on device.* → free some space or choose another"):
+        begin[what]()

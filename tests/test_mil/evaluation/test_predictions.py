@@ -248,7 +248,7 @@ def test_one_label_has_delongs_test(tmp_path: Path) -> None:
 def test_what_is_no_run_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "metrics.json").write_text(text)
     (tmp_path / "oof.csv").write_text("slide_id,patient_id\n")
-    with pytest.raises(RunError, match=r"as run folder → its metrics.json and oof.csv cannot be read"):
+    with pytest.raises(RunError, match=r"metrics\.json.* → .*give the --out folder of a finished mil train"):
         read_outcomes(tmp_path)
 
 
