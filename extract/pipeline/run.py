@@ -29,6 +29,7 @@ from extract.errors import (
     StoreFullError,
 )
 from extract.geometry import ReadPlan
+from extract.pipeline.config import ExtractionConfig
 from extract.pipeline.jobs import (
     CPU_BATCH_SIZE,
     GPU_BATCH_SIZE,
@@ -43,7 +44,7 @@ from extract.pipeline.parity import Parity, measure_parity
 from extract.pipeline.report import ExtractionReport, Progress, SlideOutcome
 from extract.pipeline.sameness import check_same
 from extract.pipeline.stream import Stream
-from extract.reading.isolation import LocalReaders, ReaderLimits, ReaderProcess, Readers, reading_threads, rebuild_error
+from extract.reading.isolation import LocalReaders, ReaderProcess, Readers, reading_threads, rebuild_error
 from extract.reading.reader import cut_request
 from extract.reading.ring import INVALID, Ring, RingShape
 from extract.slides.sources import SlideSource
@@ -59,16 +60,6 @@ _EXECUTIONS_LOOKED_AT = 64
 
 _METADATA = {"zarr.json", "tessera.json", "entry.json"}
 """Files of a store in which there is no slide yet."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How slides are read: none of it changes what is read."""
-
-    default_mpp: float | None
-    reader: str
-    isolation: bool
-    limits: ReaderLimits
 
 
 @dataclass
@@ -89,16 +80,8 @@ class _Slide:
 class ExtractionRun:
     """One run: the store it writes, the stream it drives, the account it keeps."""
 
-    def __init__(
-        self,
-        store: Store,
-        columns: Sequence[Column],
-        reading: Reading,
-        runtime: str,
-        batch_size: int | None,
-        progress: Progress,
-    ) -> None:
-        self._store, self._columns, self._reading, self._progress = store, list(columns), reading, progress
+    def __init__(self, store: Store, columns: Sequence[Column], config: ExtractionConfig, progress: Progress) -> None:
+        self._store, self._columns, self._reading, self._progress = store, list(columns), config.reading, progress
         for column in columns:
             store.create_entry(column.entry, column.backbone.recipe)
         self._log = store.start_run()
@@ -107,8 +90,8 @@ class ExtractionRun:
         self._all_expected = True
         self._device = columns[0].backbone.device
         default = CPU_BATCH_SIZE if self._device.type == "cpu" else GPU_BATCH_SIZE
-        self._batch_size = batch_size or self._recorded_batch_size() or default
-        self._checked = self._choose_runtime(runtime)
+        self._batch_size = config.compute.batch_size or self._recorded_batch_size() or default
+        self._checked = self._choose_runtime(config.compute.runtime)
         self._executions = {column.entry: column.backbone.execution(self._batch_size) for column in columns}
         self._slides: dict[str, _Slide] = {}
         self._outcomes: list[SlideOutcome] = []

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -14,9 +14,10 @@ from extract.backbones.backbone import Backbone
 from extract.backbones.presets import find_preset
 from extract.errors import BackboneError, ExtractError, RuntimeConversionError
 from extract.pipeline.columns import entry_name, make_columns
+from extract.pipeline.config import EntryConfig, ExtractionConfig
 from extract.pipeline.jobs import CPU_BATCH_SIZE, GPU_BATCH_SIZE, Column, SlideJob, available_cores, ring_slots, workers
 from extract.pipeline.stream import Stream
-from extract.planning.planned import MeasuredRate, PlannedEntry, PlanProgress, PlanWish, Sample
+from extract.planning.planned import MeasuredRate, PlannedEntry, PlanProgress, Sample
 from extract.reading.isolation import LocalReaders, ReaderProcess, Readers, reading_threads
 from extract.reading.ring import Ring, RingShape
 from extract.tiling.tiles import context_tiles, recorded_plan
@@ -40,47 +41,37 @@ class PlanModel:
         recipe = backbone.recipe
         return cls(recipe.backbone, recipe.dim, recipe.dtype, backbone)
 
-    def entries(self, wish: PlanWish) -> list[PlannedEntry]:
+    def entries(self, config: EntryConfig) -> list[PlannedEntry]:
         """What it will write; named as `extract.pipeline.columns.make_columns` names it."""
-        name = wish.entry or entry_name(self.name)
+        name = config.entry or entry_name(self.name)
         plain = PlannedEntry(name, self.dim, self.dtype)
-        views = [replace(plain, name=f"{name}@view-{view}") for view in range(1, wish.views + 1)]
-        contexts = [replace(plain, name=f"{name}@context-{mpp:g}", context_mpp=mpp) for mpp in wish.context_mpp]
+        views = [replace(plain, name=f"{name}@view-{view}") for view in range(1, config.views + 1)]
+        contexts = [replace(plain, name=f"{name}@context-{mpp:g}", context_mpp=mpp) for mpp in config.context_mpp]
         return [plain, *views, *contexts]
 
 
-def find_model(
-    given: str | Backbone, load: Callable[[str], Backbone], preset_pooling: str | None, dtype: str
-) -> PlanModel:
+def find_model(given: str | Backbone, config: ExtractionConfig, needed: bool) -> PlanModel:
     """The backbone, loaded; or what its preset declares, where that is enough or all that can be had.
 
     Args:
         given: a name, or a loaded backbone.
-        load: loads one by its name.
-        preset_pooling: the pooling whose declared size is enough; None where the backbone is needed itself.
-        dtype: of the stored embeddings.
+        config: how it is loaded.
+        needed: whether the backbone is needed itself, and not its declared size alone.
     """
     if isinstance(given, Backbone):
         return PlanModel.of(given)
     preset = find_preset(given)
     if preset is None:
-        return PlanModel.of(load(given))
-    if preset_pooling is not None:
-        dim = preset.dim if preset_pooling == "model" else preset.dims.get(preset_pooling)
-        if dim is not None:
-            return PlanModel(preset.name, dim, dtype)
+        return PlanModel.of(config.load(given))
+    pooling, dtype = config.backbone.pooling, config.backbone.dtype
+    dim = preset.dim if pooling == "model" else preset.dims.get(pooling)
+    if dim is not None and not needed:
+        return PlanModel(preset.name, dim, dtype)
     try:
-        return PlanModel.of(load(given))
+        return PlanModel.of(config.load(given))
     except BackboneError as error:
         # the slides can be planned without its weights, and the user learns all at once
         return PlanModel(preset.name, preset.dim, dtype, problem=str(error))
-
-
-def plan_columns(wish: PlanWish, backbone: Backbone) -> list[Column]:
-    return make_columns(backbone, wish.entry, wish.views, wish.augment, wish.context_mpp)
-
-
-# ---------------------------------------------------------------- rate
 
 
 class _Clock:
@@ -119,28 +110,32 @@ class _Clock:
 
 
 def measure_rates(
-    wish: PlanWish, models: Sequence[PlanModel], samples: Sequence[Sample], seconds: float, progress: PlanProgress
+    config: ExtractionConfig,
+    models: Sequence[PlanModel],
+    samples: Sequence[Sample],
+    seconds: float,
+    progress: PlanProgress,
 ) -> tuple[MeasuredRate | None, float, str]:
     """Embed sampled tiles through the ordinary stream; the rate, seconds to the first batch, or why there is none."""
     began = time.monotonic()
     backbones = [model.backbone for model in models if model.backbone is not None]
     device = backbones[0].device
-    size = wish.batch_size or (CPU_BATCH_SIZE if device.type == "cpu" else GPU_BATCH_SIZE)
+    size = config.compute.batch_size or (CPU_BATCH_SIZE if device.type == "cpu" else GPU_BATCH_SIZE)
     try:
         for backbone in backbones:
-            _use_runtime(backbone, wish.runtime, size)
+            _use_runtime(backbone, config.compute.runtime, size)
     except ExtractError as error:
         return None, 0.0, str(error)
-    columns = [column for backbone in backbones for column in plan_columns(wish, backbone)]
+    columns = [column for backbone in backbones for column in make_columns(backbone, config.entries)]
     execution = backbones[0].execution(size)
     where = f"{execution.device} ({execution.precision}, {execution.runtime}, batch size {size})"
     progress.measuring(where)
     clock, started = _Clock(2 * workers(device), seconds), time.monotonic()
     errors: list[Exception | None] = []
-    with _readers(wish, device, size) as (ring, readers):
+    with _readers(config, device, size) as (ring, readers):
         stream = Stream(ring, readers, device, lambda job: errors.append(job.error), clock.tiles_done, clock.enough)
         try:
-            stream.run(_jobs(wish, samples, columns, clock))
+            stream.run(_jobs(config, samples, columns, clock))
         except ExtractError as error:
             errors.append(error)
     errors = [error for error in errors if error is not None]
@@ -164,10 +159,10 @@ def _use_runtime(backbone: Backbone, runtime: str, batch_size: int) -> None:
 
 
 @contextmanager
-def _readers(wish: PlanWish, device: torch.device, batch_size: int) -> Iterator[tuple[Ring, Readers]]:
+def _readers(config: ExtractionConfig, device: torch.device, batch_size: int) -> Iterator[tuple[Ring, Readers]]:
     """A ring and readers as an extraction has them."""
-    ring = Ring(RingShape(ring_slots(device), batch_size, wish.recipe.tile_px, reading_threads(available_cores())))
-    readers: Readers = ReaderProcess(ring, wish.limits) if wish.isolation else LocalReaders(ring)
+    ring = Ring(RingShape(ring_slots(device), batch_size, config.recipe.tile_px, reading_threads(available_cores())))
+    readers: Readers = ReaderProcess(ring, config.reading.limits) if config.reading.isolation else LocalReaders(ring)
     try:
         yield ring, readers
     finally:
@@ -175,7 +170,9 @@ def _readers(wish: PlanWish, device: torch.device, batch_size: int) -> Iterator[
         ring.close()
 
 
-def _jobs(wish: PlanWish, samples: Sequence[Sample], columns: Sequence[Column], clock: _Clock) -> Iterator[SlideJob]:
+def _jobs(
+    config: ExtractionConfig, samples: Sequence[Sample], columns: Sequence[Column], clock: _Clock
+) -> Iterator[SlideJob]:
     """The sampled tiles, again and again until the time is up."""
     for sample in cycle(samples):
         for mpp in dict.fromkeys(column.backbone.recipe.context_mpp for column in columns):
@@ -193,6 +190,6 @@ def _jobs(wish: PlanWish, samples: Sequence[Sample], columns: Sequence[Column], 
                 plan,
                 alike,
                 tuple(np.zeros((len(coords), recipe.dim), recipe.dtype) for recipe in recipes),
-                reader=wish.reader,
-                quality=wish.recipe.quality if mpp is None else None,
+                reader=config.reading.reader,
+                quality=config.recipe.quality if mpp is None else None,
             )

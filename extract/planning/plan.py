@@ -1,36 +1,23 @@
 """What an extraction will do, before it costs a GPU hour: tiles, disk space, time, and the slides that will fail."""
 
-import math
 import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
-from extract.backbones.backbone import DEFAULT_BACKBONE, Backbone, load_backbone
-from extract.errors import (
-    RecipeError,
-    RecipeMismatchError,
-    StoreError,
-)
-from extract.pipeline.columns import check_contexts
+from extract.backbones.backbone import DEFAULT_BACKBONE
+from extract.errors import RecipeMismatchError, StoreError
+from extract.pipeline.columns import make_columns
+from extract.pipeline.config import Backbones, ExtractionConfig, ExtractionSettings, Slides
 from extract.planning.machine import nearest_folder
-from extract.planning.measure import PlanModel, find_model, measure_rates, plan_columns
-from extract.planning.planned import ExtractionPlan, PlanProgress, PlanWish, SilentPlan
+from extract.planning.measure import PlanModel, find_model, measure_rates
+from extract.planning.planned import ExtractionPlan, PlanProgress, SilentPlan
 from extract.planning.planner import Planner
-from extract.reading.isolation import ReaderLimits
-from extract.slides.sources import SlideSource, find_slides, shard
-from extract.store import (
-    AugmentRecipe,
-    Store,
-    TileRecipe,
-    difference,
-    find_format,
-    open_store,
-)
+from extract.slides.sources import SlideSource
+from extract.store import Store, TileRecipe, difference, find_format, open_store
 from extract.store.core.remote_path import RemotePath, store_path
 from extract.store.formats.opening import check_format
 
@@ -38,37 +25,16 @@ _MEASURE_S = 5.0
 
 
 def plan_extraction(
-    slides: str | Path | Sequence[str | Path],
+    slides: Slides,
     store: str | Path | None = None,
-    backbone: str | Backbone | Sequence[str | Backbone] = DEFAULT_BACKBONE,
+    backbone: Backbones = DEFAULT_BACKBONE,
     entry: str | None = None,
     recipe: TileRecipe | None = None,
-    table: str | Path | None = None,
-    default_mpp: float | None = None,
-    weights: str | Path | None = None,
-    pooling: str = "model",
-    dtype: str = "float16",
-    device: str = "auto",
-    batch_size: int | None = None,
-    progress: PlanProgress | None = None,
     *,
-    masks: str | Path | None = None,
-    images: str | None = None,
-    shard_text: str | None = None,
-    views: int = 0,
-    augment: AugmentRecipe | None = None,
-    context_mpp: Sequence[float] = (),
-    runtime: str = "auto",
-    precision: str = "auto",
-    compile_model: bool = False,
-    allow_remote_code: bool = False,
-    reader: str = "auto",
-    isolation: bool = True,
-    limits: ReaderLimits | None = None,
-    format: str | None = None,
+    progress: PlanProgress | None = None,
     measure: bool = True,
     measure_s: float = _MEASURE_S,
-    **tiling: Any,
+    **settings: Unpack[ExtractionSettings],
 ) -> ExtractionPlan:
     """Find out what `extract.pipeline.extraction.run_extraction` will do with the same arguments; writes nothing.
 
@@ -79,8 +45,7 @@ def plan_extraction(
         store: folder of the store; slides that are complete in it are not planned again.
         measure: whether tiles of the first slides are embedded to measure the rate.
         measure_s: seconds to measure for, after a warm-up.
-        **tiling: fields of `TileRecipe`, when no ``recipe`` is given. All other arguments are those of
-            `extract.pipeline.extraction.run_extraction`.
+        **settings: as those of `extract.pipeline.extraction.run_extraction`, and so are all other arguments.
 
     Raises:
         RecipeError: a setting is out of range.
@@ -94,49 +59,19 @@ def plan_extraction(
         >>> plan.n_tiles, plan.cache_bytes, [s.reason for s in plan.failed]  # doctest: +SKIP
         (1200345, 3072883200, [])
     """
-    if default_mpp is not None and not (math.isfinite(default_mpp) and default_mpp > 0):
-        raise RecipeError(f"got a default mpp of {default_mpp} → expected µm per pixel, such as 0.25 → correct it")
+    config = ExtractionConfig.of(slides, backbone, entry, recipe, **settings)
     if store is not None:
-        check_format(store, format)
-    recipe = recipe or TileRecipe(**tiling)
-    check_contexts(recipe, context_mpp)
-    sources = find_slides([slides] if isinstance(slides, (str, Path)) else slides, table, masks, images)
-    if shard_text is not None:
-        sources = shard(sources, shard_text)
-    wish = PlanWish(
-        recipe,
-        entry,
-        views,
-        augment or AugmentRecipe(),
-        tuple(context_mpp),
-        batch_size,
-        runtime,
-        default_mpp,
-        reader,
-        isolation,
-        limits or ReaderLimits(),
-    )
-    load = partial(
-        load_backbone,
-        weights=weights,
-        pooling=pooling,
-        tile_px=recipe.tile_px,
-        dtype=dtype,
-        device=device,
-        precision=precision,
-        compile=compile_model,
-        allow_remote_code=allow_remote_code,
-    )
-    given, began = [backbone] if isinstance(backbone, (str, Backbone)) else backbone, time.monotonic()
-    models = [find_model(each, load, None if measure else pooling, dtype) for each in given]
+        check_format(store, config.format)
+    sources, began = config.slides.find(), time.monotonic()
+    models = [find_model(each, config, measure) for each in config.backbone.backbones]
     loaded_s = time.monotonic() - began
-    plan = _plan(sources, wish, models, None if store is None else store_path(store), measure, measure_s, progress)
+    plan = _plan(sources, config, models, None if store is None else store_path(store), measure, measure_s, progress)
     return replace(plan, start_seconds=plan.start_seconds + loaded_s)
 
 
 def _plan(
     sources: Sequence[SlideSource],
-    wish: PlanWish,
+    config: ExtractionConfig,
     models: Sequence[PlanModel],
     store: Path | None,
     measure: bool,
@@ -145,16 +80,16 @@ def _plan(
 ) -> ExtractionPlan:
     """Plan every slide, then measure."""
     progress = progress or SilentPlan()
-    entries = [entry for model in models for entry in model.entries(wish)]
-    there = None if store is None else _open_existing(store, wish.recipe)
+    entries = [entry for model in models for entry in model.entries(config.entries)]
+    there = None if store is None else _open_existing(store, config.recipe)
     if there is not None:
-        _check_entries(there, wish, models)
-    planner = Planner(wish, entries, there)
+        _check_entries(there, config, models)
+    planner = Planner(config, entries, there)
     slides, samples = planner.plan(sources, progress)
     problems = [model.problem for model in models if model.problem]
     rate, start_s = None, 0.0
     if measure and samples and not problems:
-        rate, start_s, problem = measure_rates(wish, models, samples, measure_s, progress)
+        rate, start_s, problem = measure_rates(config, models, samples, measure_s, progress)
         problems += [problem] if problem else []
     free = None if store is None or isinstance(store, RemotePath) else shutil.disk_usage(nearest_folder(store)).free
     plan = ExtractionPlan(slides, tuple(entries), store, free, rate, planner.cut_seconds, tuple(problems), start_s)
@@ -183,10 +118,10 @@ def _open_existing(path: Path, recipe: TileRecipe) -> Store | None:
     return store
 
 
-def _check_entries(store: Store, wish: PlanWish, models: Sequence[PlanModel]) -> None:
+def _check_entries(store: Store, config: ExtractionConfig, models: Sequence[PlanModel]) -> None:
     """Entries that are there must have been made by the same recipe."""
     backbones = [model.backbone for model in models if model.backbone is not None]
-    for column in chain.from_iterable(plan_columns(wish, backbone) for backbone in backbones):
+    for column in chain.from_iterable(make_columns(backbone, config.entries) for backbone in backbones):
         if column.entry not in store.entries():
             continue
         if changes := difference(store.feature_recipe(column.entry), column.backbone.recipe):

@@ -7,9 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from extract.reading.isolation import ReaderLimits
 from extract.slides.sources import SlideSource
-from extract.store import AugmentRecipe, TileRecipe
 
 
 @dataclass(frozen=True)
@@ -184,23 +182,6 @@ class SilentPlan:
 
     def measuring(self, device: str) -> None:
         """Nothing."""
-
-
-@dataclass(frozen=True)
-class PlanWish:
-    """What is asked for, as far as planning a slide and measuring need it."""
-
-    recipe: TileRecipe
-    entry: str | None
-    views: int
-    augment: AugmentRecipe
-    context_mpp: tuple[float, ...]
-    batch_size: int | None
-    runtime: str
-    default_mpp: float | None
-    reader: str
-    isolation: bool
-    limits: ReaderLimits
 
 
 @dataclass(frozen=True)

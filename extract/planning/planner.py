@@ -13,9 +13,10 @@ import numpy as np
 
 from extract.errors import ExtractError, SlideUnreadableError
 from extract.geometry import ReadPlan
+from extract.pipeline.config import ExtractionConfig
 from extract.pipeline.jobs import available_cores
 from extract.pipeline.sameness import check_same
-from extract.planning.planned import PlannedEntry, PlannedSlide, PlanProgress, PlanWish, Sample
+from extract.planning.planned import PlannedEntry, PlannedSlide, PlanProgress, Sample
 from extract.reading.isolation import LocalReaders, ReaderProcess, Readers, rebuild_error
 from extract.reading.reader import PREPARING_THREADS, cut_request, open_request
 from extract.reading.ring import Ring, RingShape
@@ -28,19 +29,17 @@ _SAMPLED_SLIDES = 8
 _SAMPLED_TILES = 4096
 
 
-# ---------------------------------------------------------------- slides
-
-
 class _Cutters:
     """Reading processes, as many as the cores allow; ``n`` threads at once may ask them for a slide."""
 
-    def __init__(self, wish: PlanWish, n_slides: int) -> None:
+    def __init__(self, config: ExtractionConfig, n_slides: int) -> None:
+        reading = config.reading
         count = min(_MOST_CUTTERS, max(available_cores() // PREPARING_THREADS, 1), -(-n_slides // PREPARING_THREADS))
         # one slot and one reading thread for each slide that is looked at
-        shape = RingShape(PREPARING_THREADS, 1, wish.recipe.tile_px, 2 * PREPARING_THREADS)
-        self._rings = [Ring(shape) for _ in range(count if wish.isolation else 1)]
+        shape = RingShape(PREPARING_THREADS, 1, config.recipe.tile_px, 2 * PREPARING_THREADS)
+        self._rings = [Ring(shape) for _ in range(count if reading.isolation else 1)]
         self._readers: list[Readers] = [
-            ReaderProcess(ring, wish.limits) if wish.isolation else LocalReaders(ring) for ring in self._rings
+            ReaderProcess(ring, reading.limits) if reading.isolation else LocalReaders(ring) for ring in self._rings
         ]
         # a slide waits here and not in a process, whose limit of time begins when it takes the slide up
         self._seats: SimpleQueue[tuple[Readers, int]] = SimpleQueue()
@@ -96,8 +95,8 @@ class _Cutters:
 class Planner:
     """Cuts every slide and keeps the account."""
 
-    def __init__(self, wish: PlanWish, entries: Sequence[PlannedEntry], store: Store | None) -> None:
-        self._wish, self._entries, self._store = wish, entries, store
+    def __init__(self, config: ExtractionConfig, entries: Sequence[PlannedEntry], store: Store | None) -> None:
+        self._config, self._entries, self._store = config, entries, store
         there = set() if store is None else set(store.entries())
         self._done = {
             entry.name: set(store.slide_ids(entry.name)) if store is not None and entry.name in there else set()
@@ -118,7 +117,7 @@ class Planner:
         progress.start(len(sources))
         slides: list[PlannedSlide] = []
         samples: list[Sample] = []
-        cutters = _Cutters(self._wish, len(sources))
+        cutters = _Cutters(self._config, len(sources))
         pool = ThreadPoolExecutor(cutters.n, "plan")
         try:
             for slide, sample in pool.map(lambda source: self._plan_guarded(source, cutters), sources):
@@ -147,17 +146,17 @@ class Planner:
         if self._store is not None and source.slide_id in self._store:
             there = self._store[source.slide_id]
             record, coords = there.record, there.coords()
-            check_same(source, record, self._wish.default_mpp)
+            check_same(source, record, self._config.reading.default_mpp)
         else:
             record, coords = self._cut(source, cutters)
-        for mpp in self._wish.context_mpp:
+        for mpp in self._config.entries.context_mpp:
             context_tiles(record, coords, mpp)
         missing = [entry for entry in self._entries if source.slide_id not in self._done[entry.name]]
         facts = _facts(record) | {"n_tiles": len(coords)}
         if not missing:
             return PlannedSlide(source.slide_id, str(source.path), "complete", **facts), None
         sample = Sample(source, record, _middle(coords))
-        opened, error = cutters.try_tile(source, self._wish.reader, recorded_plan(record), sample.coords[:1])
+        opened, error = cutters.try_tile(source, self._config.reading.reader, recorded_plan(record), sample.coords[:1])
         if error:
             raise rebuild_error(error, source.slide_id)
         facts["n_bytes"] = len(coords) * sum(entry.tile_bytes for entry in missing)
@@ -166,7 +165,9 @@ class Planner:
 
     def _cut(self, source: SlideSource, cutters: _Cutters) -> tuple[dict[str, Any], np.ndarray]:
         """Have a reading process cut a slide, by the request that an extraction makes; its record and coordinates."""
-        request = cut_request(source, self._wish.reader, self._wish.recipe, self._wish.default_mpp)
+        request = cut_request(
+            source, self._config.reading.reader, self._config.recipe, self._config.reading.default_mpp
+        )
         answer, arrays, seconds = cutters.cut(request)
         if "error" in answer:
             raise rebuild_error(answer["error"], source.slide_id)

@@ -1,11 +1,10 @@
 """``mil plan`` and ``mil doctor``: what an extraction will do, and whether the installation is fit for it."""
 
 import csv
-import inspect
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,46 +12,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mil.cli.slides import extract as cli_extract
+from mil.cli.slides.flags import ExtractionFlags, with_extraction_flags
 
 _ROWS_SHOWN = 40
 
-_SAME = (
-    "table",
-    "images",
-    "masks",
-    "default_mpp",
-    "entry",
-    "weights",
-    "pooling",
-    "dtype",
-    "allow_remote_code",
-    "views",
-    "batch_size",
-    "runtime",
-    "precision",
-    "compile_model",
-    "reader",
-    "format",
-)
-"""Flags of ``mil extract`` that `extract.planning.plan.plan_extraction` takes under the same name."""
 
-
-def _with_flags_of_extract(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command every flag of ``mil extract`` beside its own, so that both understand the same line."""
-    own = {
-        name: parameter
-        for name, parameter in inspect.signature(command).parameters.items()
-        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    }
-    flags = inspect.signature(cli_extract.extract).parameters
-    everything = [*(flags | own).values()]
-    everything.sort(key=lambda parameter: parameter.kind)
-    command.__signature__ = inspect.Signature(everything)  # type: ignore[attr-defined]
-    return command
-
-
-@_with_flags_of_extract
+@with_extraction_flags
 def plan(
     *,
     store: Annotated[
@@ -70,7 +35,7 @@ def plan(
     csv_file: Annotated[
         Path | None, typer.Option("--csv", help="Also write one line per slide to this file.", show_default=False)
     ] = None,
-    **flags: Any,
+    **given: Any,
 ) -> None:
     """Say what mil extract will do with the same flags: tiles, disk space, time, and the slides that will fail.
 
@@ -82,9 +47,11 @@ def plan(
         raise typer.BadParameter(
             f"got {csv_file} → expected a file in a folder that exists → correct it", param_hint="--csv"
         )
+    flags = ExtractionFlags(**given)
+    flags.check()
     console = Console()
     try:
-        planned = _plan(console, store=store, measure=measure, **flags)
+        planned = _plan(console, flags, store, measure)
     except KeyboardInterrupt:
         console.print("stopped. Nothing was written.")
         raise typer.Exit(130) from None
@@ -95,65 +62,20 @@ def plan(
         raise typer.Exit(1)
 
 
-def _plan(console: Console, store: Path | None, measure: bool, **flags: Any) -> Any:
+def _plan(console: Console, flags: ExtractionFlags, store: Path | None, measure: bool) -> Any:
     """The plan; its start-up counts the libraries too, which an extraction loads once more."""
     began = time.monotonic()
+    from extract.pipeline.fleet import devices_of
     from extract.planning.plan import plan_extraction
 
     loaded_s = time.monotonic() - began
+    keywords = flags.keywords(devices_of(flags.device)[0])
     progress = _PlanProgress(console)
     try:
-        planned = plan_extraction(store=store, measure=measure, progress=progress, **_arguments(flags))
+        planned = plan_extraction(store=store, measure=measure, progress=progress, **keywords)
     finally:
         progress.end()
     return replace(planned, start_seconds=planned.start_seconds + loaded_s)
-
-
-def _arguments(flags: dict[str, Any]) -> dict[str, Any]:
-    """The flags of ``mil extract`` as arguments of `extract.planning.plan.plan_extraction`."""
-    from extract.pipeline.fleet import devices_of
-    from extract.reading.isolation import ReaderLimits
-    from extract.store import AugmentRecipe
-
-    if not flags["slides"] and flags["table"] is None:
-        raise typer.BadParameter("got no slides → name files or folders, or a --slides table", param_hint="SLIDES")
-    return {name: flags[name] for name in _SAME} | {
-        "slides": flags["slides"] or [],
-        "backbone": flags["backbone"] or ["efficientnet_lite0"],
-        "recipe": _recipe(flags),
-        "device": devices_of(flags["device"])[0],
-        "shard_text": flags["shard"],
-        "augment": AugmentRecipe(flags["augment"], flags["strength"], flags["augment_seed"]),
-        "context_mpp": flags["context_mpp"] or (),
-        "isolation": not flags["no_isolation"],
-        "limits": ReaderLimits(int(flags["reader_memory"] * 1e9), read_s=flags["reader_timeout"]),
-    }
-
-
-def _recipe(flags: dict[str, Any]) -> Any:
-    """The tile recipe that ``mil extract`` makes of the same flags."""
-    from extract.geometry import magnification_to_mpp
-    from extract.store import TileRecipe, TissueRecipe
-
-    mpp, magnification, native = flags["mpp"], flags["magnification"], flags["native"]
-    if sum((mpp is not None, magnification is not None, native)) > 1:
-        raise typer.BadParameter(
-            "got more than one of --mpp, --magnification and --native → they say the same thing → give one"
-        )
-    if magnification is not None:
-        mpp = magnification_to_mpp(magnification)
-    return TileRecipe(
-        None if native else 0.5 if mpp is None else mpp,
-        flags["tile_px"],
-        flags["overlap_px"],
-        flags["edge"],
-        flags["min_tissue"],
-        flags["allow_upsampling"],
-        tissue=TissueRecipe(method=flags["tissue"], exclude_pen=not flags["keep_pen"]),
-        gap_px=flags["gap_px"],
-        jitter_px=flags["jitter_px"],
-        jitter_seed=flags["jitter_seed"],
-    )
 
 
 class _PlanProgress:

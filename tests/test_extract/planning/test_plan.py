@@ -20,12 +20,13 @@ from extract.errors import (
     StoreError,
 )
 from extract.pipeline.columns import make_columns
+from extract.pipeline.config import EntryConfig
 from extract.pipeline.extraction import run_extraction
 from extract.planning.plan import plan_extraction
 from extract.planning.planned import ExtractionPlan, PlannedSlide, SilentPlan
 from extract.reading.isolation import ReaderProcess
 from extract.reading.reader import Reader
-from extract.store import AugmentRecipe, open_store
+from extract.store import open_store
 from tests.test_extract.small import TILES, tiny_backbone, tree, write_slide
 
 Planner = Callable[..., ExtractionPlan]
@@ -95,9 +96,9 @@ def test_entries_are_named_as_the_extraction_names_them():
     from extract.planning.measure import PlanModel
 
     backbone = tiny_backbone()
-    columns = make_columns(backbone, None, 2, AugmentRecipe(), (1.0, 2.0))
-    wish = namedtuple("Wish", "entry views context_mpp")(None, 2, (1.0, 2.0))
-    entries = PlanModel.of(backbone).entries(wish)  # type: ignore[arg-type]
+    config = EntryConfig(views=2, context_mpp=(1.0, 2.0))
+    columns = make_columns(backbone, config)
+    entries = PlanModel.of(backbone).entries(config)
     assert [entry.name for entry in entries] == [column.entry for column in columns]
     assert [entry.context_mpp for entry in entries] == [column.backbone.recipe.context_mpp for column in columns]
 
@@ -148,7 +149,7 @@ def test_presets_need_not_be_loaded_for_their_size(slides: Path, monkeypatch: py
     def refuse(*arguments: object, **keywords: object) -> None:
         raise BackboneError("got no weights → expected some → mil models pull")
 
-    monkeypatch.setattr("extract.planning.plan.load_backbone", refuse)
+    monkeypatch.setattr("extract.pipeline.config.load_backbone", refuse)
     planned = plan(slides / "a", backbone="uni")
     assert (planned.entries[0].dim, planned.problems) == (1024, ())
     # to measure they are needed: the plan is made, and says what stands in the way
@@ -179,7 +180,7 @@ def test_loading_the_backbone_is_part_of_the_start(slides: Path, monkeypatch: py
         time.sleep(0.3)
         return tiny_backbone()
 
-    monkeypatch.setattr("extract.planning.plan.load_backbone", load)
+    monkeypatch.setattr("extract.pipeline.config.load_backbone", load)
     assert plan(slides / "a", backbone="tiny").start_seconds >= 0.3
 
 
