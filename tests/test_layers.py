@@ -83,12 +83,8 @@ MOST_FILES, MOST_LINES = 12, 400
 
 
 TO_SPLIT = {
-    "extract.backbones.presets",
     "extract.pipeline.run",
     "extract.pipeline.stream",
-    "extract.reading.isolation",
-    "extract.slides.direct",
-    "extract.slides.sources",
 }
 
 

@@ -1,7 +1,8 @@
 """Published backbones as data: where the weights lie, what they expect, what they give, and the known traps.
 
 A row adds facts, not code: `kind` names how the architecture is built, `layout` how the file's tensors are named.
-Facts that could not be checked against their source say "unconfirmed" in the note; a revision of ``main`` is unpinned.
+Facts that could not be checked against their source say `unconfirmed` in the note; a revision of ``main`` is unpinned.
+The file is longer than 400 lines because it is one table, a record a backbone.
 """
 
 from collections.abc import Mapping

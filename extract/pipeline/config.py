@@ -12,7 +12,8 @@ from typing import Any, Self, TypedDict, Unpack
 from extract.backbones.backbone import DEFAULT_BACKBONE, Backbone, load_backbone
 from extract.errors import RecipeError
 from extract.reading.isolation import ReaderLimits
-from extract.slides.sources import SlideSource, find_slides, shard
+from extract.slides.source import SlideSource
+from extract.slides.sources import find_slides, shard
 from extract.store import AugmentRecipe, QualityRecipe, TileRecipe, TissueRecipe
 
 Slides = str | Path | Sequence[str | Path]

@@ -7,7 +7,7 @@ import numpy as np
 from extract.backbones.backbone import Backbone
 from extract.errors import StoreError, TileDecodeError
 from extract.slides.image import open_slide
-from extract.slides.sources import SlideSource
+from extract.slides.source import SlideSource
 from extract.store import SlideReader
 from extract.tiling.tiles import context_tiles, recorded_plan
 

@@ -44,10 +44,12 @@ from extract.pipeline.parity import Parity, measure_parity
 from extract.pipeline.report import ExtractionReport, Progress, SlideOutcome
 from extract.pipeline.sameness import check_same
 from extract.pipeline.stream import Stream
-from extract.reading.isolation import LocalReaders, ReaderProcess, Readers, reading_threads, rebuild_error
+from extract.reading.answers import rebuild_error
+from extract.reading.isolation import ReaderProcess
 from extract.reading.reader import cut_request
+from extract.reading.readers import LocalReaders, Readers, reading_threads
 from extract.reading.ring import INVALID, Ring, RingShape
-from extract.slides.sources import SlideSource
+from extract.slides.source import SlideSource
 from extract.store import SlideReader, Store, TileRecipe, TilesUnit, difference, fingerprint, to_dict
 from extract.store.core.draft import LEASE_S, Draft
 from extract.tiling.pen import is_dark_field

@@ -6,7 +6,7 @@ from typing import Any
 
 from extract.errors import SlideChangedError
 from extract.slides.masks import mask_sha256
-from extract.slides.sources import SlideSource
+from extract.slides.source import SlideSource
 from extract.store import SlideFingerprint
 
 

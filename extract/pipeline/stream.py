@@ -25,9 +25,10 @@ from extract.backbones.views import augment, tile_key
 from extract.errors import FeatureRangeError, ReaderError
 from extract.memory import keep_freed_memory
 from extract.pipeline.jobs import Column, SlideJob, StreamStats, workers
+from extract.reading.answers import rebuild_error
 from extract.reading.channel import Message
-from extract.reading.isolation import Readers, rebuild_error
 from extract.reading.reader import open_request
+from extract.reading.readers import Readers
 from extract.reading.ring import INVALID, Ring
 
 RUN_TILES = 16

@@ -18,7 +18,8 @@ from extract.pipeline.config import EntryConfig, ExtractionConfig
 from extract.pipeline.jobs import CPU_BATCH_SIZE, GPU_BATCH_SIZE, Column, SlideJob, available_cores, ring_slots, workers
 from extract.pipeline.stream import Stream
 from extract.planning.planned import MeasuredRate, PlannedEntry, PlanProgress, Sample
-from extract.reading.isolation import LocalReaders, ReaderProcess, Readers, reading_threads
+from extract.reading.isolation import ReaderProcess
+from extract.reading.readers import LocalReaders, Readers, reading_threads
 from extract.reading.ring import Ring, RingShape
 from extract.tiling.tiles import context_tiles, recorded_plan
 

@@ -16,7 +16,7 @@ from extract.planning.machine import nearest_folder
 from extract.planning.measure import PlanModel, find_model, measure_rates
 from extract.planning.planned import ExtractionPlan, PlanProgress, SilentPlan
 from extract.planning.planner import Planner
-from extract.slides.sources import SlideSource
+from extract.slides.source import SlideSource
 from extract.store import Store, TileRecipe, difference, find_format, open_store
 from extract.store.core.remote_path import RemotePath, store_path
 from extract.store.formats.opening import check_format

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from extract.slides.sources import SlideSource
+from extract.slides.source import SlideSource
 
 
 @dataclass(frozen=True)

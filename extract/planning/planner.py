@@ -17,10 +17,12 @@ from extract.pipeline.config import ExtractionConfig
 from extract.pipeline.jobs import available_cores
 from extract.pipeline.sameness import check_same
 from extract.planning.planned import PlannedEntry, PlannedSlide, PlanProgress, Sample
-from extract.reading.isolation import LocalReaders, ReaderProcess, Readers, rebuild_error
+from extract.reading.answers import rebuild_error
+from extract.reading.isolation import ReaderProcess
 from extract.reading.reader import PREPARING_THREADS, cut_request, open_request
+from extract.reading.readers import LocalReaders, Readers
 from extract.reading.ring import Ring, RingShape
-from extract.slides.sources import SlideSource
+from extract.slides.source import SlideSource
 from extract.store import Store
 from extract.tiling.tiles import context_tiles, recorded_plan
 

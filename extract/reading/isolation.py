@@ -21,14 +21,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-import extract.errors
-from extract.errors import ExtractError, ReaderError, RecipeError, SlideError, SlideUnreadableError, TileDecodeError
+from extract.errors import ReaderError
+from extract.reading.answers import check_answer, killed
 from extract.reading.channel import Channel, Message
-from extract.reading.reader import PREPARING_THREADS, Reader
 from extract.reading.ring import INVALID, Ring
 
 KILLS_PER_SLIDE = 3
@@ -63,67 +62,6 @@ class ReaderLimits:
     memory_bytes: int = 8 << 30
     cut_s: float = 900.0
     read_s: float = 180.0
-
-
-class Readers(Protocol):
-    """Whoever answers the requests of `extract.reading.reader.Reader`."""
-
-    def request(self, values: Mapping[str, Any]) -> "Future[Message]":
-        """Ask for a cut or a read."""
-
-    def tell(self, values: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
-        """Begin or end the reading of a slide."""
-
-    def close(self) -> None:
-        """End the reading."""
-
-
-def rebuild_error(description: Mapping[str, str], slide_id: str) -> ExtractError:
-    """The error that the reader described."""
-    kind, message, trace = description["kind"], description["message"], description["trace"]
-    known = getattr(extract.errors, kind, None)
-    if isinstance(known, type) and issubclass(known, (SlideError, TileDecodeError, RecipeError)):
-        return known(message)
-    if kind == "MemoryError":
-        return SlideUnreadableError(
-            f"got slide {slide_id!r} that needs more memory than the reader may take → a damaged or hostile file, or "
-            f"too small a limit → check the file, or raise --reader-memory"
-        )
-    if not trace:
-        return SlideUnreadableError(f"got slide {slide_id!r} → {kind}: {message} → check the file and its folder")
-    return ReaderError(f"unexpected {kind}: {message}", trace)
-
-
-class LocalReaders:
-    """Reads in threads of this process: for debugging, and where there is no second process to be had."""
-
-    def __init__(self, ring: Ring) -> None:
-        self._futures: dict[int, Future[Message]] = {}
-        self._lock = threading.Lock()
-        self._next = 1
-        self._reader = Reader(ring, self._answer)
-
-    def request(self, values: Mapping[str, Any]) -> "Future[Message]":
-        """Ask for a cut or a read."""
-        future: Future[Message] = Future()
-        with self._lock:
-            task, self._next = self._next, self._next + 1
-            self._futures[task] = future
-        self._reader.handle(dict(values) | {"task": task}, ())
-        return future
-
-    def tell(self, values: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
-        """Begin or end the reading of a slide."""
-        self._reader.handle(dict(values), arrays)
-
-    def close(self) -> None:
-        """End the threads."""
-        self._reader.close()
-
-    def _answer(self, values: Mapping[str, Any], arrays: Sequence[np.ndarray]) -> None:
-        with self._lock:
-            future = self._futures.pop(values["task"])
-        future.set_result((dict(values), list(arrays)))
 
 
 @dataclass
@@ -287,7 +225,7 @@ class ReaderProcess:
             task = self._tasks.get(values["task"])
             if task is None:
                 return
-            checked = _checked(values, task.values)
+            checked = check_answer(values, task.values)
             self._tasks.pop(task.number)
             self._starts = 0
             if task.whole is None:
@@ -385,7 +323,7 @@ class ReaderProcess:
         """Deal with the task that killed its reader: a cut fails, a run is split, a tile is invalid."""
         values = task.values
         if values["do"] == "cut":
-            description = _killed(values["slide_id"], cause)
+            description = killed(values["slide_id"], cause)
             return [(task, ({"task": task.number, "error": description}, []))]
         tiles = [(key, row) for key, start, stop in values["runs"] for row in range(start, stop)]
         if len(tiles) > 1:
@@ -399,7 +337,7 @@ class ReaderProcess:
         if self._kills[key] >= KILLS_PER_SLIDE:
             # the next process does not know the slide, and answers whatever else is asked of it at once
             slide = self._opened.pop(key, None)
-            errors[str(key)] = _killed(slide[0]["slide_id"] if slide else str(key), cause)
+            errors[str(key)] = killed(slide[0]["slide_id"] if slide else str(key), cause)
         if task.whole is not None:
             return self._part_done(task, errors, 0.0)
         return [(task, ({"task": task.number, "errors": errors, "cpu_s": 0.0}, []))]
@@ -424,40 +362,3 @@ class ReaderProcess:
         waiting, self._tasks = {id(task.whole or task): task.whole or task for task in self._tasks.values()}, {}
         for task in waiting.values():
             task.future.set_exception(error)
-
-
-def _killed(slide_id: str, cause: str) -> dict[str, str]:
-    message = (
-        f"got slide {slide_id!r} whose reading process {cause} → a damaged or hostile file, or a defect of the decoder "
-        f"→ copy the file again, convert it, or try --reader openslide"
-    )
-    return {"kind": "SlideUnreadableError", "message": message, "trace": ""}
-
-
-def _checked(values: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """An answer in the shape that was asked for; nothing in it is believed further than that.
-
-    Raises:
-        ValueError: it has another shape.
-    """
-    if asked["do"] == "cut":
-        return {"error": _description(values["error"])} if "error" in values else {"record": dict(values["record"])}
-    keys = {str(key) for key, _, _ in asked["runs"]}
-    errors = dict.fromkeys(keys, values["error"]) if "error" in values else values["errors"]
-    opened = values.get("opened", {})
-    if not (set(errors) <= keys and set(opened) <= keys):
-        raise ValueError("got an answer about other slides than those asked for")
-    return {
-        "errors": {key: _description(error) for key, error in errors.items()},
-        "opened": {key: {name: str(told[name]) for name in ("reader", "note")} for key, told in opened.items()},
-        "cpu_s": float(values.get("cpu_s", 0.0)),
-    }
-
-
-def _description(error: Mapping[str, Any]) -> dict[str, str]:
-    return {name: str(error[name]) for name in ("kind", "message", "trace")}
-
-
-def reading_threads(cores: int) -> int:
-    """Threads of a reading process: those that cut, and one per core that reads."""
-    return PREPARING_THREADS + cores

@@ -28,7 +28,7 @@ from extract.memory import keep_freed_memory
 from extract.reading.channel import Channel
 from extract.reading.ring import INVALID, Ring, RingShape
 from extract.slides.image import SlideLike, open_slide
-from extract.slides.sources import SlideSource
+from extract.slides.source import SlideSource
 from extract.store import QualityRecipe, TileRecipe, from_dict
 from extract.tiling.quality import tile_flags
 from extract.tiling.tiles import cut_slide

@@ -8,17 +8,15 @@ What cannot be had identical this way is left to OpenSlide.
 
 import os
 import struct
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from io import FileIO
-from pathlib import Path
-from threading import Lock
-from typing import Any, Protocol, Self
+from typing import Self
 
 import numpy as np
 
-from extract.errors import ExtractError, SlideUnreadableError, TileDecodeError
+from extract.errors import SlideUnreadableError, TileDecodeError
+from extract.slides.tile_cache import TileCache
+from extract.slides.tile_grid import START_OF_IMAGE, NotDirectError, SlideFacts, TileGrid, find_grids
 
 CACHE_BYTES = 128 << 20
 """Decoded source tiles kept per slide: two rows of 256 px tiles of a slide 80,000 px wide."""
@@ -29,145 +27,11 @@ _VENDORS = ("aperio", "generic-tiff")
 _MAX_REGION_PX = 4096
 """OpenSlide cuts larger reads into blocks of this side and rounds the corner of each."""
 
-_MAX_TILE_PX = 4096
-_MAX_PAGES = 256
-_JPEG, _RGB, _YCBCR, _CONTIGUOUS = 7, 2, 6, 1  # values of TIFF tags
-_START_OF_IMAGE = b"\xff\xd8"
-_ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
-_ADOBE_YCBCR = _ADOBE_RGB[:-1] + b"\x01"
 _NO_FRAME_HEADER = (0xC4, 0xC8, 0xCC)
-_BROKEN_TIFF = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
-"""What tifffile raises on a damaged file."""
-
-
-class NotDirectError(ExtractError, ValueError):
-    """The slide, or a level of it, cannot be read directly; the message is the reason."""
 
 
 class _UndecidedError(Exception):
     """A tile looks damaged: OpenSlide has the last word on it."""
-
-
-class SlideFacts(Protocol):
-    """What `DirectReader.open` must know of a slide; a `Slide` is one."""
-
-    path: Path
-    name: str
-    vendor: str
-    background: tuple[int, int, int]
-    downsamples: tuple[float, ...]
-    level_sizes: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class TileGrid:
-    """Where the compressed tiles of one level lie in the file.
-
-    Attributes:
-        downsample: level-0 pixels per pixel of the level.
-        size: width and height of the level.
-        tile: width and height of a source tile.
-        offsets: uint64 [rows, columns], place in the file.
-        counts: uint64 [rows, columns], compressed bytes.
-        head: what stands before each tile's own JPEG stream: its colour space and the tables shared by all tiles.
-        missing: which tiles the file leaves out and OpenSlide paints in its own way, bool [rows, columns]; None where
-            none is.
-    """
-
-    downsample: float
-    size: tuple[int, int]
-    tile: tuple[int, int]
-    offsets: np.ndarray
-    counts: np.ndarray
-    head: bytes
-    missing: np.ndarray | None
-
-    @classmethod
-    def of_page(cls, page: Any, downsample: float) -> Self:
-        """The grid of a TIFF page.
-
-        Raises:
-            NotDirectError: the page is not what this module reads.
-        """
-        size, tile = (page.imagewidth, page.imagelength), (page.tilewidth, page.tilelength)
-        shape = (-(-size[1] // tile[1]), -(-size[0] // tile[0])) if min(tile) > 0 else (0, 0)
-        wanted = {
-            "compression": (int(page.compression), (_JPEG,)),
-            "photometric interpretation": (int(page.photometric), (_RGB, _YCBCR)),
-            "planar configuration": (int(page.planarconfig), (_CONTIGUOUS,)),
-            "samples per pixel": (page.samplesperpixel, (3,)),
-            "bits per sample": (page.bitspersample, (8,)),
-            "number of tile offsets": (len(page.dataoffsets), (shape[0] * shape[1],)),
-            "number of tile sizes": (len(page.databytecounts), (shape[0] * shape[1],)),
-        }
-        for what, (value, allowed) in wanted.items():
-            if value not in allowed:
-                raise NotDirectError(f"{what} {value} where {' or '.join(map(str, allowed))} is read directly")
-        if not 0 < min(tile) <= max(tile) <= _MAX_TILE_PX:
-            raise NotDirectError(f"TIFF tiles of {tile[0]} x {tile[1]} px where up to {_MAX_TILE_PX} are read directly")
-        offsets, counts = (np.array(v, dtype=np.uint64).reshape(shape) for v in (page.dataoffsets, page.databytecounts))
-        # the TIFF says the colour space, not the stream: Aperio's RGB decoded as YCbCr is off by up to 254
-        colours = _ADOBE_RGB if int(page.photometric) == _RGB else _ADOBE_YCBCR
-        head = _START_OF_IMAGE + colours + (page.jpegtables or b"")[2:-2]
-        missing = np.asarray((offsets == 0) | (counts == 0))
-        return cls(downsample, size, tile, offsets, counts, head, missing if missing.any() else None)
-
-    def corner(self, x_l0: int, y_l0: int) -> tuple[int, int] | None:
-        """A place in level-0 px as whole pixels of the level, or None where OpenSlide would interpolate."""
-        x, y = x_l0 / self.downsample, y_l0 / self.downsample
-        return (int(x), int(y)) if x.is_integer() and y.is_integer() else None
-
-
-class TileCache:
-    """Decoded source tiles, the least recently used dropped first; several threads decode a tile once."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        """Keep at most ``limit_bytes``; 0 keeps nothing."""
-        self.limit_bytes = limit_bytes
-        self.held_bytes = 0
-        self._tiles: OrderedDict[tuple[int, int, int], np.ndarray] = OrderedDict()
-        self._lock = Lock()
-        self._making = [Lock() for _ in range(64)]
-
-    def get(self, key: tuple[int, int, int], make: Callable[[], np.ndarray]) -> np.ndarray:
-        """The tile of ``key``, made if it is not held; it must not be written to."""
-        found = self._find(key)
-        if found is None:
-            with self._making[hash(key) % len(self._making)]:
-                found = self._find(key)
-                if found is None:
-                    found = make()
-                    self._hold(key, found)
-        return found
-
-    def clear(self) -> None:
-        """Drop everything."""
-        with self._lock:
-            self._tiles.clear()
-            self.held_bytes = 0
-
-    def _find(self, key: tuple[int, int, int]) -> np.ndarray | None:
-        with self._lock:
-            if key in self._tiles:
-                self._tiles.move_to_end(key)
-            return self._tiles.get(key)
-
-    def _hold(self, key: tuple[int, int, int], tile: np.ndarray) -> None:
-        with self._lock:
-            self._tiles[key] = tile
-            self.held_bytes += tile.nbytes
-            while self.held_bytes > self.limit_bytes:
-                self.held_bytes -= self._tiles.popitem(last=False)[1].nbytes
 
 
 class DirectReader:
@@ -355,43 +219,6 @@ class DirectReader:
         return TileDecodeError(f"{place}: {problem} → the file is damaged there; copy it again")
 
 
-def find_grids(slide: SlideFacts) -> tuple[TileGrid, ...]:
-    """The tile grid of every level, each in the one TIFF page that has its size.
-
-    Raises:
-        NotDirectError: a level has no such page, or several, or one that is not read directly; or the file is broken.
-    """
-    import tifffile
-
-    try:
-        with tifffile.TiffFile(slide.path) as tiff:
-            tiled = [page for page in _pages(tiff) if page.is_tiled]
-            grids = []
-            for level, (size, downsample) in enumerate(zip(slide.level_sizes, slide.downsamples, strict=True)):
-                pages = [page for page in tiled if (page.imagewidth, page.imagelength) == size]
-                if len(pages) != 1:
-                    raise NotDirectError(f"level {level} has {len(pages)} tiled TIFF pages of its size, not one")
-                grids.append(TileGrid.of_page(pages[0], downsample))
-                if slide.vendor == "aperio" and level and grids[-2].missing is not None:
-                    # OpenSlide does not trust what was made from missing tiles
-                    grids[-1] = replace(grids[-1], missing=np.ones(grids[-1].counts.shape, dtype=bool))
-    except NotDirectError:
-        raise
-    except _BROKEN_TIFF as error:
-        raise NotDirectError(f"its TIFF structure cannot be read: {error}") from error
-    return tuple(grids)
-
-
-def _pages(tiff: Any) -> Iterator[Any]:
-    """The first pages one by one: asking for their number would follow a chain that never ends."""
-    for i in range(_MAX_PAGES):
-        try:
-            yield tiff.pages[i]
-        except IndexError:
-            return
-    raise NotDirectError(f"more than {_MAX_PAGES} TIFF pages")
-
-
 def _room(width: int, height: int) -> np.ndarray:
     """An empty tile uint8 [height, width, 3] that starts 16 bytes beside a multiple of 32.
 
@@ -417,7 +244,7 @@ def _touched(first: int, end: int, side: int) -> range:
 
 def _frame_size(data: bytes) -> tuple[int, int, int] | None:
     """Width, height and channels that the frame header of a JPEG stream declares; None if there is none."""
-    at = 2 if data.startswith(_START_OF_IMAGE) else len(data)
+    at = 2 if data.startswith(START_OF_IMAGE) else len(data)
     while at + 10 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAME_HEADER:

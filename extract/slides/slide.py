@@ -15,7 +15,8 @@ from PIL import Image
 
 from extract.errors import MissingMppError, RecipeError, ScaleError, SlideUnreadableError, TileDecodeError
 from extract.geometry import ReadPlan, resample_area
-from extract.slides.direct import DirectReader, NotDirectError
+from extract.slides.direct import DirectReader
+from extract.slides.tile_grid import NotDirectError
 
 SYNTHETIC_SOFTWARE = "Tessera synthetic slide"
 """Software tag of drawn slides, so that whatever is made of them can say so."""

@@ -1,49 +1,26 @@
 """Which slides a run is about: files, folders, masks and the slide table; the ids they get; shards of them."""
 
-import csv
-import io
-import math
 import os
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from extract.errors import SlideTableError
 from extract.slides.image import PLAIN_EXTENSIONS
-from extract.slides.masks import MASK_EXTENSIONS
+from extract.slides.mask_rule import MaskRule, image_pattern
+from extract.slides.slide_table import from_row, override, read_table, resolved
+from extract.slides.source import SlideSource
 
 SLIDE_EXTENSIONS = frozenset(
     {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".vmu", ".dcm", ".czi"}
 )
 """What is taken from folders; files named one by one may have any extension."""
 
-_COLUMNS = ("path", "slide_id", "patient_id", "mpp", "mask")
-_DELIMITERS = (",", ";", "\t")
-_LINE = "line of the table"
 _MASK_WORD = re.compile(r"(?<![a-z])masks?(?![a-z])", re.IGNORECASE)
 _MASKS_LOOKED_AT = 16
-
-
-@dataclass(frozen=True)
-class SlideSource:
-    """One slide to extract.
-
-    Attributes:
-        path: the file.
-        slide_id: its id in the store.
-        mpp: µm/px of level 0 from the slide table, or None.
-        mask: the mask given for it, or None. It may not exist: then it is this slide that fails, and no other.
-        patient_id: the patient from the slide table, or None.
-    """
-
-    path: Path
-    slide_id: str
-    mpp: float | None = None
-    mask: Path | None = None
-    patient_id: str | None = None
 
 
 def find_slides(
@@ -84,19 +61,19 @@ def find_slides(
         SlideTableError: no slide at all, a table or pattern that cannot be used, no mask at all though there should
             be, one mask for two slides, or ids that stay ambiguous.
     """
-    rows = _read_table(Path(table)) if table is not None else []
-    rule = _MaskRule(masks, images) if masks is not None else None
+    rows = read_table(Path(table)) if table is not None else []
+    rule = MaskRule(masks, images) if masks is not None else None
     if inputs:
-        table_masks = {_resolved(row["mask"], table) for row in rows if row.get("mask")}
-        pairs = _merge_series(_walk(inputs, None if images is None else _pattern(images), rule, table_masks))
+        table_masks = {resolved(row["mask"], table) for row in rows if row.get("mask")}
+        pairs = _merge_series(_walk(inputs, None if images is None else image_pattern(images), rule, table_masks))
         if rule is None and images is None:
             _check_no_masks(path for _, path in pairs if path.resolve() not in table_masks)
         named = _name(pairs)
         if rule is not None:
             named = [replace(s, mask=rule.mask_of(*pair)) for s, pair in zip(named, pairs, strict=True)]
-        sources = _override(named, rows, table)
+        sources = override(named, rows, table)
     else:
-        sources = [_from_row(row, table, rule) for row in rows]
+        sources = [from_row(row, table, rule) for row in rows]
     if not sources:
         sought = images or " ".join(sorted(SLIDE_EXTENSIONS | PLAIN_EXTENSIONS))
         raise SlideTableError(
@@ -149,66 +126,10 @@ def _size_bytes(path: Path) -> int:
         return 0
 
 
-class _MaskRule:
-    """Which file is the mask of which image."""
-
-    def __init__(self, masks: str | Path, images: str | None) -> None:
-        self._images = None if images is None else _pattern(images)
-        self._folder = Path(masks) if Path(masks).is_dir() else None
-        self._pattern = Path(masks)
-        if self._folder is None and re.search(r"\{(stem)?\}|\*", str(self._pattern.parent)):
-            raise SlideTableError(
-                f"got masks {str(masks)!r} → {{}} and {{stem}} stand in the file name, not in a folder's → write for "
-                f"instance ../masks/{{}}.png"
-            )
-        wild = re.escape(self._pattern.name).replace(r"\{stem\}", "{}").replace(r"\{\}", "{}")
-        self._name = re.compile(wild.replace("{}", ".+"))
-
-    def mask_of(self, root: Path, path: Path) -> Path:
-        """Where the mask of the image ``path`` below ``root`` is expected."""
-        if self._folder is not None:
-            return self._in_folder(self._folder, path.relative_to(root))
-        match = self._images.fullmatch(path.name) if self._images else None
-        part = match[1] if match and match.groups() else path.stem
-        name = self._pattern.name.replace("{stem}", path.stem).replace("{}", part)
-        return path.parent / self._pattern.parent / name
-
-    def without_masks(self, files: Sequence[Path]) -> list[Path]:
-        """The files that are no masks of the others."""
-        if self._folder is not None:
-            return [file for file in files if not file.resolve().is_relative_to(self._folder.resolve())]
-        folders = {os.path.normpath(folder / self._pattern.parent) for folder in {file.parent for file in files}}
-        return [f for f in files if not (os.path.normpath(f.parent) in folders and self._name.fullmatch(f.name))]
-
-    @staticmethod
-    def _in_folder(folder: Path, relative: Path) -> Path:
-        for stem in (relative.with_suffix(""), Path(relative.stem)):
-            # not with_suffix: a stem may hold a point
-            found = [path for end in MASK_EXTENSIONS if (path := folder / f"{stem}{end}").is_file()]
-            if len(found) > 1:
-                raise SlideTableError(
-                    f"got masks {[str(path) for path in found]} for {relative} → expected one → remove the other, or "
-                    f"give a pattern such as {folder}/{{}}.png"
-                )
-            if found:
-                return found[0]
-        return folder / f"{relative.stem}.png"
-
-
-def _pattern(images: str) -> re.Pattern[str]:
-    """A pattern of file names with one group for ``{}``."""
-    if "/" in images or "*" in images or images.count("{}") > 1 or "{stem}" in images:
-        raise SlideTableError(
-            f"got images {images!r} → expected the pattern of a file name with one {{}} → write for instance "
-            f"img_{{}}.png"
-        )
-    return re.compile(re.escape(images).replace(r"\{\}", "(.+)"))
-
-
 def _walk(
     inputs: Iterable[str | Path],
     images: re.Pattern[str] | None,
-    rule: _MaskRule | None,
+    rule: MaskRule | None,
     table_masks: Collection[Path],
 ) -> list[tuple[Path, Path]]:
     """(root, file) pairs, each file once, without masks."""
@@ -307,144 +228,6 @@ def _name(pairs: list[tuple[Path, Path]]) -> list[SlideSource]:
                 for i in group:
                     ids[i] = forms[i][depth]
     return [SlideSource(path, slide_id) for (_, path), slide_id in zip(pairs, ids, strict=True)]
-
-
-def _read_table(table: Path) -> list[dict[str, str]]:
-    if not table.is_file():
-        raise SlideTableError(f"got slide table {table} → there is no such file → check the path")
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SlideTableError(f"got slide table {table} → it is not UTF-8 ({error}) → save it as UTF-8 CSV") from error
-    header, lines = _parse(table, text)
-    _check_columns(table, header)
-    rows = [_check_row(table, number, dict(zip(header, cells, strict=False)), len(cells)) for number, cells in lines]
-    _check_once(table, rows)
-    return rows
-
-
-def _parse(table: Path, text: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Column names, and (line, cells) of every row that is not blank.
-
-    Spreadsheets write commas, semicolons or tabs, as their language has it: the header tells which.
-    """
-    header = text.partition("\n")[0]
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(_DELIMITERS, key=header.count), strict=True)
-    try:
-        lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
-    except csv.Error as error:
-        raise SlideTableError(
-            f"got line {reader.line_num} of slide table {table} → it is no CSV ({error}) → save it as UTF-8 CSV"
-        ) from error
-    lines = [(number, cells) for number, cells in lines if any(cells)]
-    return (lines[0][1], lines[1:]) if lines else ([], [])
-
-
-def _check_columns(table: Path, columns: list[str]) -> None:
-    if "path" not in columns and "slide_id" not in columns:
-        raise SlideTableError(
-            f"got slide table {table} with columns {columns} → expected path or slide_id → rename one"
-        )
-    unknown = sorted(set(columns) - set(_COLUMNS))
-    if unknown:
-        raise SlideTableError(
-            f"got columns {unknown} in slide table {table} → expected {list(_COLUMNS)} → remove or rename them"
-        )
-    if len(set(columns)) < len(columns):
-        raise SlideTableError(f"got columns {columns} in slide table {table} → expected each once → remove the others")
-
-
-def _check_row(table: Path, line: int, cells: dict[str, str], n_values: int) -> dict[str, str]:
-    if n_values != len(cells):
-        raise SlideTableError(
-            f"got line {line} of slide table {table} with another number of values than its header → expected one a "
-            f"column → write decimals with a point, and quote values that hold a comma"
-        )
-    if not cells.get("path") and not cells.get("slide_id"):
-        raise SlideTableError(
-            f"got line {line} of slide table {table} without path and slide_id → fill one or remove it"
-        )
-    # no column has this name
-    return cells | {_LINE: str(line)}
-
-
-def _check_once(table: Path, rows: Sequence[dict[str, str]]) -> None:
-    """No row says again what an earlier one did; one file may be two slides, with different ids and masks."""
-    lines: dict[tuple[str, str], str] = {}
-    for row in rows:
-        key = (str(_resolved(row["path"], table)) if row.get("path") else "", row.get("slide_id", ""))
-        other = lines.setdefault(key, row[_LINE])
-        if other != row[_LINE]:
-            what = row.get("path") or row["slide_id"]
-            raise SlideTableError(
-                f"got {what!r} in lines {other} and {row[_LINE]} of slide table {table} → expected one row a slide → "
-                f"remove one of them, or give each a slide_id of its own"
-            )
-
-
-def _from_row(row: dict[str, str], table: str | Path | None, rule: _MaskRule | None) -> SlideSource:
-    if not row.get("path"):
-        raise SlideTableError(
-            f"got line {row[_LINE]} of slide table {table} without path → a table used alone names the files "
-            f"→ fill the path column"
-        )
-    path = Path(table or ".").parent / row["path"]
-    source = SlideSource(path, path.stem, mask=rule.mask_of(path.parent, path) if rule else None)
-    return _apply(source, row, table)
-
-
-def _apply(source: SlideSource, row: dict[str, str], table: str | Path | None) -> SlideSource:
-    """The source with what its row says; a cell left blank says nothing."""
-    return replace(
-        source,
-        slide_id=row.get("slide_id") or source.slide_id,
-        mpp=_mpp(row, table),
-        mask=Path(table or ".").parent / row["mask"] if row.get("mask") else source.mask,
-        patient_id=row.get("patient_id") or None,
-    )
-
-
-def _resolved(path: str, table: str | Path | None) -> Path:
-    return (Path(table or ".").parent / path).resolve()
-
-
-def _override(sources: list[SlideSource], rows: list[dict[str, str]], table: str | Path | None) -> list[SlideSource]:
-    """Apply the table's rows to the slides that they name, by path or by id."""
-    by_path = {source.path.absolute().resolve(): i for i, source in enumerate(sources)}
-    by_id = {source.slide_id: i for i, source in enumerate(sources)}
-    result, named = list(sources), dict[int, str]()
-    for row in rows:
-        path = _resolved(row["path"], table) if row.get("path") else None
-        index = by_path.get(path) if path else by_id.get(row["slide_id"])
-        if index is None:
-            raise SlideTableError(
-                f"got {row.get('path') or row['slide_id']!r} in line {row[_LINE]} of slide table {table} → it names "
-                f"none of the slides given → paths are relative to the table; correct or remove it"
-            )
-        if index in named:
-            raise SlideTableError(
-                f"got lines {named[index]} and {row[_LINE]} of slide table {table} for one slide, "
-                f"{sources[index].path} → expected one row a slide → remove one of them"
-            )
-        named[index] = row[_LINE]
-        result[index] = _apply(result[index], row, table)
-    return result
-
-
-def _mpp(row: dict[str, str], table: str | Path | None) -> float | None:
-    text = row.get("mpp", "")
-    if not text:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise SlideTableError(
-            f"got mpp {text!r} in line {row[_LINE]} of slide table {table} → expected µm per pixel, such as 0.25 with "
-            f"a point → correct it"
-        )
-    return value
 
 
 def _check_unique(sources: list[SlideSource]) -> None:

@@ -25,9 +25,9 @@ from extract.pipeline.jobs import StreamStats
 from extract.pipeline.report import Silent, SlideOutcome
 from extract.pipeline.run import ExtractionRun
 from extract.reading.isolation import ReaderLimits, ReaderProcess
-from extract.slides.direct import TileCache
 from extract.slides.slide import Slide
-from extract.slides.sources import SlideSource
+from extract.slides.source import SlideSource
+from extract.slides.tile_cache import TileCache
 from extract.store import Store, TileRecipe, TissueRecipe, ZarrStore, open_store
 from extract.synthetic.pyramid import write_pyramid
 from extract.tiling.tiles import context_tiles

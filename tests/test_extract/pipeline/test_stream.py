@@ -15,7 +15,7 @@ from extract.errors import SlideUnreadableError, StoreFullError, TileDecodeError
 from extract.geometry import plan_read, tile_grid
 from extract.pipeline.jobs import Column, SlideJob, StreamStats, available_cores, ring_slots
 from extract.pipeline.stream import Stream
-from extract.reading.isolation import LocalReaders, reading_threads
+from extract.reading.readers import LocalReaders, reading_threads
 from extract.reading.ring import Ring, RingShape
 from extract.slides.slide import Slide
 from extract.store import AugmentRecipe

@@ -15,9 +15,11 @@ import pytest
 
 from extract.errors import NoTissueError, ReaderError, SlideUnreadableError, TileDecodeError
 from extract.geometry import ReadPlan
+from extract.reading.answers import check_answer, rebuild_error
 from extract.reading.channel import Channel, Message
-from extract.reading.isolation import LocalReaders, ReaderLimits, ReaderProcess, Readers, _checked, rebuild_error
+from extract.reading.isolation import ReaderLimits, ReaderProcess
 from extract.reading.reader import describe, open_request
+from extract.reading.readers import LocalReaders, Readers
 from extract.reading.ring import INVALID, Ring, RingShape
 from extract.slides.slide import Slide
 from extract.store import QualityRecipe
@@ -275,12 +277,12 @@ def test_a_reader_that_talks_nonsense_is_replaced(ring: Ring, tmp_path: Path, no
 )
 def test_an_answer_of_another_shape_is_refused(values: dict[str, Any]):
     with pytest.raises((ValueError, LookupError, TypeError, AttributeError)):
-        _checked(values, {"do": "read", "runs": [[1, 0, 4]]})
+        check_answer(values, {"do": "read", "runs": [[1, 0, 4]]})
 
 
 def test_an_error_of_a_whole_task_is_one_of_each_of_its_slides():
     error = {"kind": "OSError", "message": "m", "trace": ""}
-    checked = _checked({"error": error}, {"do": "read", "runs": [[1, 0, 4], [2, 0, 1]]})
+    checked = check_answer({"error": error}, {"do": "read", "runs": [[1, 0, 4], [2, 0, 1]]})
     assert checked["errors"] == {"1": error, "2": error}
 
 

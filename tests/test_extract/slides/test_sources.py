@@ -13,7 +13,8 @@ from extract.errors import MaskError, SlideTableError
 from extract.slides.image import open_slide
 from extract.slides.masks import read_mask
 from extract.slides.slide import Slide
-from extract.slides.sources import SLIDE_EXTENSIONS, SlideSource, find_slides, shard
+from extract.slides.source import SlideSource
+from extract.slides.sources import SLIDE_EXTENSIONS, find_slides, shard
 
 
 def touch(folder: Path, *names: str) -> Path:
