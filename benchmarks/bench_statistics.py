@@ -23,7 +23,7 @@ from sklearn import metrics as reference
 from benchmarks.drawn_run import draw_predictions, write_drawn_run
 from benchmarks.machine import Result, print_results, write_results
 from mil.evaluation.operating_points import operate_one_vs_rest
-from mil.evaluation.predictions import ReplicaPredictions
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.reports.report import write_report
 from mil.statistics import metrics
 from mil.statistics.abstention import evaluate_abstention

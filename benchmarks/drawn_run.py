@@ -7,7 +7,7 @@ import numpy as np
 
 from mil.cohort.cohort import Attrition, Cohort
 from mil.config.compose import compose_config
-from mil.evaluation.predictions import ReplicaPredictions
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.tables import out_of_fold_rows
 from mil.files import Row, write_csv, write_json
 from mil.splits.folds import make_splits

@@ -48,7 +48,7 @@ MovedModules(
         "mil.packing": ("mil.deployment.packing",),
         "mil.report": ("mil.reports.report",),
         "mil.rescoring": ("mil.reports.rescore",),
-        "mil.run": ("mil.runs.run", "mil.evaluation.predictions"),
+        "mil.run": ("mil.runs.run", "mil.evaluation.replica_predictions"),
         "mil.sweeping": ("mil.tuning.sweep", "mil.tuning.sweep_folder"),
         "mil.targets": ("mil.cohort.targets",),
     }

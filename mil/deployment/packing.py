@@ -21,10 +21,9 @@ from mil.deployment.model import load_model
 from mil.deployment.model_card import write_card
 from mil.errors import RunError
 from mil.evaluation.abstention_rule import Wish, choose_abstention
-from mil.evaluation.averaging import Scale
-from mil.evaluation.members import MemberPredictions
+from mil.evaluation.alignment import join_runs
 from mil.evaluation.paired import gain_over, member_metrics
-from mil.evaluation.predictions import ReplicaPredictions
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.evaluation.tables import said_names
 from mil.evaluation.temperature import scale_temperatures
@@ -113,7 +112,7 @@ class _PackedRun(NamedTuple):
 
 def _pack_single(folder: Path, wish: Wish, calibrate: bool) -> tuple[dict[str, Any], dict[str, bytes]]:
     packed = _pack_run(folder, calibrate)
-    return packed.record | {"abstention": choose_abstention(MemberPredictions((packed.used,)), wish)}, packed.files
+    return packed.record | {"abstention": choose_abstention(packed.used, wish)}, packed.files
 
 
 def _pack_run(folder: Path, calibrate: bool) -> _PackedRun:
@@ -133,7 +132,7 @@ def _pack_run(folder: Path, calibrate: bool) -> _PackedRun:
             | ({"task": dict(each.task)} if each.outputs else {})
             for each in model.records
         ],
-        **_scores(MemberPredictions((said,)), MemberPredictions((used,)), metrics, calibrate),
+        **_scores(said, used, metrics, calibrate),
         "warnings": _anonymous([*metrics["warnings"], *(scaled.warnings if scaled else ())])
         + _unknown_starts(lineage.unknown),
     }
@@ -146,8 +145,8 @@ def _pack_ensemble(folder: Path, wish: Wish, calibrate: bool) -> tuple[dict[str,
     metrics = _read_metrics(folder)
     packed = [_pack_run(path, calibrate) for path in paths]
     _require_one_tiling([each.record for each in packed])
-    said = MemberPredictions.aligned([each.said for each in packed], averaging.average)
-    used = MemberPredictions.aligned([each.used for each in packed], averaging.average)
+    said = join_runs([each.said for each in packed], averaging.average)
+    used = join_runs([each.used for each in packed], averaging.average)
     _require_unchanged(folder, said)
     names = [f"{at}-{each.record['head']}" for at, each in enumerate(packed, start=1)]
     files = dict[str, bytes]()
@@ -163,7 +162,7 @@ def _pack_ensemble(folder: Path, wish: Wish, calibrate: bool) -> tuple[dict[str,
 
 
 def _ensemble_record(
-    names: Sequence[str], packed: Sequence[_PackedRun], used: MemberPredictions, metrics: Mapping[str, Any]
+    names: Sequence[str], packed: Sequence[_PackedRun], used: ReplicaPredictions, metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the ensemble itself says, scores aside."""
     first = packed[0].record
@@ -193,19 +192,19 @@ def _ensemble_record(
     }
 
 
-def _members(names: Sequence[str], packed: Sequence[_PackedRun], used: MemberPredictions) -> list[dict[str, Any]]:
+def _members(names: Sequence[str], packed: Sequence[_PackedRun], used: ReplicaPredictions) -> list[dict[str, Any]]:
     """What the ensemble says of each member: recipe, weight, figures, and what the average gains over it."""
     together = used.outcomes()
     found = []
-    for name, part, said in zip(names, packed, used.members, strict=True):
-        gain = gain_over(together, MemberPredictions((said,)).outcomes())
+    for name, part, said in zip(names, packed, used.split(), strict=True):
+        gain = gain_over(together, said.outcomes())
         copied = ("head", "head_keywords", "entry", "backbone", "feature_fingerprint", "tile_fingerprint", "trained")
         found.append(
             {"name": name, "weight": 1 / len(packed), "n_replicas": len(part.record["replicas"])}
             | {key: part.record[key] for key in copied}
             | {key: part.record["out_of_fold"][key] for key in member_metrics(used.cohort.task)}
             | gain
-            | ({"scale": asdict(Scale.of(part.used))} if used.cohort.task == SURVIVAL else {})
+            | ({"scale": asdict(part.used.scale())} if used.cohort.task == SURVIVAL else {})
         )
     return found
 
@@ -222,10 +221,10 @@ def _require_one_tiling(records: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def _require_unchanged(folder: Path, said: MemberPredictions) -> None:
+def _require_unchanged(folder: Path, said: ReplicaPredictions) -> None:
     """Refuse members that were trained again after the ensemble was made."""
     cohort, values = said.tested()
-    ids, then = read_values(folder / "oof.csv", said_names(cohort, said.members[0].task))
+    ids, then = read_values(folder / "oof.csv", said_names(cohort, said.task))
     now = dict(zip(cohort.slide_ids, values, strict=True))
     if set(now) != set(ids) or not np.allclose([now[slide_id] for slide_id in ids], then, rtol=1e-6, atol=1e-6):
         raise RunError(
@@ -235,7 +234,7 @@ def _require_unchanged(folder: Path, said: MemberPredictions) -> None:
 
 
 def _scores(
-    said: MemberPredictions, used: MemberPredictions, metrics: Mapping[str, Any], calibrate: bool
+    said: ReplicaPredictions, used: ReplicaPredictions, metrics: Mapping[str, Any], calibrate: bool
 ) -> dict[str, Any]:
     """Calibration and out-of-fold metrics."""
     return {
@@ -245,7 +244,7 @@ def _scores(
     }
 
 
-def _calibration(said: MemberPredictions, used: MemberPredictions, calibrate: bool) -> dict[str, Any] | None:
+def _calibration(said: ReplicaPredictions, used: ReplicaPredictions, calibrate: bool) -> dict[str, Any] | None:
     """How honest the out-of-fold probabilities are, before and after; of labels by label. None where there are none."""
     if used.cohort.task not in CALIBRATED:
         return None
@@ -253,7 +252,7 @@ def _calibration(said: MemberPredictions, used: MemberPredictions, calibrate: bo
     def short(found: Mapping[str, Any]) -> dict[str, Any]:
         return {name: found[name] for name in ("brier", "nll", "ece", "ece_if_calibrated")}
 
-    def measure(each: MemberPredictions) -> dict[str, Any]:
+    def measure(each: ReplicaPredictions) -> dict[str, Any]:
         cohort, values = each.tested()
         if cohort.values is None:
             return short(evaluate_calibration(cohort.labels, values, cohort.patient_ids, cohort.class_names))
@@ -284,7 +283,7 @@ def _record(record: CheckpointRecord, metrics: Mapping[str, Any], said: ReplicaP
         "tile_fingerprint": fingerprint(tiles),
         "intended_scale": {"mpp": tiles["mpp"], "tile_px": tiles["tile_px"]},
         "backbone": {"name": features["backbone"], "weights_sha256": features["weights_sha256"]},
-        "data": _data(MemberPredictions((said,))) | {"attrition": attrition},
+        "data": _data(said) | {"attrition": attrition},
         "training": _without_paths(record.config),
         "synthetic": bool(metrics["synthetic"]),
         "looks": int(metrics["looks"]),
@@ -295,7 +294,7 @@ def _record(record: CheckpointRecord, metrics: Mapping[str, Any], said: ReplicaP
     }
 
 
-def _data(said: MemberPredictions) -> dict[str, Any]:
+def _data(said: ReplicaPredictions) -> dict[str, Any]:
     """Counts of slides and patients."""
     cohort = said.cohort
     counts = {"classes": count_classes(cohort)} if cohort.values is None else {"targets": describe_targets(cohort)}

@@ -8,7 +8,7 @@ import numpy as np
 from mil.arrays import FloatArray, IntArray
 from mil.cohort.targets import CLASSIFICATION
 from mil.errors import RunError
-from mil.evaluation.members import MemberPredictions
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.statistics.abstention import choose_confidence
 
 
@@ -58,7 +58,7 @@ class Wish(NamedTuple):
         return None if self.accuracy is None else choose_confidence(labels, probabilities, self.accuracy)
 
 
-def choose_abstention(said: MemberPredictions, wish: Wish) -> dict[str, Any] | None:
+def choose_abstention(predictions: ReplicaPredictions, wish: Wish) -> dict[str, Any] | None:
     """The threshold, how it was chosen, and what it does on validation slides and out of fold; None without a wish.
 
     Raises:
@@ -67,17 +67,17 @@ def choose_abstention(said: MemberPredictions, wish: Wish) -> dict[str, Any] | N
     """
     if wish == Wish():
         return None
-    rows, values = said.mean_over("validation")
-    labels = said.cohort.labels[rows]
+    rows, values = predictions.mean_over("validation")
+    labels = predictions.cohort.labels[rows]
     missing: str | None = None
     if wish.abstain_below is not None:
         below, by = wish.abstain_below, "given"
-        cohort, scores = said.tested()
+        cohort, scores = predictions.tested()
         out_of_fold = abstention_of(cohort.labels, scores, below)
     else:
-        _require_shared_folds(said)
+        _require_shared_folds(predictions)
         below, by = _chosen(wish, labels, values)
-        out_of_fold, missing = _by_fold(said, wish)
+        out_of_fold, missing = _by_fold(predictions, wish)
     return {
         "below": below,
         "chosen_by": by,
@@ -140,8 +140,8 @@ def _chosen(wish: Wish, labels: IntArray, probabilities: FloatArray) -> tuple[fl
     return below, f"accuracy {wish.accuracy:g} on validation slides"
 
 
-def _require_shared_folds(said: MemberPredictions) -> None:
-    if not said.share_folds():
+def _require_shared_folds(predictions: ReplicaPredictions) -> None:
+    if not predictions.share_folds():
         raise RunError(
             "got an ensemble whose members were tested in different folds → what validates in one is tested in "
             "another, so that a threshold would be judged on the slides that it was chosen on → give --abstain-below, "
@@ -149,7 +149,7 @@ def _require_shared_folds(said: MemberPredictions) -> None:
         )
 
 
-def _by_fold(said: MemberPredictions, wish: Wish) -> tuple[dict[str, Any] | None, str | None]:
+def _by_fold(predictions: ReplicaPredictions, wish: Wish) -> tuple[dict[str, Any] | None, str | None]:
     """What thresholds chosen in the same way do out of fold, each by the validation parts of one fold alone.
 
     All folds together validate on the slides that they test, so that the one threshold of the model cannot be judged
@@ -160,18 +160,18 @@ def _by_fold(said: MemberPredictions, wish: Wish) -> tuple[dict[str, Any] | None
         The figures, or None where a fold can choose no threshold, and why.
     """
     tests, chosen = [], []
-    for fold in said.folds.tolist():
-        rows, values = said.mean_over("validation", fold)
-        below = wish.choose(said.cohort.labels[rows], values)
+    for fold in predictions.folds.tolist():
+        rows, values = predictions.mean_over("validation", fold)
+        below = wish.choose(predictions.cohort.labels[rows], values)
         if below is None:
             return (
                 None,
                 f"no confidence reaches accuracy {wish.accuracy:g} on the {len(rows)} validation slides of fold {fold}",
             )
-        tests.append(said.tests(fold))
+        tests.append(predictions.tests(fold))
         chosen.append(below)
     held = np.array(tests, dtype=np.float64)  # [folds, n]
     tested = held.any(axis=0)
-    cohort, scores = said.tested()
+    cohort, scores = predictions.tested()
     cuts = np.array(chosen) @ held[:, tested] / held[:, tested].sum(axis=0)
     return (abstention_of(cohort.labels, scores, cuts) or {}) | {"below_by_fold": chosen}, None

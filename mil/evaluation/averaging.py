@@ -8,19 +8,26 @@ replicas of one run, which say the same thing in the same unit, the plain mean i
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from mil.arrays import FloatArray
+from mil.arrays import BoolArray, FloatArray
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL
-from mil.errors import RunError
-from mil.evaluation.predictions import ReplicaPredictions
 
 Average = Literal["probabilities", "logits"]
 _SMALLEST = 1e-12
 _ROUNDING = 1e-9
+
+
+def mean_where(values: FloatArray, held: BoolArray) -> FloatArray:
+    """The mean [n, values] over replicas [R, n, values] of those that held a slide [R, n]; NaN where none did."""
+    weights = held.astype(np.float64)
+    total = weights.sum(axis=0)[:, None]
+    sums = np.einsum("rn,rnc->nc", weights, values)
+    mean: FloatArray = np.divide(sums, total, out=np.full(sums.shape, np.nan), where=total > 0)
+    return mean
 
 
 def combine(
@@ -62,42 +69,19 @@ class Scale:
     deviation: float
 
     @classmethod
-    def of(cls, said: ReplicaPredictions, fold: int | None = None) -> "Scale":
-        """That of a run's replicas, or of those of one fold: means over them, each on its own validation part.
-
-        No slide that a fold tests has a say in that fold's scale.
-
-        Raises:
-            RunError: the risks of all validation slides are the same, or there are none.
-        """
-        centres, variances = [], []
-        for replica, parts, risks in zip(said.replicas, said.parts, said.probabilities[:, :, 0], strict=True):
-            validated = risks[parts == "validation"]
-            if (fold is None or replica.fold == fold) and len(validated):
-                centres.append(float(validated.mean()))
-                variances.append(float(validated.var()))
-        deviation = math.sqrt(np.mean(variances)) if variances else 0.0
+    def of(cls, validated: Sequence[FloatArray]) -> "Scale | None":
+        """The means over replicas of what each predicts of its own validation slides; None where that is all alike."""
+        centres = [float(risks.mean()) for risks in validated]
+        deviation = math.sqrt(np.mean([float(risks.var()) for risks in validated])) if validated else 0.0
         # tables hold nine digits: what is less is rounding, and no spread
         if not deviation > _ROUNDING * max(map(abs, centres), default=0.0):
-            raise RunError(
-                f"got a run of {said.replicas[0].config.head.name} whose risks are the same for all "
-                f"{'' if fold is None else f'of fold {fold} '}validation slides → expected some that differ, which "
-                f"tell its scale from that of others → leave it out"
-            )
+            return None
         return cls(float(np.mean(centres)), deviation)
 
     def apply(self, risks: FloatArray) -> FloatArray:
         """Risks in this unit."""
         scaled: FloatArray = (risks - self.centre) / self.deviation
         return scaled
-
-
-def standardise_risks(said: ReplicaPredictions) -> ReplicaPredictions:
-    """A run whose risks have, in every fold, the unit of that fold's validation slides."""
-    folds = [replica.fold for replica in said.replicas]
-    scales = {fold: Scale.of(said, fold) for fold in dict.fromkeys(folds)}
-    risks = [scales[fold].apply(each) for fold, each in zip(folds, said.probabilities, strict=True)]
-    return replace(said, probabilities=np.stack(risks))
 
 
 @dataclass(frozen=True)
@@ -117,5 +101,5 @@ class Averaging:
     def of(self, members: Sequence[FloatArray]) -> FloatArray:
         """The mean of what each member says [n, values]; a run's risks are the plain mean over its replicas."""
         if self.scales:
-            members = [scale.apply(said) for scale, said in zip(self.scales, members, strict=True)]
+            members = [scale.apply(risks) for scale, risks in zip(self.scales, members, strict=True)]
         return combine(members, self.average, self.task)

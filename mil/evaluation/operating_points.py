@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from mil.arrays import BoolArray, FloatArray, IntArray
 from mil.errors import EvaluationError, did_you_mean, listed
-from mil.evaluation.predictions import ReplicaPredictions
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.temperature import warn_of_validation
 from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread
 from mil.statistics.checks import few_patients
@@ -123,7 +123,7 @@ def operate(
     truth = cohort.labels == index
     check_targets(sensitivity, specificity)
     thresholds, unchosen = _choose_thresholds(predictions, index, sensitivity, specificity)
-    votes = predictions.probabilities[..., index] >= np.array(thresholds)[:, None]  # [R, n]
+    votes = predictions.values[..., index] >= np.array(thresholds)[:, None]  # [R, n]
     tested = predictions.parts == "test"
     was_tested = tested.any(axis=0)
     # slides that no fold tests, which fixed splits may have, are not scored and count as negative
@@ -171,7 +171,7 @@ def _choose_thresholds(
     """The threshold of every replica from its validation part, and how many had nothing to choose by."""
     truth = predictions.cohort.labels == index
     thresholds, unchosen = [], 0
-    for parts, values in zip(predictions.parts, predictions.probabilities[..., index], strict=True):
+    for parts, values in zip(predictions.parts, predictions.values[..., index], strict=True):
         validates = parts == "validation"
         if truth[validates].any() and not truth[validates].all():
             thresholds.append(choose_threshold(truth[validates], values[validates], sensitivity, specificity).value)

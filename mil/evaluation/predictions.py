@@ -4,85 +4,18 @@ A row is a slide. For survival it is a slide in a fold that tests it, and metric
 risks of other folds come from other models and have no common scale.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.stats import rankdata
 
 from mil.arrays import FloatArray
 from mil.cohort.cohort import Cohort
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, REGRESSION, SURVIVAL
-from mil.evaluation.tables import said_names, truth_cells, truth_names
-from mil.files import Row, probability_text
 from mil.statistics import metrics, multi_label, regression
 from mil.statistics.survival import PatientRows, concordance, count_events
-from mil.training.replica import PartArray, Replica
-
-
-@dataclass(frozen=True, eq=False)
-class ReplicaPredictions:
-    """What every replica says about every slide.
-
-    Attributes:
-        cohort: the n slides with patients and labels.
-        replicas: the R replicas.
-        parts: [R, n], the part that each slide was in.
-        probabilities: float64 [R, n, C]; for other targets than classes [R, n, values], see `decode`.
-        tasks: record of every replica's task, see `mil.training.tasks.Task`; may be left out for classes.
-
-    Example:
-        >>> run.predictions.out_of_fold().shape      # doctest: +SKIP
-        (106, 2)
-    """
-
-    cohort: Cohort
-    replicas: tuple[Replica, ...]
-    parts: PartArray
-    probabilities: FloatArray
-    tasks: tuple[Mapping[str, Any], ...] = ()
-
-    @property
-    def task(self) -> Mapping[str, Any] | None:
-        """Record of the first replica's task, whose names are those of all; None where none was given."""
-        return self.tasks[0] if self.tasks else None
-
-    def out_of_fold(self) -> FloatArray:
-        """Mean probability [n, C] over the replicas that had the slide in their test part; NaN for one that none had.
-
-        Only fixed splits leave slides untested; `tested` gives the others.
-        """
-        return self._mean(np.ones(len(self.replicas), dtype=bool))
-
-    def tested(self, replicas: npt.NDArray[np.bool_] | None = None) -> tuple[Cohort, FloatArray]:
-        """The slides that were tested, and their mean probability [tested, C].
-
-        Args:
-            replicas: bool [R], which to average; all by default.
-        """
-        chosen = np.ones(len(self.replicas), dtype=bool) if replicas is None else replicas
-        found = np.flatnonzero((self.parts[chosen] == "test").any(axis=0))
-        return self.cohort.subset(found), self._mean(chosen)[found]
-
-    def _mean(self, chosen: npt.NDArray[np.bool_]) -> FloatArray:
-        tested = (self.parts[chosen] == "test").astype(np.float64)  # [chosen, n]
-        total = tested.sum(axis=0)[:, None]
-        sums = np.einsum("rn,rnc->nc", tested, self.probabilities[chosen])
-        mean: FloatArray = np.divide(sums, total, out=np.full(sums.shape, np.nan), where=total > 0)
-        return mean
-
-    def rows(self) -> Iterator[Row]:
-        """Rows of ``predictions.csv``."""
-        cohort = self.cohort
-        said = said_names(cohort, self.task)
-        yield ("slide_id", "patient_id", "replica", "fold", "seed", "split", *truth_names(cohort), *said)
-        for replica, parts, values in zip(self.replicas, self.parts, self.probabilities, strict=True):
-            for at, slide_id in enumerate(cohort.slide_ids):
-                who = (slide_id, cohort.patient_ids[at], replica.name, replica.fold, replica.seed)
-                yield (*who, parts[at], *truth_cells(cohort, at), *map(probability_text, values[at]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,20 +31,6 @@ class Outcomes:
     cohort: Cohort
     said: FloatArray
     folds: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, predictions: ReplicaPredictions, chosen: npt.NDArray[np.bool_] | None = None) -> "Outcomes":
-        """Those of a training; the replicas of different seeds are averaged, for survival those of one fold.
-
-        Args:
-            predictions: of R replicas.
-            chosen: bool [R], which to take; all by default.
-        """
-        if predictions.cohort.task != SURVIVAL:
-            return cls(*predictions.tested(chosen))
-        fold_of = np.array([replica.fold for replica in predictions.replicas])
-        taken = np.ones(len(fold_of), dtype=bool) if chosen is None else chosen
-        return cls.of_folds(cls(*predictions.tested(taken & (fold_of == fold))) for fold in np.unique(fold_of[taken]))
 
     @classmethod
     def of_folds(cls, parts: Iterable["Outcomes"]) -> "Outcomes":
@@ -216,13 +135,6 @@ def _score_classes(cohort: Cohort, said: FloatArray, weights: FloatArray | None)
         "auroc": metrics.auroc(cohort.labels, said, weights),
         "accuracy": metrics.accuracy(matrix),
     }
-
-
-def seed_scores(predictions: ReplicaPredictions, metric: str) -> Iterator[float]:
-    """A headline metric of what the replicas of each seed alone say out of fold."""
-    seed_of = np.array([replica.seed for replica in predictions.replicas])
-    for seed in dict.fromkeys(seed_of.tolist()):
-        yield float(Outcomes.of(predictions, seed_of == seed).scores(only=metric)[metric][0])
 
 
 def mean_outcomes(parts: Sequence[Outcomes]) -> Outcomes:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, REGRESSION, SURVIVAL
-from mil.evaluation.predictions import Outcomes, ReplicaPredictions
+from mil.evaluation.predictions import Outcomes
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.statistics import classification as statistics
 from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling
 from mil.statistics.multi_label import evaluate_multi_label
@@ -24,7 +25,7 @@ OF_A_REPLICA = {
 
 def evaluate_out_of_fold(predictions: ReplicaPredictions) -> dict[str, Any]:
     """Every metric of the test parts with its interval, see `evaluate_outcomes`."""
-    return evaluate_outcomes(Outcomes.of(predictions))
+    return evaluate_outcomes(predictions.outcomes())
 
 
 def evaluate_outcomes(outcomes: Outcomes, resampling: Resampling = USUAL_RESAMPLING) -> dict[str, Any]:
@@ -45,6 +46,6 @@ def score_replica(predictions: ReplicaPredictions, at: int) -> dict[str, float |
     """The metrics of one replica on its test part; None where one is undefined."""
     test = np.flatnonzero(predictions.parts[at] == "test")
     cohort = predictions.cohort.subset(test)
-    scores = Outcomes(cohort, predictions.probabilities[at][test]).scores()
+    scores = Outcomes(cohort, predictions.values[at][test]).scores()
     found = {name: float(scores[name][0]) for name in OF_A_REPLICA[cohort.task]}
     return {name: None if math.isnan(value) else value for name, value in found.items()}

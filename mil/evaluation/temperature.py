@@ -12,7 +12,7 @@ from scipy.special import softmax
 from mil.arrays import FloatArray, IntArray
 from mil.cohort.targets import MULTI_LABEL
 from mil.errors import EvaluationError
-from mil.evaluation.predictions import ReplicaPredictions
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.statistics.checks import FEW_PATIENTS
 
 LOWEST, HIGHEST = 0.05, 20.0
@@ -123,13 +123,13 @@ def scale_temperatures(predictions: ReplicaPredictions) -> TemperatureScaling:
     targets, labels = predictions.cohort.targets, predictions.cohort.task == MULTI_LABEL
     fit, apply = (fit_label_temperature, apply_label_temperature) if labels else (fit_temperature, apply_temperature)
     temperatures = []
-    for parts, values in zip(predictions.parts, predictions.probabilities, strict=True):
+    for parts, values in zip(predictions.parts, predictions.values, strict=True):
         validates = parts == "validation"
         temperatures.append(fit(values[validates], targets[validates]))
-    scaled = np.stack([apply(p, t) for p, t in zip(predictions.probabilities, temperatures, strict=True)])
+    scaled = np.stack([apply(p, t) for p, t in zip(predictions.values, temperatures, strict=True)])
     cautions = warn_of_labels(predictions) if labels else warn_of_validation(predictions)
     warnings = (*_warn_of_bounds(temperatures), *cautions)
-    return TemperatureScaling(replace(predictions, probabilities=scaled), tuple(temperatures), warnings)
+    return TemperatureScaling(replace(predictions, values=scaled), tuple(temperatures), warnings)
 
 
 def warn_of_validation(predictions: ReplicaPredictions) -> list[str]:

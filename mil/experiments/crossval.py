@@ -19,7 +19,7 @@ from mil.config.compose import compose_config
 from mil.config.preflight import missing_inputs
 from mil.config.train import TrainConfig
 from mil.errors import ConfigError
-from mil.evaluation.predictions import ReplicaPredictions, seed_scores
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_out_of_fold, score_replica
 from mil.experiments.tracking import Tracking
 from mil.experiments.warm_start import check_initial
@@ -260,7 +260,7 @@ def _of_classes(predictions: ReplicaPredictions) -> dict[str, Any]:
     """What only classes have: calibration, and the macro-F1 of each seed alone."""
     cohort, said = predictions.tested()
     calibration = evaluate_calibration(cohort.labels, said, cohort.patient_ids, cohort.class_names)
-    return {"calibration": calibration, "seed_macro_f1": list(seed_scores(predictions, "macro_f1"))}
+    return {"calibration": calibration, "seed_macro_f1": list(predictions.seed_scores("macro_f1"))}
 
 
 def _replica_metrics(trained: TrainedReplica, predictions: ReplicaPredictions, at: int) -> dict[str, Any]:

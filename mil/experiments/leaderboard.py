@@ -10,7 +10,7 @@ import numpy as np
 from mil.cohort.cohort import Cohort
 from mil.evaluation.headlines import HEADLINES, first_headline
 from mil.evaluation.paired import NOTHING, SIGNIFICANT, Interval, Pair
-from mil.evaluation.predictions import Outcomes, seed_scores
+from mil.evaluation.predictions import Outcomes
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.files import Row, write_csv
 from mil.runs.run_folder import read_predictions
@@ -69,7 +69,7 @@ class Entrant:
         """A head that was trained, from its run folder, which lies at ``where`` in the board's."""
         found = read_outcomes(folder, "per_replica")
         task, metrics = found.outcomes.cohort.task, found.metrics
-        seeds = metrics.get("seed_macro_f1") or seed_scores(read_predictions(folder), first_headline(task))
+        seeds = metrics.get("seed_macro_f1") or read_predictions(folder).seed_scores(first_headline(task))
         return cls(name, entry, "head", found.outcomes, tuple(seeds), _cost(metrics["per_replica"]), "", where)
 
 

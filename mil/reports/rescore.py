@@ -17,7 +17,8 @@ from mil.cohort.targets import CLASSIFICATION
 from mil.errors import RunError, listed
 from mil.evaluation.headlines import HEADLINES
 from mil.evaluation.operating_points import check_targets, operate, operate_one_vs_rest
-from mil.evaluation.predictions import Outcomes, ReplicaPredictions
+from mil.evaluation.predictions import Outcomes
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.files import Row, new_folder, write_csv, write_json
 from mil.runs.folders import is_ensemble, refuse_artefact

@@ -16,10 +16,10 @@ from mil.arrays import FloatArray
 from mil.cohort.cohort import Cohort
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL
 from mil.errors import RunError, listed
+from mil.evaluation.alignment import join_runs, match
 from mil.evaluation.averaging import Average, Averaging, Scale
-from mil.evaluation.members import MemberPredictions
 from mil.evaluation.paired import gain_over, member_metrics
-from mil.evaluation.predictions import ReplicaPredictions
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.evaluation.tables import out_of_fold_rows, stated_task
 from mil.files import new_folder, read_json, write_csv, write_json
@@ -92,26 +92,15 @@ def make_ensemble(folders: Sequence[str | Path], average: Average = "probabiliti
         if is_ensemble(path):
             raise RunError(f"got the ensemble {path} → expected runs of mil train → name its members instead")
     runs = [read_predictions(path) for path in paths]
-    _require_same_slides(paths, runs)
-    said = MemberPredictions.aligned(runs, average)
-    _check_average(average, said.cohort.task)
-    cohort, probabilities = said.tested()
-    scales = tuple(map(Scale.of, runs)) if cohort.task == SURVIVAL else ()
+    tested = [run.tested()[0] for run in runs]
+    for path, each in zip(paths, tested, strict=True):
+        match(str(paths[0]), tested[0], str(path), each)
+    predictions = join_runs(runs, average)
+    _check_average(average, predictions.cohort.task)
+    cohort, values = predictions.tested()
+    scales = tuple(run.scale() for run in runs) if cohort.task == SURVIVAL else ()
     averaging = Averaging(average, cohort.task, scales)
-    return Ensemble(paths, cohort, probabilities, _metrics(paths, said), averaging)
-
-
-def _require_same_slides(paths: Sequence[Path], runs: Sequence[ReplicaPredictions]) -> None:
-    """Every run must have tested what the first has; patients and labels are compared when they are aligned."""
-    first = set(runs[0].tested()[0].slide_ids)
-    for path, run in zip(paths, runs, strict=True):
-        differing = sorted(first ^ set(run.tested()[0].slide_ids))
-        if differing:
-            raise RunError(
-                f"got {paths[0]} and {path}, of which one alone tested {listed(differing)} → expected runs of the same "
-                f"slides, patients and labels → train both with one label table and target, on stores with the same "
-                f"slides"
-            )
+    return Ensemble(paths, cohort, values, _metrics(paths, predictions), averaging)
 
 
 def _check_average(average: Average, task: str) -> None:
@@ -155,16 +144,16 @@ def over_members(
     return ids, averaging.of([values for _, values in found])
 
 
-def _metrics(paths: Sequence[Path], said: MemberPredictions) -> dict[str, Any]:
-    cohort, together = said.cohort, said.outcomes()
+def _metrics(paths: Sequence[Path], predictions: ReplicaPredictions) -> dict[str, Any]:
+    cohort, together = predictions.cohort, predictions.outcomes()
     found = evaluate_outcomes(together)
     needed = ("head", "entry", "n_replicas", "synthetic", "out_of_fold")
     facts = [RunFolder.open(path, *needed).metrics for path in paths]
     members = [
         {"run": str(path), "head": run["head"], "entry": run["entry"]}
         | {name: run["out_of_fold"][name] for name in member_metrics(cohort.task)}
-        | gain_over(together, MemberPredictions((member,)).outcomes())
-        for path, run, member in zip(paths, facts, said.members, strict=True)
+        | gain_over(together, member.outcomes())
+        for path, run, member in zip(paths, facts, predictions.split(), strict=True)
     ]
     return {
         "target": cohort.target,
@@ -173,7 +162,7 @@ def _metrics(paths: Sequence[Path], said: MemberPredictions) -> dict[str, Any]:
         "head": "ensemble of " + ", ".join(run["head"] for run in facts),
         "entry": ", ".join(dict.fromkeys(run["entry"] for run in facts)),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "average": said.average,
+        "average": predictions.average,
         "members": members,
         "n_replicas": sum(run["n_replicas"] for run in facts),
         "synthetic": any(run["synthetic"] for run in facts),

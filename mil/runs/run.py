@@ -8,7 +8,7 @@ from typing import Any
 from mil.cohort.cohort import Cohort
 from mil.config.train import TrainConfig
 from mil.errors import RunError, listed
-from mil.evaluation.predictions import ReplicaPredictions
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.tables import out_of_fold_rows
 from mil.files import Row, new_folder, write_csv, write_json
 from mil.runs.folders import check_run_folder

@@ -14,7 +14,7 @@ from mil.cohort.cohort import Cohort
 from mil.cohort.targets import CLASSIFICATION
 from mil.config.compose import compose_config
 from mil.errors import CohortError, RunError
-from mil.evaluation.predictions import ReplicaPredictions
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.tables import stated_cohort, stated_said, stated_task, truth_names
 from mil.files import read_json
 from mil.training.replica import Replica

@@ -7,8 +7,8 @@ from typing import Any
 
 from mil.cohort.targets import SURVIVAL
 from mil.errors import RunError
+from mil.evaluation.alignment import join_runs
 from mil.evaluation.fold_scores import by_fold, outcomes_of, read_fold_scores
-from mil.evaluation.members import MemberPredictions
 from mil.evaluation.predictions import Outcomes
 from mil.runs.ensemble import read_ensemble
 from mil.runs.folders import is_ensemble
@@ -60,5 +60,4 @@ def read_outcomes(folder: Path, *needed: str) -> SavedOutcomes:
 
 def _of_members(folder: Path) -> Outcomes:
     members, averaging = read_ensemble(folder)
-    said = MemberPredictions.aligned([read_predictions(member) for member in members], averaging.average)
-    return said.outcomes()
+    return join_runs([read_predictions(member) for member in members], averaging.average).outcomes()

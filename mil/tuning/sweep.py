@@ -24,7 +24,8 @@ from mil.cohort.joining import join_store
 from mil.cohort.targets import CLASSIFICATION, SURVIVAL
 from mil.config.preflight import missing_inputs
 from mil.errors import SplitError
-from mil.evaluation.predictions import Outcomes, ReplicaPredictions
+from mil.evaluation.predictions import Outcomes
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.experiments.crossval import check_target, split_plan
 from mil.files import tell_full_disk, write_atomically
 from mil.runs.folders import check_sweep_folder

@@ -11,7 +11,7 @@ import numpy as np
 from mil.cohort.cohort import Cohort
 from mil.config.train import TrainConfig
 from mil.evaluation.headlines import tie_breaker
-from mil.evaluation.predictions import ReplicaPredictions
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_out_of_fold
 from mil.evaluation.tables import out_of_fold_rows
 from mil.files import Row, tell_full_disk, write_atomically, write_csv, write_json

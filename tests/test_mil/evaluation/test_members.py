@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mil.errors import RunError
+from mil.evaluation.alignment import join_runs
 from mil.evaluation.averaging import combine
-from mil.evaluation.members import MemberPredictions
-from mil.evaluation.predictions import ReplicaPredictions
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.training.replica import Replica
 from tests.test_mil.small import fast_config, make_cohort
 
@@ -28,34 +28,32 @@ def turned(member: ReplicaPredictions) -> ReplicaPredictions:
     names = COHORT.class_names[::-1]
     cohort = replace(COHORT.subset(range(4, -1, -1)), class_names=names)
     cohort = replace(cohort, labels=1 - cohort.labels)
-    return ReplicaPredictions(
-        cohort, member.replicas, member.parts[:, 4::-1], member.probabilities[:, 4::-1][:, :, ::-1]
-    )
+    return ReplicaPredictions(cohort, member.replicas, member.parts[:, 4::-1], member.values[:, 4::-1][:, :, ::-1])
 
 
 def test_slides_and_classes_come_into_the_order_of_the_first() -> None:
     one, other = said(PARTS, 0), said(PARTS, 1)
-    found = MemberPredictions.aligned([one, turned(other)], "probabilities")
+    found = join_runs([one, turned(other)], "probabilities")
     assert found.cohort.slide_ids == COHORT.slide_ids[:5]
-    np.testing.assert_array_equal(found.members[1].probabilities, other.probabilities[:, :5])
-    np.testing.assert_array_equal(found.members[1].parts, other.parts[:, :5])
-    np.testing.assert_array_equal(found.members[1].cohort.labels, COHORT.labels[:5])
+    np.testing.assert_array_equal(found.split()[1].values, other.values[:, :5])
+    np.testing.assert_array_equal(found.split()[1].parts, other.parts[:, :5])
+    np.testing.assert_array_equal(found.split()[1].cohort.labels, COHORT.labels[:5])
     cohort, values = found.tested()
-    np.testing.assert_allclose(values, combine([one.probabilities[0, :2], other.probabilities[0, :2]]))
+    np.testing.assert_allclose(values, combine([one.values[0, :2], other.values[0, :2]]))
     assert (cohort.labels.tolist(), cohort.patient_ids) == ([0, 1], ("p0", "p1"))
     assert cohort.class_names == COHORT.class_names
 
 
 def test_a_run_alone_says_its_own_mean() -> None:
     run = said(np.concatenate([PARTS, PARTS[:, ::-1]]), 0)
-    _, values = MemberPredictions((run,)).tested()
+    _, values = join_runs([run], "probabilities").tested()
     np.testing.assert_array_equal(values, run.out_of_fold()[[0, 1, 4, 5]])
 
 
 def test_what_one_member_has_not_validated_is_left_out() -> None:
     other = PARTS.copy()
     other[0, 3] = "validation"
-    members = MemberPredictions.aligned([said(other, 0), said(PARTS, 1)], "probabilities")
+    members = join_runs([said(other, 0), said(PARTS, 1)], "probabilities")
     assert members.mean_over("validation")[0].tolist() == [2]
     assert members.held("validation") == 2
     with pytest.raises(RunError, match="without validation slides in fold 7"):
@@ -71,10 +69,10 @@ def test_folds_are_shared_where_each_tests_the_same_slides() -> None:
         (said(parts[::-1], 1), False),
         (said(parts[[0, 1, 1]], 1), False),
     ):
-        assert MemberPredictions.aligned([one, other], "probabilities").share_folds() == shared
+        assert join_runs([one, other], "probabilities").share_folds() == shared
 
 
 def test_members_of_other_labels_are_refused() -> None:
     other = replace(said(PARTS, 1), cohort=replace(COHORT, labels=COHORT.labels[[0, 1, 2, 3, 4, 4]]))
     with pytest.raises(RunError, match="'slide 05'"):
-        MemberPredictions.aligned([said(PARTS, 0), other], "probabilities")
+        join_runs([said(PARTS, 0), other], "probabilities")

@@ -102,7 +102,7 @@ def test_slides_that_no_fold_tests_are_not_scored():
 def test_test_and_training_slides_have_no_say():
     predictions = replicas()
     spoiled = np.where((predictions.parts == "validation")[..., None], predictions.probabilities, 0.5)
-    assert operate(replace(predictions, probabilities=spoiled)).thresholds == operate(predictions).thresholds
+    assert operate(replace(predictions, values=spoiled)).thresholds == operate(predictions).thresholds
 
 
 def test_a_validation_part_of_one_class_leaves_the_default():
@@ -157,7 +157,7 @@ def test_every_class_has_its_operating_point():
     three = replace(
         predictions,
         cohort=replace(predictions.cohort, labels=labels, class_names=names),
-        probabilities=probabilities,
+        values=probabilities,
     )
     points = operate_one_vs_rest(three, specificity=0.8)
     assert [point.class_name for point in points] == list(names)

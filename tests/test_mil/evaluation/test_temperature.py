@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import minimize_scalar
 
 from mil.errors import EvaluationError
-from mil.evaluation.predictions import ReplicaPredictions
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.temperature import HIGHEST, LOWEST, apply_temperature, fit_temperature, scale_temperatures
 from mil.splits.folds import make_splits
 from mil.statistics.calibration import log_likelihood_loss
@@ -91,7 +91,7 @@ def test_test_and_training_slides_have_no_say():
     predictions = replicas()
     expected = scale_temperatures(predictions).temperatures
     spoiled = np.where((predictions.parts == "validation")[..., None], predictions.probabilities, 0.5)
-    assert scale_temperatures(replace(predictions, probabilities=spoiled)).temperatures == expected
+    assert scale_temperatures(replace(predictions, values=spoiled)).temperatures == expected
 
 
 def test_few_validation_patients_are_told():

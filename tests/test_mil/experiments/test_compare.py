@@ -14,7 +14,7 @@ from mil.cli import main as cli
 from mil.cohort.cohort import Cohort
 from mil.errors import EvaluationError, RunError
 from mil.evaluation.fold_scores import differing_folds, mean_over_seeds, mean_test_to_train, read_fold_scores
-from mil.evaluation.predictions import ReplicaPredictions
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.tables import out_of_fold_rows
 from mil.experiments.compare import compare_runs
 from mil.experiments.crossval import train

@@ -14,7 +14,7 @@ import pytest
 from mil.cli import main as cli
 from mil.errors import EvaluationError, RunError
 from mil.evaluation.operating_points import operate
-from mil.evaluation.predictions import ReplicaPredictions
+from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.tables import out_of_fold_rows
 from mil.experiments.crossval import train
 from mil.files import write_csv

@@ -131,7 +131,10 @@ def test_what_is_no_ensemble_is_refused(runs: list[Path], tmp_path: Path) -> Non
 def test_members_of_other_classes_are_refused(runs: list[Path], tmp_path: Path) -> None:
     other = replace(COHORT, target="grade", class_names=tuple(f"G{at}" for at in range(len(COHORT.class_names))))
     train(make_store(COHORT), other, head="mean", folds=2, seeds=1, epochs=1, device="cpu").save(tmp_path / "grade")
-    with pytest.raises(RunError, match=r"target subtype \(classes .*target grade \(classes 'G0', 'G1'\) → "):
+    with pytest.raises(
+        RunError,
+        match=r"target subtype \(classes .*target grade \(classes 'G0', 'G1'\) → ",
+    ):
         make_ensemble([runs[0], tmp_path / "grade"])
 
 
