@@ -36,6 +36,7 @@ class GatedABMIL(nn.Module):
         self.classifier = nn.Linear(EMBED_DIM, n_classes)
 
     def forward(self, instances: Tensor) -> Tensor:
+        """Logits [classes] of a bag [n, dim]."""
         embedded = self.embed(instances)  # [n, 512]
         attention = self.score(self.tanh(embedded) * self.gate(embedded)).softmax(dim=0)  # [n, 1]
         logits: Tensor = self.classifier(attention.mT @ embedded)

@@ -116,9 +116,6 @@ def check_open_files() -> Check:
     return Check("open files", "ok", "no limit" if soft == resource.RLIM_INFINITY else f"at most {soft}")
 
 
-# ---------------------------------------------------------------- where the store lies
-
-
 def nearest_folder(path: Path) -> Path:
     """The path itself if it is a folder, else the nearest folder above that exists."""
     path = path.absolute()

@@ -53,22 +53,23 @@ class SyntheticCohort:
 
     @property
     def slides_folder(self) -> Path:
+        """Where the slides lie."""
         return self.folder / "slides"
 
     @property
     def labels_path(self) -> Path:
+        """The label table."""
         return self.folder / "labels.csv"
 
     @property
     def slides_table_path(self) -> Path:
+        """The slide table, with scales and masks."""
         return self.folder / "slides.csv"
 
     @property
     def lesions_path(self) -> Path:
+        """The planted lesions, see `extract.synthetic.lesions`."""
         return self.folder / "lesions.json"
-
-
-# ---------------------------------------------------------------- the cohort
 
 
 @dataclass(frozen=True)

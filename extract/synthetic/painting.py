@@ -67,9 +67,6 @@ _LESIONS = {
 }
 
 
-# ---------------------------------------------------------------- one slide
-
-
 @dataclass(frozen=True)
 class _Canvas:
     """The stains of one slide, each [h, w]: optical densities, and clear = 1 where there is no tissue."""
@@ -270,9 +267,6 @@ def draw_stain(patient_rng: Rng, rng: Rng) -> _Stain:
     colours *= np.exp(0.16 * patient_rng.normal(size=(3, 1)) + 0.07 * patient_rng.normal(size=(3, 3)))
     colours *= np.exp(0.08 * rng.normal(size=(3, 1)) + 0.03 * rng.normal(size=(3, 3)))
     return _Stain(colours.astype(np.float32), float(rng.uniform(0.04, 0.2)), float(rng.uniform(1.5, 4)))
-
-
-# ---------------------------------------------------------------- lesions
 
 
 def place_lesions(tissue_low: NDArray[np.bool_], rng: Rng) -> list[Polygon]:

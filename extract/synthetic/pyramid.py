@@ -10,8 +10,6 @@ import tifffile
 from extract.slides.slide import SYNTHETIC_SOFTWARE
 from extract.synthetic.drawing import Image, SyntheticError
 
-# ---------------------------------------------------------------- pyramids
-
 
 def write_pyramid(
     path: str | Path,

@@ -8,8 +8,6 @@ from scipy import ndimage, spatial
 
 from extract.synthetic.drawing import PERIOD_PX, VARIANTS, Float, Rng, jittered_grid, polar, put, smooth_noise, wobble
 
-# ---------------------------------------------------------------- drawings that all slides share
-
 
 @dataclass(frozen=True)
 class Patch:
@@ -200,6 +198,7 @@ def _patch_bank(rng: Rng, nuclei: dict[str, list[Float]]) -> dict[str, list[Patc
 
 
 def make_bank(seed: int) -> Bank:
+    """Draw the textures, nuclei and patches that all slides of a cohort are painted with."""
     rng = np.random.default_rng([seed, 0])
     textures = {
         "fibres": _fibres(rng, 3.0, 60, 26),

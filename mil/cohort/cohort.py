@@ -319,6 +319,11 @@ def _known(cell: str) -> bool:
 
 
 def refuse_unlearnable(cohort: Cohort, where: str) -> None:
+    """Refuse a cohort that no folds can be made of.
+
+    Raises:
+        CohortError: fewer than two classes, a class of one patient, or equal values; ``where`` names the table.
+    """
     if cohort.values is not None:
         check_values(where, cohort.task, cohort.columns, cohort.values, cohort.patient_ids)
     _refuse_small_classes(cohort, where)

@@ -30,11 +30,13 @@ class Checked:
 
 
 def known_option(group: str, option: str) -> str:
+    """``option``, if the group has it.
+
+    Raises:
+        ConfigError: near matches are named.
+    """
     require_known(option, list(option_keys(group)), f"{group}=")
     return option
-
-
-# -------------------------------------------------------------------------------------------------------------- checks
 
 
 _MOST_NAMES = 8
@@ -143,6 +145,11 @@ def _coerce_seeds(where: str, value: Any) -> tuple[int, ...]:
 
 
 def check_range(where: str, value: Any, item: Field[Any]) -> None:
+    """Refuse a number, or one of several, outside the range of its field.
+
+    Raises:
+        ConfigError: the range is named.
+    """
     if value is None or "low" not in item.metadata:
         return
     if isinstance(value, tuple):

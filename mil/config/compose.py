@@ -173,9 +173,6 @@ def _from_tree(tree: Mapping[str, Any]) -> TrainConfig:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- overrides
-
-
 def _compose(defaults: _Defaults, overrides: Sequence[str]) -> dict[str, Any]:
     """Apply ``overrides``, of which `check_given` has refused what is wrong by itself.
 

@@ -208,8 +208,6 @@ def keys_of(group: Mapping[str, OptionRecord]) -> dict[str, dict[str, Any]]:
 GROUPS = ("head", "optimizer", "scheduler", "loss", "augment")
 
 
-# ---------------------------------------------------------------------------------------------------------- the tree
-
 _RECORDS = {"optimizer": OPTIMIZERS, "scheduler": SCHEDULERS, "loss": LOSSES, "augment": AUGMENTATIONS}
 
 

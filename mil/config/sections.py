@@ -167,6 +167,7 @@ class AugmentConfig(_Option):
 
 
 def to_plain(value: Any) -> Any:
+    """A setting as the config file holds it: sections as mappings, tuples as lists, paths as text."""
     if isinstance(value, _Option):
         return {"name": value.name} | {key: to_plain(inner) for key, inner in value.keywords().items()}  # type: ignore[attr-defined]
     if isinstance(value, Checked):

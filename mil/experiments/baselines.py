@@ -90,9 +90,6 @@ def _mean(cohort: Cohort, parts: list[tuple[npt.NDArray[np.int64], FloatArray]])
     return Outcomes(cohort.subset(tested), sums[tested] / times[tested])
 
 
-# ------------------------------------------------------------------------------------------------------- the learners
-
-
 @dataclass
 class _Classifier:
     """A scikit-learn classifier, whose probabilities get a column for classes that it was not shown."""

@@ -147,9 +147,6 @@ def run_benchmark(
     return _benchmark(stores, cohort, config, Path(out).absolute(), progress, overwrite)
 
 
-# ------------------------------------------------------------------------------------------------------------ the cells
-
-
 def _benchmark(
     stores: Sequence[Store],
     cohort: Cohort,

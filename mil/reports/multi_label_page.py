@@ -16,9 +16,6 @@ from mil.visualization.plotting import ForestRow
 LABEL_METRICS = {"auroc": "AUROC", "f1": "F1", "sensitivity": "Sensitivity", "specificity": "Specificity"}
 
 
-# ---------------------------------------------------------------------------------------------- labels
-
-
 def label_figures(answers: Answers) -> Iterator[tuple[str, Any]]:
     evaluation = answers.run.evaluation
     yield "metrics", forest_rows(HEADLINES[MULTI_LABEL], evaluation)

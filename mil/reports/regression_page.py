@@ -11,8 +11,6 @@ from mil.evaluation.headlines import HEADLINES
 from mil.reports.values import Answers, patients_of, rank_values
 from mil.visualization import target_figures
 
-# ---------------------------------------------------------------------------------------------- numbers
-
 
 def number_figures(answers: Answers) -> Iterator[tuple[str, Any]]:
     for at in range(len(answers.columns)):

@@ -107,9 +107,6 @@ def write_target_report(
     return write_page(answers.run, "target_report.html", figures, view, title)
 
 
-# ---------------------------------------------------------------------------------------------- all three
-
-
 def _spread_metrics(run: RunFiles) -> list[str]:
     """Those that have a value somewhere: errors of several units have no mean, see `mil.statistics.regression`."""
     wanted = SPREAD_METRICS[run.metrics["task"]]

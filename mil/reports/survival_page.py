@@ -10,8 +10,6 @@ from mil.reports.values import Answers, forest_rows, patients_of, rank_values
 from mil.statistics.survival import Patients, kaplan_meier
 from mil.visualization import target_figures
 
-# ---------------------------------------------------------------------------------------------- survival
-
 
 def survival_figures(answers: Answers) -> Iterator[tuple[str, Any]]:
     yield "metrics", forest_rows(HEADLINES[SURVIVAL], answers.run.evaluation)

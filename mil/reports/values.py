@@ -29,9 +29,6 @@ GUESSES = {
 """What a draw gives, or always the mean."""
 
 
-# ---------------------------------------------------------------------------------------------- reading
-
-
 @dataclass(frozen=True)
 class Answers:
     """What is true of n slides, and what was said of them out of fold.

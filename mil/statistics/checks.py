@@ -92,6 +92,12 @@ def patients_per_class(labels: IntArray, patient_ids: Sequence[str], n_classes: 
 
 
 def describe_few_patients(class_names: Sequence[str], patients: BoolArray) -> list[str]:
+    """A warning for every class that one patient or none stands for.
+
+    Args:
+        class_names: [C].
+        patients: [C, patients], whether each has a slide of the class.
+    """
     messages = []
     for name, count in zip(class_names, patients.sum(axis=1).tolist(), strict=True):
         if count == 0:

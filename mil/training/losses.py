@@ -133,9 +133,6 @@ def probabilities(logits: Tensor) -> Tensor:
     return logits.double().softmax(dim=-1)
 
 
-# ------------------------------------------------------------------------------------------- targets without one class
-
-
 def multi_label_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean over bags of the mean binary cross-entropy over the labels whose answer is known for the bag.
 

@@ -133,9 +133,6 @@ def decode(record: Record, logits: Tensor) -> Tensor:
     return probabilities(logits)
 
 
-# ---------------------------------------------------------------------------------------------------------- the tasks
-
-
 @dataclass(frozen=True, eq=False)
 class _Classes:
     config: LossConfig

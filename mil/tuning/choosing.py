@@ -34,9 +34,6 @@ class SettingAverage:
     n_chosen: int
 
 
-# ---------------------------------------------------------------------------------------------------------- searching
-
-
 def train_listed(trainer: TrialTrainer, settings: Sequence[Setting], config: SweepConfig) -> list[Trial]:
     """Train every setting of a list in every fold."""
     splits = trainer.data.splits
@@ -157,9 +154,6 @@ def _mean_of(values: Sequence[float | None]) -> float | None:
     """None where one is missing."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if len(known) == len(values) else None
-
-
-# ------------------------------------------------------------------------------------------------------------ results
 
 
 def warn_of_edges(space: Sequence[Dimension], best: Setting) -> Iterator[str]:

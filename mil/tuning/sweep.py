@@ -149,9 +149,6 @@ def _sweep(store: Store, cohort: Cohort, config: SweepConfig, folder: Path, prog
     return write_sweep(folder, replace(found, metrics=metrics), entry)
 
 
-# --------------------------------------------------------------------------------------------------------- preparing
-
-
 def _open(store: Store, cohort: Cohort, config: SweepConfig, entry: str) -> SweepData:
     train = config.train
     device = resolve_device(train.device)

@@ -124,9 +124,6 @@ def score_validation(outcomes: Outcomes, loss: float | None = None) -> dict[str,
     return scores | {tie_breaker(cohort.task): loss if loss is not None and math.isfinite(loss) else None}
 
 
-# -------------------------------------------------------------------------------------------------------- training
-
-
 @dataclass(frozen=True, eq=False)
 class SweepData:
     """What all settings share.

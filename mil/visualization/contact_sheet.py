@@ -108,9 +108,6 @@ def _started(log: Path) -> str:
     return f"{day[:4]}-{day[4:6]}-{day[6:]} {clock[:2]}:{clock[2:4]} UTC" if len(day + clock) == 14 else log.stem
 
 
-# ---------------------------------------------------------------------------------------------- the page
-
-
 def _view(store: Store, cards: Sequence[SlideCard]) -> dict[str, Any]:
     """All that the template shows."""
     looks = Counter(kind for card in cards for kind in card.looks)

@@ -263,6 +263,7 @@ def _reading_text(record: Mapping[str, Any], reader: str) -> str:
 
 
 def flags_text(counts: Mapping[str, int], features: Mapping[str, Any] | None = None) -> str:
+    """How many tiles carry each flag, to be read."""
     found = [f"{counts[name]:,} {name}" for name in FLAGS if counts.get(name)]
     # where quality was looked at, every flag has a list, if an empty one
     if features is not None and not features.get("flagged_rows"):
@@ -279,6 +280,7 @@ def _execution_text(entry: str, features: Mapping[str, Any]) -> str:
 
 
 def area_text(area_mm2: float) -> str:
+    """Square millimetres, to be read."""
     return f"{area_mm2:.3g}" if area_mm2 < 100 else f"{area_mm2:,.0f}"
 
 

@@ -18,6 +18,7 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EI
 
 
 def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 1) -> None:
+    """Write a JSON file that nobody reads before it is whole."""
     path.write_text(json.dumps(value, indent=indent), encoding="utf-8")
 
 
@@ -163,6 +164,7 @@ def make_folder(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
+    """Flush a file or a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

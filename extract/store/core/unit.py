@@ -110,6 +110,7 @@ def features_record(
 
 
 def has_checksum(array: np.ndarray, checksum: str) -> bool:
+    """Whether an array has the SHA-256 that was written down for it."""
     return sha256_of(np.ascontiguousarray(array)) == checksum
 
 

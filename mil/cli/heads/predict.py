@@ -282,11 +282,13 @@ def _label_map(pairs: Sequence[str] | None) -> dict[str, str] | None:
 
 
 def print_banner(console: Console, synthetic: bool) -> None:
+    """Say of synthetic slides that they are."""
     if synthetic:
         console.print("SYNTHETIC DATA: these slides were drawn by a program.", style="bold", highlight=False)
 
 
 def print_warnings(console: Console, warnings: Sequence[str]) -> None:
+    """A yellow line each."""
     for warning in warnings:
         say(console, f"warning: {warning}", style="yellow")
 

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,8 +92,19 @@ def _run(store: Path, keywords: dict[str, Any]) -> None:
 
 def print_extraction(console: Console, report: Any) -> None:
     """Print what became of a run: counts and rates, invalid tiles, slides that failed and why."""
-    from mil.cli.console import plain_reason, print_table
+    console.print(_counts_text(report), soft_wrap=True, highlight=False)
+    _print_readers_and_tiles(console, report.outcomes)
+    _print_slides_not_done(console, report)
+    where = (
+        f"store {report.store}, {'entry' if len(report.entries) == 1 else 'entries'} {', '.join(report.entries)}, log "
+        f"{report.log}"
+        if report.store.exists()
+        else "no slide could be cut, so no store was made"
+    )
+    console.print(where, markup=False, soft_wrap=True, highlight=False)
 
+
+def _counts_text(report: Any) -> str:
     stats = report.stats
     tiles = sum(o.n_tiles for o in report.outcomes)
     rate = (
@@ -106,22 +117,31 @@ def print_extraction(console: Console, report: Any) -> None:
     saved = f" ({resumed} of them saved before)" if resumed else ""
     elsewhere = f"{report.count('elsewhere')} left to other processes, " if report.count("elsewhere") else ""
     slides = "1 slide" if len(report.outcomes) == 1 else f"{len(report.outcomes)} slides"
-    console.print(
+    return (
         f"{slides}: {report.count('embedded')} embedded, {report.count('complete')} complete before, {elsewhere}"
-        f"{len(report.failed)} failed; {tiles} tiles{saved} in {report.seconds:.1f} s{rate}",
-        soft_wrap=True,
-        highlight=False,
+        f"{len(report.failed)} failed; {tiles} tiles{saved} in {report.seconds:.1f} s{rate}"
     )
-    readers = Counter(o.reader for o in report.outcomes if o.reader)
+
+
+def _print_readers_and_tiles(console: Console, outcomes: Sequence[Any]) -> None:
+    """How slides were read where that is worth a word; tiles that were flagged, and those that could not be decoded."""
+    from mil.cli.console import print_table
+
+    readers = Counter(o.reader for o in outcomes if o.reader)
     if set(readers) - {"direct", "image"}:
         print_table(console, "how slides were read", ["reader", "slides"], [[r, str(n)] for r, n in readers.items()])
-    flagged = {name: sum(o.flagged.get(name, 0) for o in report.outcomes) for name in ("blurred", "empty", "pen")}
+    flagged = {name: sum(o.flagged.get(name, 0) for o in outcomes) for name in ("blurred", "empty", "pen")}
     if any(flagged.values()):
         counts = ", ".join(f"{n} {name}" for name, n in flagged.items() if n)
         console.print(f"tiles flagged, and kept: {counts}", soft_wrap=True, highlight=False)
-    invalid = [[o.slide_id, str(o.n_invalid), str(o.n_tiles)] for o in report.outcomes if o.n_invalid]
+    invalid = [[o.slide_id, str(o.n_invalid), str(o.n_tiles)] for o in outcomes if o.n_invalid]
     if invalid:
         print_table(console, "tiles that cannot be decoded (left out)", ["slide", "invalid", "tiles"], invalid)
+
+
+def _print_slides_not_done(console: Console, report: Any) -> None:
+    from mil.cli.console import plain_reason, print_table
+
     for what, title in (("failed", "slides that failed"), ("elsewhere", "slides left to other processes")):
         rows = [[o.slide_id, plain_reason(o.slide_id, o.reason)] for o in report.outcomes if o.outcome == what]
         if rows:
@@ -131,10 +151,3 @@ def print_extraction(console: Console, report: Any) -> None:
         who = "1 slide is" if left == 1 else f"{left} slides are"
         line = f"{who} being extracted by another process; run this command again when that has ended, to be sure"
         console.print(line, style="yellow", markup=False, soft_wrap=True, highlight=False)
-    where = (
-        f"store {report.store}, {'entry' if len(report.entries) == 1 else 'entries'} {', '.join(report.entries)}, log "
-        f"{report.log}"
-        if report.store.exists()
-        else "no slide could be cut, so no store was made"
-    )
-    console.print(where, markup=False, soft_wrap=True, highlight=False)
