@@ -31,9 +31,9 @@ from benchmarks.bench_reading import write_aperio
 from benchmarks.machine import Result, print_results, write_results
 from extract.backbones.backbone import Backbone, load_backbone
 from extract.memory import keep_freed_memory
+from extract.pipeline.batches import RUN_TILES
 from extract.pipeline.extraction import run_extraction
 from extract.pipeline.jobs import CPU_BATCH_SIZE, available_cores
-from extract.pipeline.stream import RUN_TILES
 from extract.slides.image import open_slide
 from extract.slides.slide import Slide
 from extract.store import FeatureRecipe, TileRecipe, TissueRecipe, TransformRecipe

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Unpack
 
 from extract.backbones.backbone import DEFAULT_BACKBONE
+from extract.backbones.gpu import check_device
 from extract.backbones.runtimes import choose_runtime
 from extract.pipeline.columns import all_columns
 from extract.pipeline.config import Backbones, ExtractionConfig, ExtractionSettings, Slides
-from extract.pipeline.gpu import check_device
 from extract.pipeline.report import ExtractionReport, Progress, Silent
 from extract.pipeline.run import ExtractionRun
 from extract.store import TileRecipe, create_store

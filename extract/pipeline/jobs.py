@@ -3,13 +3,15 @@
 import os
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from extract.backbones.backbone import Backbone
+from extract.backbones.backbone import Backbone, to_dtype
+from extract.errors import FeatureRangeError
 from extract.geometry import ReadPlan
 from extract.reading.ring import INVALID
 from extract.store import QualityRecipe
@@ -96,6 +98,18 @@ class SlideJob:
     def invalid_rows(self) -> list[int]:
         """Rows whose tile could not be decoded."""
         return [int(row) for row in np.flatnonzero(self.flags & INVALID)]
+
+    def fill(self, start: int, stop: int, features: Sequence[np.ndarray]) -> None:
+        """Put computed rows in their places; a value that the store cannot hold ends the slide at once."""
+        valid = (self.flags[start:stop] & INVALID) == 0
+        for target, rows in zip(self.features, features, strict=True):
+            try:
+                cast = to_dtype(rows[valid], target.dtype.name, self.slide_id)
+            except FeatureRangeError as error:
+                self.error = error
+                return
+            target[start:stop] = 0
+            target[start:stop][valid] = cast
 
     def finish_rows(self, start: int, stop: int) -> tuple[bool, bool]:
         """Note finished rows; whether they were the last, and whether it is time to save."""

@@ -1,15 +1,21 @@
 """Whether embeddings that are computed now agree with those that an entry holds already."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
 from extract.backbones.backbone import Backbone
-from extract.errors import StoreError, TileDecodeError
+from extract.errors import SlideError, StoreError, TileDecodeError
+from extract.pipeline.jobs import Column
 from extract.slides.image import open_slide
 from extract.slides.source import SlideSource
-from extract.store import SlideReader
+from extract.store import Execution, SlideReader, Store, fingerprint
+from extract.tiling.sameness import check_same
 from extract.tiling.tiles import context_tiles, recorded_plan
+
+_SLIDES_LOOKED_AT = 64
 
 REFUSED_BELOW = 0.99
 """A mean cosine below this is another backbone, not another device."""
@@ -30,6 +36,49 @@ class Parity:
     tiles: int
     mean: float
     least: float
+
+
+def find_parity(
+    store: Store, sources: Sequence[SlideSource], column: Column, execution: Execution, default_mpp: float | None
+) -> Parity | None:
+    """Where an entry was begun otherwise (another device, precision, version), how far that agrees with what is now.
+
+    Args:
+        store: where the entry lies.
+        sources: the slides of the run.
+        column: the entry and what computes it now, without augmentation.
+        execution: how it is computed now.
+        default_mpp: ``--default-mpp``.
+
+    Returns:
+        The comparison on the first of a few slides that were computed otherwise and can be read; None without one.
+
+    Raises:
+        StoreError: the embeddings do not agree.
+    """
+    now = fingerprint(execution)
+    done = (each for each in sources if store.has_features(each.slide_id, column.entry))
+    some = islice(done, _SLIDES_LOOKED_AT)
+    others = (each for each in some if _was_made_otherwise(store, each, column.entry, now))
+    measured = (_try_parity(store, each, column, execution.batch_size, default_mpp) for each in others)
+    return next(filter(None, measured), None)
+
+
+def _was_made_otherwise(store: Store, source: SlideSource, entry: str, execution: str) -> bool:
+    record = store[source.slide_id].feature_record(entry)
+    return record["execution_fingerprint"] != execution and source.path.exists()
+
+
+def _try_parity(
+    store: Store, source: SlideSource, column: Column, batch_size: int, default_mpp: float | None
+) -> Parity | None:
+    """The comparison on one slide; None if it cannot be read, which is told when its turn comes."""
+    try:
+        reader = store[source.slide_id]
+        check_same(source, reader.record, default_mpp)
+        return measure_parity(reader, source, column.entry, column.backbone, batch_size)
+    except (SlideError, OSError):
+        return None
 
 
 def measure_parity(

@@ -7,11 +7,10 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
@@ -24,11 +23,10 @@ from extract.errors import (
     ReaderError,
     RuntimeConversionError,
     SlideClaimedError,
-    SlideError,
     SlideUnreadableError,
     StoreFullError,
 )
-from extract.geometry import ReadPlan
+from extract.pipeline.claims import Claims
 from extract.pipeline.config import ExtractionConfig
 from extract.pipeline.jobs import (
     CPU_BATCH_SIZE,
@@ -40,43 +38,23 @@ from extract.pipeline.jobs import (
     ring_slots,
     workers,
 )
-from extract.pipeline.parity import Parity, measure_parity
+from extract.pipeline.parity import find_parity
+from extract.pipeline.preparation import Preparation, PreparedSlide, StoppedError
 from extract.pipeline.report import ExtractionReport, Progress, SlideOutcome
-from extract.pipeline.sameness import check_same
 from extract.pipeline.stream import Stream
-from extract.reading.answers import rebuild_error
 from extract.reading.isolation import ReaderProcess
-from extract.reading.reader import cut_request
 from extract.reading.readers import LocalReaders, Readers, reading_threads
 from extract.reading.ring import INVALID, Ring, RingShape
 from extract.slides.source import SlideSource
-from extract.store import SlideReader, Store, TileRecipe, TilesUnit, difference, fingerprint, to_dict
-from extract.store.core.draft import LEASE_S, Draft
-from extract.tiling.pen import is_dark_field
+from extract.store import Store, difference, to_dict
+from extract.store.core.draft import LEASE_S
 from extract.tiling.quality import PEN, flagged_rows
-from extract.tiling.tiles import context_tiles, recorded_plan
 
 _PREPARED_AHEAD = 4
 _LOOK_S = 0.2
-_EXECUTIONS_LOOKED_AT = 64
 
 _METADATA = {"zarr.json", "tessera.json", "entry.json"}
 """Files of a store in which there is no slide yet."""
-
-
-@dataclass
-class _Slide:
-    """One slide of the run: its open drafts, its jobs that are not written yet, and what went wrong."""
-
-    source: SlideSource
-    started: float = field(default_factory=time.monotonic)
-    jobs_left: int = 0
-    n_tiles: int = 0
-    n_resumed: int = 0
-    dark: bool = False
-    flags: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
-    read_by: str = ""
-    error: Exception | None = None
 
 
 class ExtractionRun:
@@ -95,10 +73,10 @@ class ExtractionRun:
         self._batch_size = config.compute.batch_size or self._recorded_batch_size() or default
         self._checked = self._choose_runtime(config.compute.runtime)
         self._executions = {column.entry: column.backbone.execution(self._batch_size) for column in columns}
-        self._slides: dict[str, _Slide] = {}
+        self._slides: dict[str, PreparedSlide] = {}
         self._outcomes: list[SlideOutcome] = []
-        self._claimed: list[SlideSource] = []
-        self._drafts: dict[tuple[str, str], Draft] = {}
+        self._elsewhere: list[SlideSource] = []
+        self._claims = Claims(store, self._executions)
         self._stop = threading.Event()
 
     def _choose_runtime(self, runtime: str) -> list[CheckedForward]:
@@ -141,16 +119,16 @@ class ExtractionRun:
         ring = Ring(RingShape(ring_slots(self._device), self._batch_size, tile_px, reading_threads(cores)))
         readers: Readers = ReaderProcess(ring, self._reading.limits) if self._reading.isolation else LocalReaders(ring)
         stream = Stream(ring, readers, self._device, self._write, self._tiles_done, self._stop.is_set)
-        self._readers, self._stats = readers, stream.stats
+        self._stats, warn = stream.stats, self._progress.warn
+        preparation = Preparation(self._store, self._columns, self._reading, readers, self._claims, self._stop, warn)
         try:
             self._check_executions(sources)
-            with _stopping(self._stop), self._heartbeat():
-                stream.run(self._jobs(sources))
+            with _stopping(self._stop), self._claims.kept():
+                stream.run(self._jobs(preparation, sources))
         finally:
             readers.close()
             ring.close()
-            for draft in self._drafts.values():
-                draft.release()
+            self._claims.release_all()
         if self._stop.is_set():
             self._log.append(
                 {"stopped": {"tiles": stream.stats.tiles, "seconds": round(time.monotonic() - started, 3)}}
@@ -167,33 +145,17 @@ class ExtractionRun:
         for column in self._columns:
             if column.view:
                 continue
-            now = fingerprint(self._executions[column.entry])
-            done = (each for each in sources if self._store.has_features(each.slide_id, column.entry))
-            some = islice(done, _EXECUTIONS_LOOKED_AT)
-            others = (each for each in some if self._was_made_otherwise(each, column.entry, now))
-            parity = next(filter(None, (self._measure_parity(each, column) for each in others)), None)
+            execution = self._executions[column.entry]
+            parity = find_parity(self._store, sources, column, execution, self._reading.default_mpp)
             if parity is None:
                 continue
             then = self._store[parity.slide_id].feature_record(column.entry)["execution"]
-            changes = difference(then, to_dict(self._executions[column.entry]))
+            changes = difference(then, to_dict(execution))
             self._log.append({"parity": {"entry": column.entry, **asdict(parity), "changes": changes}})
             self._progress.warn(
                 f"entry {column.entry} was begun otherwise ({'; '.join(changes)}); the mean cosine of {parity.tiles} "
                 f"tiles computed both ways is {parity.mean:.6f}, the smallest {parity.least:.6f}"
             )
-
-    def _measure_parity(self, source: SlideSource, column: Column) -> Parity | None:
-        """The comparison on one slide; None if it cannot be read, which is told when its turn comes."""
-        try:
-            self._check_same(source)
-            reader = self._store[source.slide_id]
-            return measure_parity(reader, source, column.entry, column.backbone, self._batch_size)
-        except (SlideError, OSError):
-            return None
-
-    def _was_made_otherwise(self, source: SlideSource, entry: str, execution: str) -> bool:
-        record = self._store[source.slide_id].feature_record(entry)
-        return record["execution_fingerprint"] != execution and source.path.exists()
 
     def _report(self, stats: StreamStats, seconds: float) -> ExtractionReport:
         execution = next(iter(self._executions.values()))
@@ -225,27 +187,36 @@ class ExtractionRun:
     def _tiles_done(self, n: int) -> None:
         self._progress.tiles_done(n, self._stats)
 
-    def _jobs(self, sources: Sequence[SlideSource]) -> Iterator[SlideJob | None]:
+    def _jobs(self, preparation: Preparation, sources: Sequence[SlideSource]) -> Iterator[SlideJob | None]:
         """Open and cut slides a few ahead of the stream, in order; those that others are at work on come last."""
-        yield from self._prepared(sources, last_try=False)
-        if self._claimed and not self._stop.is_set():
+        yield from self._prepared(preparation, sources, last_try=False)
+        if self._elsewhere and not self._stop.is_set():
             # two runs that wait for each other must not hold back their own slides
             yield None
-            self._await_claimed()
-            claimed, self._claimed = self._claimed, []
-            yield from self._prepared(claimed, last_try=True)
+            self._await_others()
+            others, self._elsewhere = self._elsewhere, []
+            yield from self._prepared(preparation, others, last_try=True)
 
-    def _prepared(self, sources: Sequence[SlideSource], last_try: bool) -> Iterator[SlideJob]:
+    def _prepared(self, preparation: Preparation, sources: Sequence[SlideSource], last_try: bool) -> Iterator[SlideJob]:
         waiting: deque[tuple[SlideSource, float, Future[list[SlideJob]]]] = deque()
         remaining = iter(sources)
         with ThreadPoolExecutor(2, "prepare") as pool:
             while not self._stop.is_set():
                 while len(waiting) < _PREPARED_AHEAD and (source := next(remaining, None)) is not None:
-                    waiting.append((source, time.monotonic(), pool.submit(self._prepare, source)))
+                    waiting.append((source, time.monotonic(), pool.submit(self._prepare, preparation, source)))
                 if not waiting:
                     return
                 source, started, future = waiting.popleft()
                 yield from self._settle(source, started, future, last_try)
+
+    def _prepare(self, preparation: Preparation, source: SlideSource) -> list[SlideJob]:
+        """The jobs of a slide, which is one of the run from now on; none if it is complete."""
+        slide, jobs = preparation.prepare(source)
+        if jobs:
+            self._slides[source.slide_id] = slide
+        else:
+            self._note_complete(source)
+        return jobs
 
     def _settle(
         self, source: SlideSource, started: float, future: "Future[list[SlideJob]]", last_try: bool
@@ -253,135 +224,28 @@ class ExtractionRun:
         """The prepared jobs, or none after noting why."""
         try:
             return future.result()
-        except (StoreFullError, _Stopped):
+        except (StoreFullError, StoppedError):
             if not self._stop.is_set():
                 raise
         except SlideClaimedError as error:
             if last_try:
                 self._note(source, "elsewhere", str(error), seconds=time.monotonic() - started)
             else:
-                self._claimed.append(source)
+                self._elsewhere.append(source)
         except Exception as error:  # noqa: BLE001  one slide's surprise must not cost the others; the log has it all
             self._note(source, "failed", *_reason(error), seconds=time.monotonic() - started)
         return []
 
-    def _await_claimed(self) -> None:
+    def _await_others(self) -> None:
         """Wait until the slides of others are done, or their workers show that they live, or their leases end."""
-        self._progress.warn(f"{len(self._claimed)} slides are left to other processes that are at work on them")
+        self._progress.warn(f"{len(self._elsewhere)} slides are left to other processes that are at work on them")
         deadline = time.monotonic() + LEASE_S + 1
         entries = [column.entry for column in self._columns]
         while time.monotonic() < deadline and not self._stop.is_set():
             time.sleep(_LOOK_S)
-            units = [(source.slide_id, entry) for source in self._claimed for entry in entries]
+            units = [(source.slide_id, entry) for source in self._elsewhere for entry in entries]
             if all(self._store.has_features(*unit) or not self._store.is_claimed(*unit) for unit in units):
                 return
-
-    def _prepare(self, source: SlideSource) -> list[SlideJob]:
-        """Cut the slide if it is not yet cut; no job if its features are complete."""
-        if source.slide_id in self._store:
-            self._check_same(source)
-        slide = _Slide(source)
-        missing = [c for c in self._columns if not self._store.has_features(source.slide_id, c.entry)]
-        if not missing:
-            self._note_complete(source)
-            return []
-        if source.slide_id not in self._store:
-            self._store.write_tiles(self._cut(source))
-        tiles = self._store[source.slide_id]
-        slide.n_tiles = len(tiles.coords())
-        slide.dark = self._is_dark(tiles)
-        jobs = self._make_jobs(slide, tiles, missing)
-        if not jobs:
-            self._note_complete(source)
-            return []
-        slide.jobs_left = len(jobs)
-        self._slides[source.slide_id] = slide
-        return jobs
-
-    def _is_dark(self, tiles: SlideReader) -> bool:
-        """Whether it is a dark-field image, on which there is no ink; the user is told where tissue was looked for."""
-        try:
-            dark = is_dark_field(tiles.thumbnail, self._store.tile_recipe.quality.pen)
-        except ExtractError:
-            # its tiles can be embedded without a picture
-            return False
-        if dark and tiles.record["tissue"]["method"] in ("default", "saturation"):
-            self._progress.warn(
-                f"slide {tiles.slide_id!r} is nearly all dark: a fluorescence or dark-field image? Tissue is told by "
-                f"the colour of stains on light glass; if some is missing, use --tissue none, or give a mask"
-            )
-        return dark
-
-    def _cut(self, source: SlideSource) -> TilesUnit:
-        """Have the readers cut a slide."""
-        if not source.path.exists():
-            raise SlideUnreadableError(f"got {source.path} → there is no such file → check the path")
-        reading = self._reading
-        future = self._readers.request(
-            cut_request(source, reading.reader, self._store.tile_recipe, reading.default_mpp)
-        )
-        while not wait([future], _LOOK_S).done:
-            # the cut itself cannot be interrupted, but the run can
-            if self._stop.is_set():
-                raise _Stopped
-        answer, arrays = future.result()
-        if "error" in answer:
-            raise rebuild_error(answer["error"], source.slide_id)
-        coords, fraction, thumbnail, *mask = arrays
-        unit = TilesUnit(source.slide_id, coords, fraction, thumbnail, answer["record"], *mask)
-        _check_unit(unit, self._store.tile_recipe)
-        return unit
-
-    def _make_jobs(self, slide: _Slide, tiles: SlideReader, missing: Sequence[Column]) -> list[SlideJob]:
-        """One job for the tiles, and one for each context around them; the claims are given back if that fails."""
-        slide_id = slide.source.slide_id
-        drafts = self._open_drafts(slide.source, missing)
-        try:
-            # another process may have committed between the look and the claim
-            for column in missing:
-                if self._store.has_features(slide_id, column.entry):
-                    self._drafts.pop((slide_id, column.entry)).discard()
-                    drafts.pop(column.entry)
-            return self._make_claimed_jobs(slide, tiles, drafts)
-        except BaseException:
-            for entry in drafts:
-                if (draft := self._drafts.pop((slide_id, entry), None)) is not None:
-                    draft.release()
-            raise
-
-    def _make_claimed_jobs(self, slide: _Slide, tiles: SlideReader, drafts: Mapping[str, Draft]) -> list[SlideJob]:
-        missing = [column for column in self._columns if column.entry in drafts]
-        plan, coords = recorded_plan(tiles.record), tiles.coords()
-        seed = str(tiles.record["slide"]["sampled_sha256"])
-        jobs = []
-        for mpp in dict.fromkeys(column.backbone.recipe.context_mpp for column in missing):
-            columns = tuple(column for column in missing if column.backbone.recipe.context_mpp == mpp)
-            where = (plan, coords) if mpp is None else context_tiles(tiles.record, coords, mpp)
-            quality = self._store.tile_recipe.quality if mpp is None else None
-            taken = tuple(drafts[column.entry] for column in columns)
-            job = _make_job(slide.source, columns, taken, *where)
-            job.reader, job.quality, job.seed = self._reading.reader, quality, seed
-            slide.n_resumed = max(slide.n_resumed, job.first_row)
-            jobs.append(job)
-        return jobs
-
-    def _open_drafts(self, source: SlideSource, columns: Sequence[Column]) -> dict[str, Draft]:
-        """Claim the slide for every column, or for none."""
-        drafts: dict[str, Draft] = {}
-        try:
-            for column in columns:
-                drafts[column.entry] = self._store.draft(column.entry, source.slide_id, self._executions[column.entry])
-        except BaseException:
-            for draft in drafts.values():
-                draft.release()
-            raise
-        self._drafts |= {(source.slide_id, entry): draft for entry, draft in drafts.items()}
-        return drafts
-
-    def _check_same(self, source: SlideSource) -> None:
-        if not source.path.exists():
-            raise SlideUnreadableError(f"got {source.path} → there is no such file → check the path")
-        check_same(source, self._store[source.slide_id].record, self._reading.default_mpp)
 
     def _write(self, job: SlideJob) -> None:
         """Commit one job's features; called from the writer thread."""
@@ -408,7 +272,7 @@ class ExtractionRun:
             failure = error
             slide.error = slide.error or error
         for entry in entries:
-            draft = self._drafts.pop((job.slide_id, entry))
+            draft = self._claims.take(job.slide_id, entry)
             if isinstance(failure, OSError) or isinstance(getattr(failure, "__cause__", None), OSError):
                 # the file or its disk may be better the next time: the rows stay
                 job.save()
@@ -421,7 +285,7 @@ class ExtractionRun:
         if slide.jobs_left == 0:
             self._finish(self._slides.pop(job.slide_id))
 
-    def _finish(self, slide: _Slide) -> None:
+    def _finish(self, slide: PreparedSlide) -> None:
         """Account for a slide whose last job is written."""
         rows = flagged_rows(slide.flags)
         self._note(
@@ -482,28 +346,6 @@ class ExtractionRun:
             return
         shutil.rmtree(path, ignore_errors=True)
 
-    @contextmanager
-    def _heartbeat(self) -> Iterator[None]:
-        """Keep the leases of this run's drafts."""
-        ended = threading.Event()
-
-        def beat() -> None:
-            while not ended.wait(LEASE_S / 6):
-                for draft in list(self._drafts.values()):
-                    draft.touch()
-
-        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
-
-class _Stopped(Exception):
-    """The run was asked to stop while something was waited for."""
-
 
 @contextmanager
 def _stopping(stop: threading.Event) -> Iterator[None]:
@@ -525,31 +367,6 @@ def _stopping(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _make_job(
-    source: SlideSource, columns: tuple[Column, ...], drafts: tuple[Draft, ...], plan: ReadPlan, coords: np.ndarray
-) -> SlideJob:
-    """A job with the rows that an earlier run saved in their places."""
-    first_row = min(len(draft.features) for draft in drafts)
-    features = []
-    for column, draft in zip(columns, drafts, strict=True):
-        matrix = np.zeros((len(coords), column.backbone.recipe.dim), dtype=column.backbone.recipe.dtype)
-        matrix[:first_row] = draft.features[:first_row]
-        features.append(matrix)
-    flags = np.zeros(len(coords), dtype=np.uint8)
-    flags[:first_row] = drafts[0].flags[:first_row]
-    return SlideJob(
-        source.slide_id,
-        source.path,
-        coords,
-        plan,
-        columns,
-        tuple(features),
-        drafts=drafts,
-        first_row=first_row,
-        flags=flags,
-    )
-
-
 def _reason(error: Exception) -> tuple[str, str]:
     """Why a slide failed, and the traceback where the error is not one that we raise on purpose."""
     if isinstance(error, ReaderError):
@@ -557,24 +374,3 @@ def _reason(error: Exception) -> tuple[str, str]:
     if isinstance(error, (ExtractError, OSError)):
         return str(error), ""
     return f"unexpected {type(error).__name__}: {error}", "".join(traceback.format_exception(error))
-
-
-def _check_unit(unit: TilesUnit, recipe: TileRecipe) -> None:
-    """The process that reads strangers' files is believed no further than this.
-
-    Raises:
-        ReaderError: what it sent is no tiles unit of this recipe.
-    """
-    if unit.coords is None or unit.tissue_fraction is None or unit.thumbnail is None:
-        raise ReaderError(f"got tiles of slide {unit.slide_id!r} without coords, tissue or thumbnail → not stored")
-    n, size = len(unit.coords), unit.thumbnail.shape[:2]
-    right = (
-        n > 0
-        and (unit.coords.shape, unit.coords.dtype) == ((n, 2), np.dtype(np.int32))
-        and (unit.tissue_fraction.shape, unit.tissue_fraction.dtype) == ((n,), np.dtype(np.float32))
-        and (unit.thumbnail.shape, unit.thumbnail.dtype) == ((*size, 3), np.dtype(np.uint8))
-        and (unit.tissue_mask is None or unit.tissue_mask.shape == size)
-        and unit.record["tile_px"] == recipe.tile_px
-    )
-    if not right:
-        raise ReaderError(f"got tiles of slide {unit.slide_id!r} that make no sense → check the file; copy it again")

@@ -13,46 +13,24 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from extract.backbones.backbone import to_dtype
-from extract.backbones.views import augment, tile_key
-from extract.errors import FeatureRangeError, ReaderError
+from extract.errors import ReaderError
 from extract.memory import keep_freed_memory
+from extract.pipeline.batches import Batch, Run, split_runs
 from extract.pipeline.jobs import Column, SlideJob, StreamStats, workers
 from extract.reading.answers import rebuild_error
 from extract.reading.channel import Message
 from extract.reading.reader import open_request
 from extract.reading.readers import Readers
-from extract.reading.ring import INVALID, Ring
-
-RUN_TILES = 16
-"""Tiles that one reading thread decodes in one go."""
+from extract.reading.ring import Ring
 
 _UNDER_WAY = 3
 _BACKLOG = 8
-
-Run = tuple[SlideJob, int, int]
-"""Consecutive rows of a slide: (job, start, stop)."""
-
-
-@dataclass
-class _Batch:
-    """One full slot on its way: what is in it, and how many tasks still fill it."""
-
-    slot: int
-    runs: list[Run]
-    columns: tuple[Column, ...]
-    tasks_left: int = 0
-
-    @property
-    def n_tiles(self) -> int:
-        return sum(stop - start for _, start, stop in self.runs)
 
 
 class Stream:
@@ -82,7 +60,7 @@ class Stream:
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(ring.shape.slots):
             self._free.put(slot)
-        self._ready: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._backlog = threading.Semaphore(_BACKLOG)
         self._failure: BaseException | None = None
         self._lock = threading.Lock()
@@ -140,7 +118,7 @@ class Stream:
             if self._failure is not None or self._stopped():
                 self._free.put(slot)
                 return
-            self._read(_Batch(slot, runs, columns))
+            self._read(Batch(slot, runs, columns))
 
     def _drain(self, workers_done: Sequence["Future[None]"]) -> None:
         """Wait until every slot is back, then end the workers."""
@@ -203,11 +181,11 @@ class Stream:
             self._readers.tell(request, [job.coords])
             yield job
 
-    def _read(self, batch: _Batch) -> None:
+    def _read(self, batch: Batch) -> None:
         """Ask for the tiles of a batch, a run per task."""
         if batch.n_tiles < self._ring.shape.batch_size:
             self._ring.pixels[batch.slot, batch.n_tiles :] = 0
-        tasks = _split_runs(batch.runs)
+        tasks = split_runs(batch.runs)
         batch.tasks_left = len(tasks)
         for at, runs in tasks:
             keyed = [[job.key, start, stop] for job, start, stop in runs]
@@ -223,7 +201,7 @@ class Stream:
             failed.set_exception(error)
             return failed
 
-    def _task_done(self, batch: _Batch, done: "Future[Message]") -> None:
+    def _task_done(self, batch: Batch, done: "Future[Message]") -> None:
         """Take the readers' answer; the last one of a batch sends it to the backbones."""
         if done.cancelled():
             self._fail(ReaderError("got a reader that was closed before it had answered → run the command again"))
@@ -237,7 +215,7 @@ class Stream:
         if last:
             self._ready.put(batch)
 
-    def _take_answer(self, batch: _Batch, answer: dict[str, Any]) -> None:
+    def _take_answer(self, batch: Batch, answer: dict[str, Any]) -> None:
         """Note the slides that cannot be read on, and the time that reading took."""
         jobs = {str(job.key): job for job, _, _ in batch.runs}
         errors = dict.fromkeys(jobs, answer["error"]) if "error" in answer else answer["errors"]
@@ -248,7 +226,7 @@ class Stream:
         with self.stats.lock:
             self.stats.read_cpu_s += answer.get("cpu_s", 0.0)
 
-    def _next_batch(self) -> _Batch | None:
+    def _next_batch(self) -> Batch | None:
         waiting = time.monotonic()
         batch = self._ready.get()
         with self.stats.lock:
@@ -278,27 +256,20 @@ class Stream:
             finally:
                 self._free.put(batch.slot)
 
-    def _embed_cpu(self, batch: _Batch) -> None:
+    def _embed_cpu(self, batch: Batch) -> None:
         started = time.monotonic()
         tiles = self._ring.pixels[batch.slot]
         features = []
         for column in batch.columns:
-            seen = tiles if not column.view else self._augmented(batch, column, torch.from_numpy(tiles)).numpy()
+            seen = tiles if not column.view else batch.augmented(column, torch.from_numpy(tiles)).numpy()
             features.append(column.backbone.embed(seen))
         with self.stats.lock:
             self.stats.device_busy_s += time.monotonic() - started
         self._store(batch, features)
 
-    def _augmented(self, batch: _Batch, column: Column, tiles: Tensor) -> Tensor:
-        """The batch's tiles as one augmented view, each by its own draw."""
-        recipe = column.backbone.recipe.augment
-        keys = [tile_key(job.seed, row) for job, start, stop in batch.runs for row in range(start, stop)]
-        keys += [0] * (len(tiles) - len(keys))
-        return tiles if recipe is None else augment(tiles, keys, recipe, column.view)
-
     def _work_cuda(self) -> None:
         """Keep a few batches under way: each is copied in, computed and copied out without waiting for the last."""
-        under_way: deque[tuple[_Batch, list[Tensor], Any, Any, Any]] = deque()
+        under_way: deque[tuple[Batch, list[Tensor], Any, Any, Any]] = deque()
         copies = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         pinned = _pin(self._ring.pixels)
         try:
@@ -323,7 +294,7 @@ class Stream:
             if pinned:
                 torch.cuda.cudart().cudaHostUnregister(self._ring.pixels.ctypes.data)  # type: ignore[no-untyped-call]
 
-    def _launch(self, batch: _Batch, copies: "torch.cuda.Stream") -> tuple[_Batch, list[Tensor], Any, Any, Any]:
+    def _launch(self, batch: Batch, copies: "torch.cuda.Stream") -> tuple[Batch, list[Tensor], Any, Any, Any]:
         compute = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(copies):
             tiles = torch.from_numpy(self._ring.pixels[batch.slot]).to(self._device, non_blocking=True)
@@ -336,7 +307,7 @@ class Stream:
         started.record(compute)
         rows = []
         for column in batch.columns:
-            seen = self._augmented(batch, column, tiles) if column.view else tiles
+            seen = batch.augmented(column, tiles) if column.view else tiles
             rows.append(column.backbone.forward(column.backbone.prepare(seen)))
         computed.record(compute)
         copied = [torch.empty(row.shape, dtype=row.dtype, pin_memory=True) for row in rows]
@@ -345,7 +316,7 @@ class Stream:
         finished.record(compute)
         return batch, copied, started, computed, finished
 
-    def _harvest(self, batch: _Batch, features: list[Tensor], started: Any, computed: Any, finished: Any) -> None:
+    def _harvest(self, batch: Batch, features: list[Tensor], started: Any, computed: Any, finished: Any) -> None:
         try:
             finished.synchronize()
             with self.stats.lock:
@@ -356,32 +327,20 @@ class Stream:
         finally:
             self._free.put(batch.slot)
 
-    def _store(self, batch: _Batch, features: Sequence[np.ndarray]) -> None:
+    def _store(self, batch: Batch, features: Sequence[np.ndarray]) -> None:
         """Put the rows of a batch in their places."""
         flags, position = self._ring.flags[batch.slot], 0
         for job, start, stop in batch.runs:
             rows = slice(position, position + stop - start)
             if job.error is None:
                 job.flags[start:stop] = flags[rows]
-                self._store_run(job, start, stop, [each[rows] for each in features])
+                job.fill(start, stop, [each[rows] for each in features])
             position = rows.stop
         with self.stats.lock:
             self.stats.tiles += position
         self._on_tiles(position)
         for job, start, stop in batch.runs:
             self._count_down(job, start, stop)
-
-    def _store_run(self, job: SlideJob, start: int, stop: int, features: Sequence[np.ndarray]) -> None:
-        """A value that the store cannot hold ends the slide at once."""
-        valid = (job.flags[start:stop] & INVALID) == 0
-        for target, rows in zip(job.features, features, strict=True):
-            try:
-                cast = to_dtype(rows[valid], target.dtype.name, job.slide_id)
-            except FeatureRangeError as error:
-                job.error = error
-                return
-            target[start:stop] = 0
-            target[start:stop][valid] = cast
 
     def _count_down(self, job: SlideJob, start: int, stop: int) -> None:
         """Rows of a slide are dealt with; the last ones send it to the writer."""
@@ -417,21 +376,6 @@ class Stream:
     def _note_failure(self, done: "Future[None]") -> None:
         if not done.cancelled() and done.exception() is not None:
             self._fail(done.exception())
-
-
-def _split_runs(runs: Sequence[Run]) -> list[tuple[int, list[Run]]]:
-    """Cut a batch into tasks of at most `RUN_TILES` tiles, each with the place of its first tile in the slot."""
-    tasks: list[tuple[int, list[Run]]] = []
-    position, room = 0, 0
-    for job, start, stop in runs:
-        while start < stop:
-            if room == 0:
-                tasks.append((position, []))
-                room = RUN_TILES
-            end = min(start + room, stop)
-            tasks[-1][1].append((job, start, end))
-            position, room, start = position + end - start, room - (end - start), end
-    return tasks
 
 
 def _pin(pixels: np.ndarray) -> bool:

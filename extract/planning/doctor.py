@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from extract.backbones.gpu import GpuFacts, describe_gpus, gather_facts, gpu_warnings, is_hidden
 from extract.memory import keep_freed_memory
-from extract.pipeline.gpu import GpuFacts, describe_gpus, gather_facts, gpu_warnings, is_hidden
 from extract.pipeline.jobs import CPU_BATCH_SIZE, GPU_BATCH_SIZE
 from extract.planning.machine import (
     Check,

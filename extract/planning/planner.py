@@ -15,7 +15,6 @@ from extract.errors import ExtractError, SlideUnreadableError
 from extract.geometry import ReadPlan
 from extract.pipeline.config import ExtractionConfig
 from extract.pipeline.jobs import available_cores
-from extract.pipeline.sameness import check_same
 from extract.planning.planned import PlannedEntry, PlannedSlide, PlanProgress, Sample
 from extract.reading.answers import rebuild_error
 from extract.reading.isolation import ReaderProcess
@@ -24,6 +23,7 @@ from extract.reading.readers import LocalReaders, Readers
 from extract.reading.ring import Ring, RingShape
 from extract.slides.source import SlideSource
 from extract.store import Store
+from extract.tiling.sameness import check_same
 from extract.tiling.tiles import context_tiles, recorded_plan
 
 _MOST_CUTTERS = 8

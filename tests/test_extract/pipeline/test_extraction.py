@@ -19,9 +19,11 @@ from PIL import Image
 from extract.backbones.backbone import Backbone
 from extract.errors import ExtractError, RecipeError, RecipeMismatchError, SlideTableError, StoreError, StoreFullError
 from extract.geometry import plan_read
+from extract.pipeline.claims import Claims
 from extract.pipeline.columns import entry_name
 from extract.pipeline.extraction import run_extraction
 from extract.pipeline.jobs import StreamStats
+from extract.pipeline.preparation import Preparation
 from extract.pipeline.report import Silent, SlideOutcome
 from extract.pipeline.run import ExtractionRun
 from extract.reading.isolation import ReaderLimits, ReaderProcess
@@ -280,13 +282,13 @@ def test_claims_are_given_back_when_a_slide_fails_after_them(
     note = ExtractionRun._note
 
     def look(self: ExtractionRun, source: SlideSource, *arguments: object, **keywords: object) -> None:
-        claimed.append((self._store.is_claimed(source.slide_id, "tiny"), dict(self._drafts), dict(self._slides)))
+        claimed.append((self._store.is_claimed(source.slide_id, "tiny"), len(self._claims), dict(self._slides)))
         note(self, source, *arguments, **keywords)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ExtractionRun, "_make_claimed_jobs", fail)
+    monkeypatch.setattr(Preparation, "_make_claimed_jobs", fail)
     monkeypatch.setattr(ExtractionRun, "_note", look)
     assert extract([slides / "a.tif"], store).count("failed") == 1
-    assert claimed == [(False, {}, {})]
+    assert claimed == [(False, 0, {})]
 
 
 def test_a_slide_that_another_completed_meanwhile_leaves_no_trace(
@@ -294,9 +296,9 @@ def test_a_slide_that_another_completed_meanwhile_leaves_no_trace(
 ):
     extract([slides / "a.tif"], store)
     kept = []
-    there, claim, claimed = Store.has_features, ExtractionRun._open_drafts, []
+    there, claim, claimed = Store.has_features, Claims.open, []
     monkeypatch.setattr(Store, "has_features", lambda self, *unit: bool(claimed) and there(self, *unit))
-    monkeypatch.setattr(ExtractionRun, "_open_drafts", lambda self, *a: claimed.append(1) or claim(self, *a))
+    monkeypatch.setattr(Claims, "open", lambda self, *a: claimed.append(1) or claim(self, *a))
     finished = ExtractionRun._report
     monkeypatch.setattr(
         ExtractionRun, "_report", lambda self, *a: kept.append(dict(self._slides)) or finished(self, *a)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extract.pipeline.gpu import GpuFacts
+from extract.backbones.gpu import GpuFacts
 from extract.planning import doctor, machine
 from extract.planning.doctor import guarded, run_doctor
 from extract.planning.machine import Check

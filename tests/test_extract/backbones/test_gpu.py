@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from extract.pipeline.gpu import (
+from extract.backbones.gpu import (
     MINIMUM_DRIVER,
     WHEELS,
     GpuFacts,
