@@ -19,7 +19,7 @@ from mil.deployment.model import model_folders, model_records
 from mil.deployment.predictions import Predictions
 from mil.errors import CohortError, RunError, did_you_mean, listed
 from mil.evaluation.abstention_rule import abstention_of
-from mil.evaluation.predictions import Outcomes
+from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.evaluation.tables import truth_cells, truth_names
 from mil.files import Row, new_folder, probability_text, write_csv, write_json

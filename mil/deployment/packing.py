@@ -25,7 +25,7 @@ from mil.evaluation.alignment import join_runs
 from mil.evaluation.paired import gain_over, member_metrics
 from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
-from mil.evaluation.tables import said_names
+from mil.evaluation.tables import prediction_columns
 from mil.evaluation.temperature import scale_temperatures
 from mil.files import check_new_folder, read_json
 from mil.runs.ensemble import read_ensemble
@@ -224,7 +224,7 @@ def _require_one_tiling(records: Sequence[Mapping[str, Any]]) -> None:
 def _require_unchanged(folder: Path, said: ReplicaPredictions) -> None:
     """Refuse members that were trained again after the ensemble was made."""
     cohort, values = said.tested()
-    ids, then = read_values(folder / "oof.csv", said_names(cohort, said.task))
+    ids, then = read_values(folder / "oof.csv", prediction_columns(cohort))
     now = dict(zip(cohort.slide_ids, values, strict=True))
     if set(now) != set(ids) or not np.allclose([now[slide_id] for slide_id in ids], then, rtol=1e-6, atol=1e-6):
         raise RunError(

@@ -9,7 +9,7 @@ from mil.cohort.cohort import Cohort
 from mil.cohort.targets import SURVIVAL
 from mil.errors import RunError, listed
 from mil.evaluation.averaging import Average
-from mil.evaluation.predictions import Outcomes
+from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.replica_predictions import ReplicaPredictions
 
 
@@ -22,7 +22,7 @@ def aligned(first_name: str, first: Outcomes, name: str, other: Outcomes) -> Out
     rows, columns = match(first_name, first.cohort, name, other.cohort)
     if first.folds != other.folds or (first.folds and first.cohort.slide_ids != other.cohort.slide_ids):
         raise _other_folds(f"{first_name} and {name}")
-    return other if first.folds else replace(first, said=other.said[np.ix_(rows, columns)])
+    return other if first.folds else replace(first, predicted=other.predicted[np.ix_(rows, columns)])
 
 
 def join_runs(runs: Sequence[ReplicaPredictions], average: Average) -> ReplicaPredictions:
@@ -54,7 +54,6 @@ def _join(members: Sequence[ReplicaPredictions], average: Average) -> ReplicaPre
         replicas=tuple(replica for member in members for replica in member.replicas),
         parts=np.concatenate([member.parts for member in members]),
         values=np.concatenate([member.values for member in members]),
-        tasks=tuple(task for member in members for task in member.tasks),
         members=tuple(at for at, member in enumerate(members) for _ in member.replicas),
         average=average,
     )

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mil.errors import RunError
-from mil.evaluation.predictions import Outcomes, mean_outcomes
-from mil.evaluation.tables import stated_cohort, stated_said, truth_names
+from mil.evaluation.outcomes import Outcomes, mean_outcomes
+from mil.evaluation.tables import prediction_columns, stated_cohort, truth_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class FoldScore:
 
 
 def read_fold_scores(folder: Path, metrics: Mapping[str, Any]) -> list[FoldScore]:
-    """The replicas of a run folder, each with what it said of its test part.
+    """The replicas of a run folder, each with its predictions of its test part.
 
     Args:
         folder: of a run or a sweep.
@@ -66,7 +66,7 @@ def read_fold_scores(folder: Path, metrics: Mapping[str, Any]) -> list[FoldScore
 
 
 def by_fold(scores: Sequence[FoldScore]) -> Outcomes:
-    """What a run for survival says out of fold: the mean over the seeds of every fold."""
+    """What a run for survival predicts out of fold: the mean over the seeds of every fold."""
     found: defaultdict[str, list[Outcomes]] = defaultdict(list)
     for each in scores:
         found[each.fold].append(each.outcomes)
@@ -128,6 +128,6 @@ def outcomes_of(rows: Sequence[Mapping[str, str]], metrics: Mapping[str, Any]) -
     truth = truth_names(stated_cohort(metrics))
     cells = [(row["slide_id"], row["patient_id"], [row[name] for name in truth]) for row in rows]
     cohort = stated_cohort(metrics, cells)
-    names = stated_said(cohort)
-    said = np.array([[float(row[name]) for name in names] for row in rows], dtype=np.float64)
-    return Outcomes(cohort, said.reshape(len(rows), len(names)))
+    names = prediction_columns(cohort)
+    predicted = np.array([[float(row[name]) for name in names] for row in rows], dtype=np.float64)
+    return Outcomes(cohort, predicted.reshape(len(rows), len(names)))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from mil.arrays import FloatArray
 from mil.cohort.targets import CLASSIFICATION
 from mil.evaluation.headlines import HEADLINES, first_headline
-from mil.evaluation.predictions import Outcomes
+from mil.evaluation.outcomes import Outcomes
 from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread
 from mil.statistics.paired_tests import (
     PairedDifference,
@@ -47,7 +47,7 @@ class Pair:
         return PairedDifference(float(self._spread.value[self.metric]), entry["low"], entry["high"])
 
     def p(self) -> float | None:
-        """Two-sided p value, exchanging what is said patient by patient, see `permutation_test`.
+        """Two-sided p value, exchanging predictions patient by patient, see `permutation_test`.
 
         None where a model has no such metric, as predictions that do not vary have no correlation.
         """
@@ -78,7 +78,7 @@ class Pair:
     @property
     def _arguments(self) -> tuple[npt.NDArray[np.int64], FloatArray, FloatArray, tuple[str, ...], str]:
         cohort = self.one.cohort
-        return cohort.labels, self.one.said, self.other.said, cohort.patient_ids, self.metric
+        return cohort.labels, self.one.predicted, self.other.predicted, cohort.patient_ids, self.metric
 
     @cached_property
     def _spread(self) -> Spread:

@@ -3,10 +3,9 @@
 A run is an ensemble of one member. The mean is taken over the replicas of a member first, and then over members.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import compress
-from typing import Any
 
 import numpy as np
 
@@ -15,8 +14,8 @@ from mil.cohort.cohort import Cohort
 from mil.cohort.targets import SURVIVAL
 from mil.errors import RunError
 from mil.evaluation.averaging import Average, Scale, combine, mean_where
-from mil.evaluation.predictions import Outcomes
-from mil.evaluation.tables import said_names, truth_cells, truth_names
+from mil.evaluation.outcomes import Outcomes
+from mil.evaluation.tables import prediction_columns, truth_cells, truth_names
 from mil.files import Row, probability_text
 from mil.training.replica import PartArray, Replica
 
@@ -31,7 +30,6 @@ class ReplicaPredictions:
         parts: [R, n], the part that each slide was in.
         values: float64 [R, n, values], probabilities of classes or labels, numbers, or one risk, see
             `mil.training.tasks.decode`.
-        tasks: record of every replica's task, see `mil.training.tasks.Task`; may be left out for classes.
         members: [R], the member of an ensemble that each replica belongs to; may be left out for a run.
         average: what is averaged over members; over the replicas of a member it is always their values.
 
@@ -44,7 +42,6 @@ class ReplicaPredictions:
     replicas: tuple[Replica, ...]
     parts: PartArray
     values: FloatArray
-    tasks: tuple[Mapping[str, Any], ...] = ()
     members: tuple[int, ...] = ()
     average: Average = "probabilities"
 
@@ -52,11 +49,6 @@ class ReplicaPredictions:
     def probabilities(self) -> FloatArray:
         """`values`, as version 0.1 calls them."""
         return self.values
-
-    @property
-    def task(self) -> Mapping[str, Any] | None:
-        """Record of the first replica's task, whose names are those of all; None where none was given."""
-        return self.tasks[0] if self.tasks else None
 
     @property
     def folds(self) -> IntArray:
@@ -74,7 +66,6 @@ class ReplicaPredictions:
             replicas=tuple(compress(self.replicas, chosen)),
             parts=self.parts[chosen],
             values=self.values[chosen],
-            tasks=tuple(compress(self.tasks, chosen)),
             members=tuple(compress(self.members, chosen)),
         )
 
@@ -180,8 +171,8 @@ class ReplicaPredictions:
     def rows(self) -> Iterator[Row]:
         """Rows of ``predictions.csv``."""
         cohort = self.cohort
-        names = said_names(cohort, self.task)
-        yield ("slide_id", "patient_id", "replica", "fold", "seed", "split", *truth_names(cohort), *names)
+        columns = (*truth_names(cohort), *prediction_columns(cohort))
+        yield ("slide_id", "patient_id", "replica", "fold", "seed", "split", *columns)
         for replica, parts, values in zip(self.replicas, self.parts, self.values, strict=True):
             for at, slide_id in enumerate(cohort.slide_ids):
                 who = (slide_id, cohort.patient_ids[at], replica.name, replica.fold, replica.seed)

@@ -9,7 +9,6 @@ from mil.arrays import FloatArray
 from mil.cohort.cohort import Attrition, Cohort
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL, find_strata, target_columns
 from mil.files import Row, probability_text
-from mil.training.tasks import Record
 
 
 def truth_names(cohort: Cohort) -> tuple[str, ...]:
@@ -24,21 +23,21 @@ def truth_cells(cohort: Cohort, at: int) -> tuple[str, ...]:
     return tuple("" if np.isnan(value) else f"{value:.9g}" for value in cohort.values[at].tolist())
 
 
-def said_names(cohort: Cohort, task: Record | None) -> tuple[str, ...]:
-    """Columns of tables that hold what a replica says: ``p_<class>``, or see `mil.evaluation.tables.value_names`."""
-    if task is None or cohort.values is None:
+def prediction_columns(cohort: Cohort) -> tuple[str, ...]:
+    """Columns of tables that hold predictions: ``p_<class>``, or see `value_names`."""
+    if cohort.values is None:
         return tuple(f"p_{name}" for name in cohort.class_names)
-    return value_names(task)
+    return value_names({"task": cohort.task, "columns": cohort.columns})
 
 
-def out_of_fold_rows(cohort: Cohort, probabilities: FloatArray, task: Record | None = None) -> Iterator[Row]:
-    """Rows of ``oof.csv``; of classes with the predicted one. Other targets need the record of their task."""
+def out_of_fold_rows(cohort: Cohort, predicted: FloatArray) -> Iterator[Row]:
+    """Rows of ``oof.csv``; of classes with the predicted one."""
     classes = cohort.values is None
-    predicted = ("predicted",) if classes else ()
-    yield ("slide_id", "patient_id", *truth_names(cohort), *predicted, *said_names(cohort, task))
+    best = ("predicted",) if classes else ()
+    yield ("slide_id", "patient_id", *truth_names(cohort), *best, *prediction_columns(cohort))
     for at, slide_id in enumerate(cohort.slide_ids):
-        best = (cohort.class_names[probabilities[at].argmax()],) if classes else ()
-        values = map(probability_text, probabilities[at])
+        best = (cohort.class_names[predicted[at].argmax()],) if classes else ()
+        values = map(probability_text, predicted[at])
         yield (slide_id, cohort.patient_ids[at], *truth_cells(cohort, at), *best, *values)
 
 
@@ -66,17 +65,7 @@ def stated_cohort(metrics: Mapping[str, Any], rows: Sequence[tuple[str, str, Seq
     return Cohort(slide_ids, patients, strata, names, target, attrition, task, values)
 
 
-def stated_task(cohort: Cohort) -> Record:
-    """What a run's tables tell of its task: the kind and the columns, which name the values."""
-    return {"task": cohort.task, "columns": list(cohort.columns)}
-
-
-def stated_said(cohort: Cohort) -> tuple[str, ...]:
-    """Columns of a run's tables that hold what it says."""
-    return said_names(cohort, stated_task(cohort))
-
-
-def value_names(record: Record) -> tuple[str, ...]:
+def value_names(record: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of what `decode` gives, as columns of tables; of classes they are those of `mil.cohort.cohort.Cohort`."""
     if record["task"] == SURVIVAL:
         return ("risk",)

@@ -16,7 +16,8 @@ from mil.arrays import FloatArray
 from mil.bags.bags import Bags
 from mil.cohort.cohort import Cohort
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, REGRESSION, SURVIVAL
-from mil.evaluation.predictions import Outcomes
+from mil.evaluation.averaging import mean_where
+from mil.evaluation.outcomes import Outcomes
 from mil.splits.splits import Splits
 from mil.training.losses import cox_loss
 
@@ -74,20 +75,20 @@ def _cross_predict(
         learner = make(int(learnt.sum()), len(cohort.class_names)).fit(means[learnt], cohort.targets[learnt])
         parts.append((test, learner.predict(means[test])))
     if cohort.task == SURVIVAL:
-        outcomes = Outcomes.of_folds(Outcomes(cohort.subset(test), said) for test, said in parts)
+        outcomes = Outcomes.of_folds(Outcomes(cohort.subset(test), predicted) for test, predicted in parts)
     else:
         outcomes = _mean(cohort, parts)
     return Baseline(name, outcomes, time.perf_counter() - started)
 
 
 def _mean(cohort: Cohort, parts: list[tuple[npt.NDArray[np.int64], FloatArray]]) -> Outcomes:
-    """Over the folds that test a slide; of slides that no fold tests, which fixed splits may have, nothing is said."""
-    sums, times = np.zeros((len(cohort), parts[0][1].shape[1])), np.zeros((len(cohort), 1))
-    for test, said in parts:
-        sums[test] += said
-        times[test] += 1
-    tested = np.flatnonzero(times[:, 0])
-    return Outcomes(cohort.subset(tested), sums[tested] / times[tested])
+    """The mean over the folds that test a slide; fixed splits may have slides that none tests."""
+    held = np.zeros((len(parts), len(cohort)), dtype=bool)
+    values = np.zeros((*held.shape, parts[0][1].shape[1]))
+    for at, (test, predicted) in enumerate(parts):
+        held[at, test], values[at, test] = True, predicted
+    tested = np.flatnonzero(held.any(axis=0))
+    return Outcomes(cohort.subset(tested), mean_where(values, held)[tested])
 
 
 @dataclass

@@ -12,8 +12,8 @@ from mil.errors import EvaluationError, RunError, did_you_mean, listed
 from mil.evaluation.alignment import aligned
 from mil.evaluation.fold_scores import FoldScore, differing_folds, mean_over_seeds, mean_test_to_train, read_fold_scores
 from mil.evaluation.headlines import HEADLINES, LOWER_IS_BETTER, first_headline
+from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.paired import NOTHING, SIGNIFICANT, Interval, Pair
-from mil.evaluation.predictions import Outcomes
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.files import Row, write_csv
 from mil.runs.folders import is_ensemble
@@ -226,11 +226,11 @@ def _delong(found: Outcomes, reference: Outcomes) -> float | None:
     if cohort.task == CLASSIFICATION and len(cohort.class_names) == 2:
         labels, rows = cohort.labels, np.arange(len(cohort))
     elif cohort.task == MULTI_LABEL and len(cohort.columns) == 1:
-        rows = np.flatnonzero(np.isfinite(found.values[:, 0]))
-        labels = found.values[rows, 0].astype(np.int64)
+        rows = np.flatnonzero(np.isfinite(found.truth[:, 0]))
+        labels = found.truth[rows, 0].astype(np.int64)
     else:
         return None
-    scores = (found.said[rows, -1], reference.said[rows, -1])
+    scores = (found.predicted[rows, -1], reference.predicted[rows, -1])
     try:
         return delong_test(labels, *scores, [cohort.patient_ids[row] for row in rows]).p
     except EvaluationError:

@@ -178,9 +178,7 @@ def cross_validate(
     trained = train_replicas(
         bags, cohort.targets, replicas, list(parts), n_outputs, device, progress, kept, cohort.patient_ids
     )
-    probabilities = np.stack([each.probabilities for each in trained])
-    tasks = tuple(each.task for each in trained)
-    predictions = ReplicaPredictions(cohort, tuple(replicas), parts, probabilities, tasks)
+    predictions = ReplicaPredictions(cohort, tuple(replicas), parts, np.stack([each.values for each in trained]))
     return Run(
         config=config,
         cohort=cohort,
@@ -258,8 +256,8 @@ def _metrics(
 
 def _of_classes(predictions: ReplicaPredictions) -> dict[str, Any]:
     """What only classes have: calibration, and the macro-F1 of each seed alone."""
-    cohort, said = predictions.tested()
-    calibration = evaluate_calibration(cohort.labels, said, cohort.patient_ids, cohort.class_names)
+    cohort, probabilities = predictions.tested()
+    calibration = evaluate_calibration(cohort.labels, probabilities, cohort.patient_ids, cohort.class_names)
     return {"calibration": calibration, "seed_macro_f1": list(predictions.seed_scores("macro_f1"))}
 
 

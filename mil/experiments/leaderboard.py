@@ -9,8 +9,8 @@ import numpy as np
 
 from mil.cohort.cohort import Cohort
 from mil.evaluation.headlines import HEADLINES, first_headline
+from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.paired import NOTHING, SIGNIFICANT, Interval, Pair
-from mil.evaluation.predictions import Outcomes
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.files import Row, write_csv
 from mil.runs.run_folder import read_predictions

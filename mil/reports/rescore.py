@@ -17,7 +17,7 @@ from mil.cohort.targets import CLASSIFICATION
 from mil.errors import RunError, listed
 from mil.evaluation.headlines import HEADLINES
 from mil.evaluation.operating_points import check_targets, operate, operate_one_vs_rest
-from mil.evaluation.predictions import Outcomes
+from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.files import Row, new_folder, write_csv, write_json
@@ -221,7 +221,7 @@ def _of_classes(outcomes: Outcomes, resampling: Resampling) -> tuple[dict[str, A
     cohort = outcomes.cohort
     if cohort.task != CLASSIFICATION:
         return None, None
-    slides = (cohort.labels, outcomes.said, cohort.patient_ids, cohort.class_names)
+    slides = (cohort.labels, outcomes.predicted, cohort.patient_ids, cohort.class_names)
     return evaluate_calibration(*slides, resampling=resampling), evaluate_abstention(*slides, resampling)
 
 

@@ -21,7 +21,7 @@ from mil.evaluation.averaging import Average, Averaging, Scale
 from mil.evaluation.paired import gain_over, member_metrics
 from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
-from mil.evaluation.tables import out_of_fold_rows, stated_task
+from mil.evaluation.tables import out_of_fold_rows
 from mil.files import new_folder, read_json, write_csv, write_json
 from mil.runs.folders import ENSEMBLE, is_ensemble, refuse_artefact
 from mil.runs.look_ledger import Look
@@ -67,7 +67,7 @@ class Ensemble:
         with new_folder(folder, overwrite=True) as partial:
             members = {"members": [str(path) for path in self.folders]}
             write_json(partial / ENSEMBLE, asdict(self.averaging) | members)
-            write_csv(partial / "oof.csv", out_of_fold_rows(self.cohort, self.probabilities, stated_task(self.cohort)))
+            write_csv(partial / "oof.csv", out_of_fold_rows(self.cohort, self.probabilities))
             write_json(partial / "metrics.json", metrics)
             look.append()
         return folder

@@ -105,7 +105,7 @@ def _write_run(folder: Path, run: Run) -> None:
     write_splits(folder / "splits.csv", run.splits, run.cohort)
     write_csv(folder / "predictions.csv", run.predictions.rows())
     write_csv(folder / "history.csv", _history_rows(run.trained))
-    write_csv(folder / "oof.csv", out_of_fold_rows(*run.predictions.tested(), run.predictions.task))
+    write_csv(folder / "oof.csv", out_of_fold_rows(*run.predictions.tested()))
     (folder / "checkpoints").mkdir()
     for each in run.trained:
         save_checkpoint(folder / "checkpoints" / f"{each.replica.name}.safetensors", each.head, _record(run, each))

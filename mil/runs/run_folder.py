@@ -15,7 +15,7 @@ from mil.cohort.targets import CLASSIFICATION
 from mil.config.compose import compose_config
 from mil.errors import CohortError, RunError
 from mil.evaluation.replica_predictions import ReplicaPredictions
-from mil.evaluation.tables import stated_cohort, stated_said, stated_task, truth_names
+from mil.evaluation.tables import prediction_columns, stated_cohort, truth_names
 from mil.files import read_json
 from mil.training.replica import Replica
 
@@ -136,10 +136,7 @@ class RunFolder:
             ) from error
 
     def predictions(self) -> ReplicaPredictions:
-        """What every replica of a run says about every slide, nine significant digits.
-
-        Of other targets than classes the records of the tasks hold no more than task and columns, which name the
-        values.
+        """What every replica of a run predicts of every slide, nine significant digits.
 
         Raises:
             RunError: a file is missing, or does not hold what `mil train` writes; or a sweep.
@@ -158,12 +155,13 @@ class RunFolder:
             keys = list(table)
             parts = [[table[key][slide][0] for slide in cohort.slide_ids] for key in keys]
             values = [[table[key][slide][1] for slide in cohort.slide_ids] for key in keys]
-            said = np.array(values, dtype=np.float64).reshape(len(keys), len(cohort), len(stated_said(cohort)))
+            predicted = np.array(values, dtype=np.float64).reshape(
+                len(keys), len(cohort), len(prediction_columns(cohort))
+            )
         except (OSError, ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
             raise _unreadable(self.path / "predictions.csv", error) from error
         replicas = tuple(Replica(fold, seed, config) for fold, seed in keys)
-        tasks = () if cohort.values is None else (stated_task(cohort),) * len(keys)
-        found = ReplicaPredictions(cohort, replicas, np.array(parts, dtype=np.str_), said, tasks)
+        found = ReplicaPredictions(cohort, replicas, np.array(parts, dtype=np.str_), predicted)
         if set(found.tested()[0].slide_ids) != tested:
             raise RunError(
                 f"got {self.path} as run folder → its predictions.csv and oof.csv test different slides → bring both "
@@ -196,7 +194,7 @@ _Table = dict[tuple[int, int], dict[str, tuple[str, list[float]]]]
 
 
 def _read(path: Path, metrics: dict[str, Any], known: Cohort) -> tuple[Cohort, _Table]:
-    """All slides of the run, tested or not; part and what is said of it by fold and seed, then by slide."""
+    """All slides of the run, tested or not; part and prediction of each by fold and seed, then by slide."""
     table: _Table = defaultdict(dict)
     slides: dict[str, tuple[str, Sequence[str]]] = {}
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
@@ -204,10 +202,10 @@ def _read(path: Path, metrics: dict[str, Any], known: Cohort) -> tuple[Cohort, _
         header = next(rows)
         slide, fold, seed, part = (header.index(name) for name in ("slide_id", "fold", "seed", "split"))
         patient, truth = header.index("patient_id"), [header.index(name) for name in truth_names(known)]
-        said = range(truth[-1] + 1, truth[-1] + 1 + len(stated_said(known)))
+        values = range(truth[-1] + 1, truth[-1] + 1 + len(prediction_columns(known)))
         for row in rows:
             key = int(row[fold]), int(row[seed])
-            table[key][row[slide]] = (row[part], [float(row[at]) for at in said])
+            table[key][row[slide]] = (row[part], [float(row[at]) for at in values])
             slides[row[slide]] = (row[patient], [row[at] for at in truth])
     return stated_cohort(metrics, [(slide_id, *rest) for slide_id, rest in slides.items()]), table
 

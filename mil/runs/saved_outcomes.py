@@ -9,7 +9,7 @@ from mil.cohort.targets import SURVIVAL
 from mil.errors import RunError
 from mil.evaluation.alignment import join_runs
 from mil.evaluation.fold_scores import by_fold, outcomes_of, read_fold_scores
-from mil.evaluation.predictions import Outcomes
+from mil.evaluation.outcomes import Outcomes
 from mil.runs.ensemble import read_ensemble
 from mil.runs.folders import is_ensemble
 from mil.runs.run_folder import RunFolder, read_predictions

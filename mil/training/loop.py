@@ -75,7 +75,7 @@ def train_replica(
     return TrainedReplica(
         replica=replica,
         head=loop.head.cpu().eval(),
-        probabilities=decode(loop.task.record, logits).numpy(),
+        values=decode(loop.task.record, logits).numpy(),
         history=tuple(history),
         best_epoch=best.epoch,
         seconds=time.perf_counter() - started,

@@ -52,8 +52,7 @@ class TrainedReplica:
     Attributes:
         replica: what was trained.
         head: on the CPU, in evaluation mode, with the weights of the best epoch.
-        probabilities: float64 [n, C], of every bag whatever its part; for other targets than classes [n, values], see
-            `mil.training.tasks.decode`.
+        values: float64 [n, values], predicted of every bag whatever its part, see `mil.training.tasks.decode`.
         history: one record per epoch that ran.
         best_epoch: epoch of the lowest validation loss.
         seconds: wall time.
@@ -64,13 +63,18 @@ class TrainedReplica:
 
     replica: Replica
     head: Aggregator
-    probabilities: npt.NDArray[np.float64]
+    values: npt.NDArray[np.float64]
     history: tuple[EpochRecord, ...]
     best_epoch: int
     seconds: float
     inference_seconds: float
     peak_bytes: int | None
     task: Mapping[str, Any]
+
+    @property
+    def probabilities(self) -> npt.NDArray[np.float64]:
+        """`values`, as version 0.1 calls them."""
+        return self.values
 
     @property
     def parameters(self) -> int:

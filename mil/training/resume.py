@@ -80,7 +80,7 @@ class UnfinishedTraining:
         names = ("best_epoch", "seconds", "inference_seconds", "peak_bytes", "task")
         content = {
             "head": trained.head.state_dict(),
-            "probabilities": torch.from_numpy(trained.probabilities),
+            "probabilities": torch.from_numpy(trained.values),
             "history": [asdict(record) for record in trained.history],
             "facts": {name: getattr(trained, name) for name in names},
         }

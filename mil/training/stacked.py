@@ -97,7 +97,7 @@ def train_stacked(
         TrainedReplica(
             replica=replica,
             head=stack.head_of(at),
-            probabilities=probabilities(logits[at]).numpy(),
+            values=probabilities(logits[at]).numpy(),
             history=tuple(stack.history[at]),
             best_epoch=int(stack.best_epoch[at]),
             # each took its share of what they took together

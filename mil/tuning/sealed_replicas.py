@@ -36,8 +36,8 @@ class SealedReplicas:
         """Write a finished replica down without what it says of its test part."""
         replica = trained.replica
         tested = self._splits.parts(replica.fold, replica.seed) == "test"
-        sealed = np.where(tested[:, None], np.nan, trained.probabilities)
-        self._training(replica).keep(replace(trained, probabilities=sealed))
+        sealed = np.where(tested[:, None], np.nan, trained.values)
+        self._training(replica).keep(replace(trained, values=sealed))
 
     def epoch(self, replica: Replica) -> SavedEpoch:
         """Where a replica keeps its state between epochs."""

@@ -24,7 +24,7 @@ from mil.cohort.joining import join_store
 from mil.cohort.targets import CLASSIFICATION, SURVIVAL
 from mil.config.preflight import missing_inputs
 from mil.errors import SplitError
-from mil.evaluation.predictions import Outcomes
+from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.experiments.crossval import check_target, split_plan
 from mil.files import tell_full_disk, write_atomically
@@ -129,7 +129,7 @@ def _sweep(store: Store, cohort: Cohort, config: SweepConfig, folder: Path, prog
     averages = average_settings(trainer, trials, chosen, config)
     tested = [each for trial in chosen for each in trainer.test(trial)]
     parts = np.stack([data.splits.parts(each.replica.fold, each.replica.seed) for each in tested])
-    scores = np.stack([each.probabilities for each in tested])
+    values = np.stack([each.values for each in tested])
     found = Sweep(
         config=config,
         cohort=data.cohort,
@@ -138,9 +138,7 @@ def _sweep(store: Store, cohort: Cohort, config: SweepConfig, folder: Path, prog
         chosen=tuple(chosen),
         averages=tuple(averages),
         sensitivities=tuple(sensitivities(config.space, trials, config.select)),
-        predictions=ReplicaPredictions(
-            data.cohort, tuple(each.replica for each in tested), parts, scores, tuple(each.task for each in tested)
-        ),
+        predictions=ReplicaPredictions(data.cohort, tuple(each.replica for each in tested), parts, values),
         metrics={},
         folder=folder,
     )
@@ -173,7 +171,7 @@ def _check_select(data: SweepData, select: str) -> list[str]:
         undefined = []
         for seed in data.splits.seeds:
             within = cohort.subset(np.flatnonzero(data.splits.parts(fold, seed) == "validation"))
-            if score_validation(Outcomes(within, _any_said(within)))[select] is None:
+            if score_validation(Outcomes(within, _any_predictions(within)))[select] is None:
                 undefined.append(seed)
         if len(undefined) == len(data.splits.seeds):
             raise SplitError(
@@ -187,7 +185,7 @@ def _check_select(data: SweepData, select: str) -> list[str]:
     return warnings
 
 
-def _any_said(cohort: Cohort) -> FloatArray:
+def _any_predictions(cohort: Cohort) -> FloatArray:
     """Predictions that differ, [n, values], as some metrics need."""
     n_values = {CLASSIFICATION: len(cohort.class_names), SURVIVAL: 1}.get(cohort.task, len(cohort.columns))
     return np.random.default_rng(0).random((len(cohort), n_values))

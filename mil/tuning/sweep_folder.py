@@ -131,7 +131,7 @@ def _write_tables(folder: Path, found: Sweep) -> None:
     write_csv(folder / "settings.csv", _setting_rows(found))
     write_atomically(folder / "best.yaml", best_yaml(found).encode())
     write_csv(folder / "predictions.csv", found.predictions.rows())
-    write_csv(folder / "oof.csv", out_of_fold_rows(*found.predictions.tested(), found.predictions.task))
+    write_csv(folder / "oof.csv", out_of_fold_rows(*found.predictions.tested()))
 
 
 def best_yaml(found: Sweep) -> str:

@@ -20,7 +20,7 @@ from mil.cohort.cohort import Cohort
 from mil.config.train import TrainConfig
 from mil.errors import ConfigError, TrainingDivergedError
 from mil.evaluation.headlines import LOWER_IS_BETTER, tie_breaker
-from mil.evaluation.predictions import Outcomes
+from mil.evaluation.outcomes import Outcomes
 from mil.splits.splits import Splits
 from mil.statistics.metrics import auroc, balanced_accuracy, confusion, macro_f1
 from mil.training.replica import Replica, TrainedReplica
@@ -118,7 +118,7 @@ def score_validation(outcomes: Outcomes, loss: float | None = None) -> dict[str,
     """
     cohort = outcomes.cohort
     if cohort.values is None:
-        return validation_metrics(cohort.labels, outcomes.said)
+        return validation_metrics(cohort.labels, outcomes.predicted)
     found = {name: float(value[0]) for name, value in outcomes.scores().items()}
     scores = {name: None if math.isnan(value) else value for name, value in found.items()}
     return scores | {tie_breaker(cohort.task): loss if loss is not None and math.isfinite(loss) else None}
@@ -235,9 +235,9 @@ class TrialTrainer:
             self._report(SweepProgress(self._done, self._total, f"{what}, {replica.name}{epoch}"))
             return
         within = np.flatnonzero(self.data.splits.parts(replica.fold, replica.seed) == "validation")
-        said = Outcomes(self.data.cohort.subset(within), trained.probabilities[within])
+        outcomes = Outcomes(self.data.cohort.subset(within), trained.values[within])
         loss = next(each.validation_loss for each in trained.history if each.epoch == trained.best_epoch)
-        found = score_validation(said, loss)
+        found = score_validation(outcomes, loss)
         self._ledger.add(key, replica.fold, replica.seed, SeedScore(found, round(trained.seconds, 3)))
         self.skip(1, what)
 
@@ -273,7 +273,7 @@ class TrialTrainer:
         opened = []
         for each in replicas:
             logits = bag_logits([each.head.to(self.data.device)], self.data.bags, everything, self.data.device)[0]
-            opened.append(replace(each, probabilities=decode(each.task, logits).numpy(), head=each.head.cpu()))
+            opened.append(replace(each, values=decode(each.task, logits).numpy(), head=each.head.cpu()))
         return opened
 
 

@@ -22,7 +22,7 @@ from mil.cohort.cohort import Cohort
 from mil.config import preflight as early
 from mil.config.compose import compose_config
 from mil.errors import BagError, ConfigError, RunError
-from mil.evaluation.predictions import Outcomes
+from mil.evaluation.outcomes import Outcomes
 from mil.experiments import benchmark as module
 from mil.experiments.baselines import run_baselines
 from mil.experiments.benchmark import BenchmarkProgress, benchmark
@@ -105,12 +105,12 @@ def test_baselines_are_scikit_learns_on_the_same_folds(store: MemoryStore) -> No
         test = splits.test_fold == fold
         model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
         expected = model.fit(means[~test], COHORT.labels[~test]).predict_proba(means[test])
-        logistic = found["mean instance, logistic regression"].outcomes.said[test]
+        logistic = found["mean instance, logistic regression"].outcomes.predicted[test]
         np.testing.assert_allclose(logistic, expected, atol=1e-5)
         share = np.bincount(COHORT.labels[~test]) / (~test).sum()
-        np.testing.assert_allclose(found["majority class"].outcomes.said[test], np.tile(share, (test.sum(), 1)))
+        np.testing.assert_allclose(found["majority class"].outcomes.predicted[test], np.tile(share, (test.sum(), 1)))
     for each in found.values():
-        np.testing.assert_allclose(each.outcomes.said.sum(axis=1), 1)
+        np.testing.assert_allclose(each.outcomes.predicted.sum(axis=1), 1)
 
 
 def _ranked(entrants: list[Entrant], cohort: Cohort) -> tuple[BoardRow, ...]:

@@ -80,13 +80,13 @@ def test_figures_are_those_of_the_tests(runs: list[Path], metric: str) -> None:
     assert (comparison.n_slides, comparison.n_patients, comparison.target) == (80, 40, "subtype")
     expected_p = []
     for row, found in zip(comparison.rows[1:], others, strict=True):
-        both = (found.cohort.labels, found.said, first.said, found.patient_ids, metric)
+        both = (found.cohort.labels, found.predicted, first.predicted, found.patient_ids, metric)
         pair = paired_difference(*both, resampling=Resampling(400, seed=1))
         assert (row.difference.value, row.difference.low, row.difference.high) == pytest.approx(pair)
         assert row.value.value - comparison.rows[0].value.value == pytest.approx(pair.difference)
         assert row.p == permutation_test(*both, resamples=400, seed=1)
         assert row.detectable == minimum_detectable_difference(*both, resampling=Resampling(400, seed=1))
-        scores = (found.said[:, 1], first.said[:, 1])
+        scores = (found.predicted[:, 1], first.predicted[:, 1])
         assert row.p_delong == delong_test(found.cohort.labels, *scores, found.patient_ids).p
         expected_p.append(row.p)
     assert [row.p_holm for row in comparison.rows[1:]] == holm(expected_p)

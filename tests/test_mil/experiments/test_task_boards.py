@@ -75,20 +75,20 @@ def test_baselines_learn_from_the_mean_instances_outside_the_test_fold() -> None
             known = ~test & np.isfinite(cohort.values[:, 1])
             model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=2000))
             model.fit(means[known], cohort.values[known, 1])
-            np.testing.assert_allclose(learnt.said[test, 1], model.predict_proba(means[test])[:, 1], atol=1e-5)
-            np.testing.assert_allclose(guess.said[test, 1], cohort.values[known, 1].mean())
+            np.testing.assert_allclose(learnt.predicted[test, 1], model.predict_proba(means[test])[:, 1], atol=1e-5)
+            np.testing.assert_allclose(guess.predicted[test, 1], cohort.values[known, 1].mean())
         elif task == "regression":
             model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 6, 13)))
             expected = model.fit(means[~test], cohort.values[~test, 0]).predict(means[test])
-            np.testing.assert_allclose(learnt.said[test, 0], expected, rtol=1e-5)
-            np.testing.assert_allclose(guess.said[test], cohort.values[~test].mean())
+            np.testing.assert_allclose(learnt.predicted[test, 0], expected, rtol=1e-5)
+            np.testing.assert_allclose(guess.predicted[test], cohort.values[~test].mean())
         else:
             assert guess.scores()["concordance"][0] == 0.5
             assert learnt.scores()["concordance"][0] > 0.75
             at = {name: row for row, name in enumerate(learnt.cohort.slide_ids)}
             rows = [at[cohort.slide_ids[row]] for row in np.flatnonzero(test)]
             expected = CoxRegression().fit(means[~test], cohort.values[~test]).predict(means[test])
-            np.testing.assert_allclose(learnt.said[rows], expected, atol=1e-5)
+            np.testing.assert_allclose(learnt.predicted[rows], expected, atol=1e-5)
 
 
 def test_cox_regression_minimises_its_penalised_likelihood() -> None:

@@ -95,7 +95,7 @@ def test_every_part_is_resampled_as_asked(run: Path, interval: str, stratified: 
     how = {"replicates": 150, "seed": 3, "confidence": 0.8, "interval": interval, "stratified": stratified}
     (found,) = score_runs([run], Resampling(**how)).runs
     slides = read_outcomes(run).outcomes
-    given = (slides.cohort.labels, slides.said, slides.patient_ids, slides.cohort.class_names)
+    given = (slides.cohort.labels, slides.predicted, slides.patient_ids, slides.cohort.class_names)
     assert found.metrics == evaluate(*given, Resampling(**how))
     assert found.calibration == evaluate_calibration(*given, resampling=Resampling(**how))
     assert found.abstention == evaluate_abstention(*given, Resampling(**how))

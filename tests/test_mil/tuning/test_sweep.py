@@ -463,7 +463,7 @@ def test_a_fold_whose_validation_parts_hold_one_class_cannot_choose_by_auroc(sto
 
 def test_the_folder_is_read_by_comparisons(listed: Sweep, store: MemoryStore, folder: Path) -> None:
     read = read_outcomes(folder).outcomes
-    np.testing.assert_allclose(read.said, listed.predictions.out_of_fold(), atol=1e-8)
+    np.testing.assert_allclose(read.predicted, listed.predictions.out_of_fold(), atol=1e-8)
     train(store, COHORT, head="mean", **OPTIONS).save(folder.parent / "mean")
     comparison = compare_runs([folder.parent / "mean", folder])
     assert comparison.rows[1].head == "sweep of head, optimizer.lr"

@@ -14,8 +14,8 @@ from mil.cohort.cohort import Attrition, Cohort
 from mil.cohort.targets import find_strata
 from mil.errors import EvaluationError, RunError
 from mil.evaluation.headlines import HEADLINES, first_headline
+from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.paired import Interval, Pair
-from mil.evaluation.predictions import Outcomes
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.experiments.compare import compare_runs
 from mil.experiments.crossval import train
@@ -56,7 +56,7 @@ def outcomes(task: str, skill: float, seed: int = 0, n: int = 60) -> Outcomes:
 
 def naive(found: Outcomes) -> float:
     """The first headline, counted plainly."""
-    truth, said = found.values, found.said
+    truth, said = found.truth, found.predicted
     if found.cohort.task == "multilabel":
         known = np.isfinite(truth)
         return float(np.mean([roc_auc_score(truth[known[:, k], k], said[known[:, k], k]) for k in (0, 1)]))
@@ -89,7 +89,7 @@ def test_scores_are_plain_counting_and_weights_are_repeats(task: str) -> None:
     weights = np.array([[float(patient not in ("p00", "p07")) for patient in found.patient_ids]])
     kept = np.flatnonzero(weights[0])
     folds = tuple(found.folds[row] for row in kept) if found.folds else ()
-    less = Outcomes(found.cohort.subset(kept), found.said[kept], folds)
+    less = Outcomes(found.cohort.subset(kept), found.predicted[kept], folds)
     assert found.scores(weights)[first][0] == pytest.approx(naive(less))
 
 
@@ -118,7 +118,9 @@ def test_paired_differences_are_those_of_resampled_patients() -> None:
         drawn = np.concatenate(
             [np.flatnonzero(of_slide == at) for at in rng.integers(len(patients), size=len(patients))]
         )
-        found.append(r2_score(one.values[drawn], one.said[drawn]) - r2_score(one.values[drawn], other.said[drawn]))
+        found.append(
+            r2_score(one.truth[drawn], one.predicted[drawn]) - r2_score(one.truth[drawn], other.predicted[drawn])
+        )
     pair = Pair(one, other, "r2", Resampling(2000)).difference()
     np.testing.assert_allclose([pair.low, pair.high], np.quantile(found, [0.025, 0.975]), atol=0.06)
 
@@ -127,7 +129,9 @@ def test_risks_of_other_scales_compare_alike() -> None:
     one, other = outcomes("survival", 0.6), outcomes("survival", 0.3)
     folds = np.array(other.folds)[:, None]
     # a model of its own in every fold, with its own unit
-    stretched = replace(other, said=np.where(folds == 1, 1000 * other.said - 5e4, other.said / 7 + 3 * folds))
+    stretched = replace(
+        other, predicted=np.where(folds == 1, 1000 * other.predicted - 5e4, other.predicted / 7 + 3 * folds)
+    )
     expected, found = (Pair(one, each, "concordance", Resampling(200)) for each in (other, stretched))
     assert found.difference() == expected.difference()
     assert found.p() == expected.p()
@@ -137,11 +141,11 @@ def test_exchanged_risks_are_ranks_put_in_the_place_of_others(monkeypatch: pytes
     one, other = outcomes("survival", 0.6), outcomes("survival", 0.3)
     patients, patient_of = np.unique(one.patient_ids, return_inverse=True)
     swaps = np.random.default_rng(0).integers(0, 2, (6, len(patients)))[:, patient_of].astype(float)
-    mixed = [replace(one, said=np.where(row[:, None] > 0, _ranks(other), _ranks(one))) for row in swaps]
+    mixed = [replace(one, predicted=np.where(row[:, None] > 0, _ranks(other), _ranks(one))) for row in swaps]
     np.testing.assert_allclose(one.exchanged(other, swaps, "concordance"), [naive(each) for each in mixed])
     # all exchanges of a test are a few calls: one by one, a thousand patients would take a minute
     calls = []
-    monkeypatch.setattr("mil.evaluation.predictions.concordance", lambda *given: calls.append(1) or concordance(*given))
+    monkeypatch.setattr("mil.evaluation.outcomes.concordance", lambda *given: calls.append(1) or concordance(*given))
     assert Pair(one, other, "concordance", Resampling(300)).p() is not None
     assert len(calls) < 10
 
@@ -149,7 +153,7 @@ def test_exchanged_risks_are_ranks_put_in_the_place_of_others(monkeypatch: pytes
 def _ranks(found: Outcomes) -> np.ndarray:
     """Of every slide the rank that its patient's mean risk has in the fold, [n, 1]."""
     who = np.array([f"{fold} {patient}" for fold, patient in zip(found.folds, found.patient_ids, strict=True)])
-    mean = np.array([found.said[who == each, 0].mean() for each in who])
+    mean = np.array([found.predicted[who == each, 0].mean() for each in who])
     ranks = np.zeros(len(who))
     for fold in set(found.folds):
         own = np.array(found.folds) == fold
@@ -161,7 +165,7 @@ def _ranks(found: Outcomes) -> np.ndarray:
 def test_a_metric_that_a_model_does_not_have_is_not_tested(task: str) -> None:
     good = outcomes("regression", 0.9)
     if task == "regression":
-        pair = Pair(good, replace(good, said=np.full_like(good.said, 7.0)), "pearson", Resampling(50))
+        pair = Pair(good, replace(good, predicted=np.full_like(good.predicted, 7.0)), "pearson", Resampling(50))
     else:
         # of two classes one is left
         cohort = replace(good.cohort, values=None, task=task, labels=np.zeros(60, np.int64), class_names=("a", "b"))
@@ -238,9 +242,9 @@ def test_one_label_has_delongs_test(tmp_path: Path) -> None:
     for folder in folders:
         train(store, one, **QUICK | {"head": folder.name, "epochs": 2}).save(folder)
     first, second = (read_outcomes(folder).outcomes for folder in folders)
-    known = np.flatnonzero(np.isfinite(first.values[:, 0]))
-    scores = (second.said[known, 0], first.said[known, 0])
-    expected = delong_test(first.values[known, 0].astype(int), *scores, [first.patient_ids[row] for row in known]).p
+    known = np.flatnonzero(np.isfinite(first.truth[:, 0]))
+    scores = (second.predicted[known, 0], first.predicted[known, 0])
+    expected = delong_test(first.truth[known, 0].astype(int), *scores, [first.patient_ids[row] for row in known]).p
     assert compare_runs(folders, replicates=20).rows[1].p_delong == expected
 
 

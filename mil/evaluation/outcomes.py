@@ -1,4 +1,4 @@
-"""Truth beside prediction: what a model says of slides out of fold, which runs are scored and compared by.
+"""Truth beside prediction: what runs are scored and compared by.
 
 A row is a slide. For survival it is a slide in a fold that tests it, and metrics compare the patients of one fold:
 risks of other folds come from other models and have no common scale.
@@ -20,16 +20,16 @@ from mil.statistics.survival import PatientRows, concordance, count_events
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """What is true of n rows, and what a model says of them.
+    """What is true of n rows, and what a model predicts of them.
 
     Attributes:
         cohort: the slides; for survival one stands there once for every fold that tests it.
-        said: float64 [n, values], see `mil.training.tasks.decode`.
+        predicted: float64 [n, values], see `mil.training.tasks.decode`.
         folds: [n] for survival, else empty.
     """
 
     cohort: Cohort
-    said: FloatArray
+    predicted: FloatArray
     folds: tuple[int, ...] = ()
 
     @classmethod
@@ -45,12 +45,12 @@ class Outcomes:
             values=np.concatenate([each.targets for each in cohorts]),
         )
         folds = tuple(at for at, each in enumerate(cohorts) for _ in range(len(each)))
-        return cls(cohort, np.concatenate([part.said for part in ordered]), folds)
+        return cls(cohort, np.concatenate([part.predicted for part in ordered]), folds)
 
     def sorted(self) -> "Outcomes":
         """The rows by slide id."""
         order = np.argsort(self.cohort.slide_ids, kind="stable")
-        return replace(self, cohort=self.cohort.subset(order), said=self.said[order])
+        return replace(self, cohort=self.cohort.subset(order), predicted=self.predicted[order])
 
     @property
     def patient_ids(self) -> tuple[str, ...]:
@@ -58,7 +58,7 @@ class Outcomes:
         return self.cohort.patient_ids
 
     @property
-    def values(self) -> FloatArray:
+    def truth(self) -> FloatArray:
         """The truth [n, columns] of other targets than classes."""
         return np.asarray(self.cohort.values, dtype=np.float64)
 
@@ -67,37 +67,37 @@ class Outcomes:
         return PatientRows.of(self.patient_ids, self.folds or None)
 
     def scores(
-        self, weights: FloatArray | None = None, said: FloatArray | None = None, only: str | None = None
+        self, weights: FloatArray | None = None, predicted: FloatArray | None = None, only: str | None = None
     ) -> dict[str, FloatArray]:
         """The headline metrics of the task under every weighting, each [B]; NaN where one is undefined.
 
         Args:
             weights: [B, n], the same for all slides of a patient; None weighs every row once (B = 1).
-            said: [n, values], in place of what the model says.
+            predicted: [n, values], in place of what the model predicts.
             only: the metric that is needed; others may then be missing.
         """
-        said = self.said if said is None else said
+        predicted = self.predicted if predicted is None else predicted
         if self.cohort.task == CLASSIFICATION:
-            return _score_classes(self.cohort, said, weights)
+            return _score_classes(self.cohort, predicted, weights)
         if self.cohort.task == MULTI_LABEL:
-            return multi_label.summarise(self.values, said, weights, only)
+            return multi_label.summarise(self.truth, predicted, weights, only)
         if self.cohort.task == REGRESSION:
-            return regression.summarise(self.values, said, weights, only)
+            return regression.summarise(self.truth, predicted, weights, only)
         rows = self._patients
-        times, events = self.values[rows.first, 0], self.values[rows.first, 1] == 1
+        times, events = self.truth[rows.first, 0], self.truth[rows.first, 1] == 1
         weighed = None if weights is None else weights[:, rows.first]
-        return {"concordance": concordance(times, events, rows.mean(said[:, 0]), weighed, rows.groups)}
+        return {"concordance": concordance(times, events, rows.mean(predicted[:, 0]), weighed, rows.groups)}
 
     def is_claimable(self) -> bool:
         """Whether enough patients stand behind the headlines for an interval; classes know better themselves."""
         if self.cohort.task == MULTI_LABEL:
-            return min(multi_label.count_fewest(self.values, self.patient_ids)) >= 2
+            return min(multi_label.count_fewest(self.truth, self.patient_ids)) >= 2
         if self.cohort.task == SURVIVAL:
-            return count_events(self.patient_ids, self.values[:, 1] == 1) >= 2
+            return count_events(self.patient_ids, self.truth[:, 1] == 1) >= 2
         return len(set(self.patient_ids)) >= 2
 
     def exchanged(self, other: "Outcomes", swaps: FloatArray, metric: str) -> FloatArray:
-        """A headline metric [B] of what is said here where swaps are 0, and of what ``other`` says where they are 1.
+        """A headline metric [B] of these predictions where swaps are 0, and of those of ``other`` where they are 1.
 
         Risks of two models have no common scale: the ranks of patients within their fold are exchanged.
 
@@ -107,10 +107,10 @@ class Outcomes:
             metric: which.
         """
         if self.cohort.task != SURVIVAL:
-            mixed = (np.where(row[:, None] > 0, other.said, self.said) for row in swaps)
-            return np.array([self.scores(said=said, only=metric)[metric][0] for said in mixed])
+            mixed = (np.where(row[:, None] > 0, other.predicted, self.predicted) for row in swaps)
+            return np.array([self.scores(predicted=predicted, only=metric)[metric][0] for predicted in mixed])
         rows = self._patients
-        chosen, truth = swaps[:, rows.first], self.values[rows.first]
+        chosen, truth = swaps[:, rows.first], self.truth[rows.first]
         # every patient stands there with both ranks, one of which has no weight: all exchanges are one call
         twice, ranks = np.concatenate([truth, truth]), np.concatenate([self._ranks, other._ranks])
         weights = np.concatenate([1 - chosen, chosen], axis=1)
@@ -120,23 +120,23 @@ class Outcomes:
     def _ranks(self) -> FloatArray:
         """Of the patients' risks within their fold."""
         rows = self._patients
-        risks, groups = rows.mean(self.said[:, 0]), np.array(rows.groups)
+        risks, groups = rows.mean(self.predicted[:, 0]), np.array(rows.groups)
         ranks = np.zeros(len(risks))
         for group in np.unique(groups):
             ranks[groups == group] = rankdata(risks[groups == group])
         return ranks
 
 
-def _score_classes(cohort: Cohort, said: FloatArray, weights: FloatArray | None) -> dict[str, FloatArray]:
-    matrix = metrics.confusion(cohort.labels, said.argmax(axis=1), len(cohort.class_names), weights)
+def _score_classes(cohort: Cohort, predicted: FloatArray, weights: FloatArray | None) -> dict[str, FloatArray]:
+    matrix = metrics.confusion(cohort.labels, predicted.argmax(axis=1), len(cohort.class_names), weights)
     return {
         "macro_f1": metrics.macro_f1(matrix),
         "balanced_accuracy": metrics.balanced_accuracy(matrix),
-        "auroc": metrics.auroc(cohort.labels, said, weights),
+        "auroc": metrics.auroc(cohort.labels, predicted, weights),
         "accuracy": metrics.accuracy(matrix),
     }
 
 
 def mean_outcomes(parts: Sequence[Outcomes]) -> Outcomes:
-    """The mean of what several models say of the same rows."""
-    return replace(parts[0], said=np.mean([part.said for part in parts], axis=0))
+    """The mean prediction of several models of the same rows."""
+    return replace(parts[0], predicted=np.mean([part.predicted for part in parts], axis=0))
