@@ -187,11 +187,12 @@ def print_table(console: Console, title: str, columns: Sequence[str], rows: Sequ
 
 def print_metrics(console: Console, title: str, evaluation: dict[str, Any]) -> None:
     """Print the metrics of `mil.statistics.classification.evaluate` with their intervals, and the per-class table."""
-    names = {"macro_f1": "macro-F1", "balanced_accuracy": "balanced accuracy", "auroc": "AUROC", "accuracy": "accuracy"}
-    rows = []
-    for key, label in names.items():
+    from mil.evaluation.headlines import HEADLINES, metric_name
+
+    task, rows = "classification", []
+    for key in HEADLINES[task]:
         point, interval = _parts(evaluation[key], ".3f")
-        rows.append([label, point, interval or "–"])
+        rows.append([metric_name(task, key), point, interval or "–"])
     print_table(console, title, ["metric", "value", "95 % interval"], rows)
     columns = ["class", "slides", "pat.", "TP", "FP", "FN", "TN", "recall", "AUROC"]
     rows = []

@@ -6,8 +6,8 @@ from typing import Any
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL
 from mil.deployment import target_card
 from mil.deployment.target_card import NOUNS, both
-from mil.evaluation.headlines import HEADLINES, metric_name
-from mil.evaluation.paired import gain_name, member_metrics
+from mil.evaluation.headlines import HEADLINES, brief_metrics, metric_name
+from mil.evaluation.paired import gain_name
 
 NOT_A_DEVICE = (
     "This is research software. It is **not a medical device**: it is neither approved nor validated for diagnosis, "
@@ -134,7 +134,7 @@ def _members(record: Mapping[str, Any]) -> Iterator[str]:
     yield "## Members"
     yield ""
     task = _task(record)
-    names = member_metrics(task)
+    names = brief_metrics(task)
     titles = [metric_name(task, name) for name in names]
     columns = ("member", "weight", "replicas", "head", "backbone", "features", *titles, f"gain in {titles[0]}")
     yield from _table(columns, (_member_row(member, names, member[gain_name(task)]) for member in record["members"]))

@@ -22,7 +22,8 @@ from mil.deployment.model_card import write_card
 from mil.errors import RunError
 from mil.evaluation.abstention_rule import Wish, choose_abstention
 from mil.evaluation.alignment import join_runs
-from mil.evaluation.paired import gain_over, member_metrics
+from mil.evaluation.headlines import brief_metrics
+from mil.evaluation.paired import gain_over
 from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.evaluation.tables import prediction_columns
@@ -202,7 +203,7 @@ def _members(names: Sequence[str], packed: Sequence[_PackedRun], used: ReplicaPr
         found.append(
             {"name": name, "weight": 1 / len(packed), "n_replicas": len(part.record["replicas"])}
             | {key: part.record[key] for key in copied}
-            | {key: part.record["out_of_fold"][key] for key in member_metrics(used.cohort.task)}
+            | {key: part.record["out_of_fold"][key] for key in brief_metrics(used.cohort.task)}
             | gain
             | ({"scale": asdict(part.used.scale())} if used.cohort.task == SURVIVAL else {})
         )

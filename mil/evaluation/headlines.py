@@ -1,20 +1,29 @@
-"""Names of metrics within a sentence, and which of them are better when lower."""
+"""The headline metrics of every task: their records, their names within a sentence, and which are for what."""
+
+from collections.abc import Callable
 
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, REGRESSION, SURVIVAL
-from mil.statistics.regression import OF_A_UNIT
+from mil.statistics import classification, multi_label, regression, survival
+from mil.statistics.metrics import Headline
 
-LOWER_IS_BETTER = frozenset({*OF_A_UNIT, "log_loss", "loss"})
-
-SHORT_NAMES = {
-    "balanced_accuracy": "bal. accuracy",
-    "macro_balanced_accuracy": "mean bal. accuracy",
-    "pearson": "Pearson",
-    "spearman": "Spearman",
-    "mae": "MAE",
-    "rmse": "RMSE",
-    "concordance": "concordance",
+RECORDS = {
+    task: {each.name: each for each in headlines}
+    for task, headlines in (
+        (CLASSIFICATION, classification.HEADLINES),
+        (MULTI_LABEL, multi_label.HEADLINES),
+        (REGRESSION, regression.HEADLINES),
+        (SURVIVAL, survival.HEADLINES),
+    )
 }
-"""Where a table has no room for the whole name."""
+"""By task and name, the first headline first."""
+
+HEADLINES = {task: {name: each.title for name, each in records.items()} for task, records in RECORDS.items()}
+"""The metrics of every task with their names, as tables and figures show them."""
+
+LOWER_IS_BETTER = frozenset(
+    {name for records in RECORDS.values() for name, each in records.items() if each.lower_is_better}
+    | {"log_loss", "loss"}
+)
 
 _PROPER = ("AUROC", "R²", "Pearson", "Spearman")
 
@@ -29,11 +38,35 @@ def metric_name(task: str, metric: str) -> str:
     return name if name.startswith(_PROPER) else name[0].lower() + name[1:]
 
 
+def short_name(task: str, metric: str) -> str:
+    """A headline's name for the head of a narrow column."""
+    return RECORDS[task][metric].short or metric_name(task, metric)
+
+
+def first_headline(task: str) -> str:
+    """What the models of a task are ranked and compared by."""
+    return next(iter(HEADLINES[task]))
+
+
+def brief_metrics(task: str) -> tuple[str, ...]:
+    """Those that are shown where there is little room."""
+    return _chosen(task, lambda each: each.brief)
+
+
+def replica_metrics(task: str) -> tuple[str, ...]:
+    """Those that are told of one replica, whose test part is small, and drawn with their spread."""
+    return _chosen(task, lambda each: each.of_replicas)
+
+
+def ranking_metrics(task: str, n_columns: int = 1) -> tuple[str, ...]:
+    """Those that boards have a column for; errors of several numbers have no common mean."""
+    return _chosen(task, lambda each: each.ranks and (n_columns == 1 or not each.of_a_unit))
+
+
 def selection_metrics(task: str, n_columns: int = 1) -> tuple[str, ...]:
     """What settings can be chosen by on validation parts; the first is usual."""
-    if task == CLASSIFICATION:
-        return ("auroc", "macro_f1", "balanced_accuracy", "log_loss")
-    return tuple(name for name in HEADLINES[task] if n_columns == 1 or name not in OF_A_UNIT)
+    names = sorted(ranking_metrics(task, n_columns), key=lambda name: not RECORDS[task][name].usual_choice)
+    return (*names, *(("log_loss",) if task == CLASSIFICATION else ()))
 
 
 def selection_name(task: str, metric: str) -> str:
@@ -46,35 +79,5 @@ def tie_breaker(task: str) -> str:
     return "log_loss" if task == CLASSIFICATION else "loss"
 
 
-def first_headline(task: str) -> str:
-    """What the models of a task are ranked and compared by."""
-    return next(iter(HEADLINES[task]))
-
-
-def short_name(task: str, metric: str) -> str:
-    """A headline's name for the head of a narrow column."""
-    return SHORT_NAMES.get(metric) or metric_name(task, metric)
-
-
-HEADLINES = {
-    CLASSIFICATION: {
-        "macro_f1": "Macro-F1",
-        "balanced_accuracy": "Balanced accuracy",
-        "auroc": "AUROC",
-        "accuracy": "Accuracy",
-    },
-    MULTI_LABEL: {
-        "macro_auroc": "Mean AUROC",
-        "macro_f1": "Mean F1",
-        "macro_balanced_accuracy": "Mean balanced accuracy",
-    },
-    REGRESSION: {
-        "r2": "R²",
-        "pearson": "Pearson's correlation",
-        "spearman": "Spearman's correlation",
-        "mae": "Mean absolute error",
-        "rmse": "Root mean squared error",
-    },
-    SURVIVAL: {"concordance": "Concordance index"},
-}
-"""The metrics of every task with their names, as tables and figures show them."""
+def _chosen(task: str, wanted: Callable[[Headline], bool]) -> tuple[str, ...]:
+    return tuple(name for name, each in RECORDS[task].items() if wanted(each))

@@ -15,6 +15,7 @@ from mil.arrays import FloatArray
 from mil.cohort.cohort import Cohort
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, REGRESSION, SURVIVAL
 from mil.statistics import metrics, multi_label, regression
+from mil.statistics.classification import summarise
 from mil.statistics.survival import PatientRows, concordance, count_events
 
 
@@ -129,12 +130,7 @@ class Outcomes:
 
 def _score_classes(cohort: Cohort, predicted: FloatArray, weights: FloatArray | None) -> dict[str, FloatArray]:
     matrix = metrics.confusion(cohort.labels, predicted.argmax(axis=1), len(cohort.class_names), weights)
-    return {
-        "macro_f1": metrics.macro_f1(matrix),
-        "balanced_accuracy": metrics.balanced_accuracy(matrix),
-        "auroc": metrics.auroc(cohort.labels, predicted, weights),
-        "accuracy": metrics.accuracy(matrix),
-    }
+    return summarise(matrix, metrics.class_auroc(cohort.labels, predicted, weights))
 
 
 def mean_outcomes(parts: Sequence[Outcomes]) -> Outcomes:

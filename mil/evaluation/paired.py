@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from mil.arrays import FloatArray
 from mil.cohort.targets import CLASSIFICATION
-from mil.evaluation.headlines import HEADLINES, first_headline
+from mil.evaluation.headlines import first_headline
 from mil.evaluation.outcomes import Outcomes
 from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread
 from mil.statistics.paired_tests import (
@@ -87,11 +87,6 @@ class Pair:
             return {self.metric: one - other}
 
         return Spread.of(difference, self.one.patient_ids, self.resampling)
-
-
-def member_metrics(task: str) -> tuple[str, ...]:
-    """The metrics that members are shown with: the one that gains are of, and one more where there is one."""
-    return ("macro_f1", "auroc") if task == CLASSIFICATION else tuple(HEADLINES[task])[:2]
 
 
 def gain_name(task: str) -> str:

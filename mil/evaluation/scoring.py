@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, REGRESSION, SURVIVAL
+from mil.cohort.targets import MULTI_LABEL, REGRESSION
+from mil.evaluation.headlines import replica_metrics
 from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.statistics import classification as statistics
@@ -13,14 +14,6 @@ from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling
 from mil.statistics.multi_label import evaluate_multi_label
 from mil.statistics.regression import evaluate_regression
 from mil.statistics.survival import evaluate_survival
-
-OF_A_REPLICA = {
-    CLASSIFICATION: ("macro_f1", "balanced_accuracy", "auroc"),
-    MULTI_LABEL: ("macro_auroc", "macro_f1"),
-    REGRESSION: ("r2", "pearson", "mae"),
-    SURVIVAL: ("concordance",),
-}
-"""What is told of one replica, whose test part is small."""
 
 
 def evaluate_out_of_fold(predictions: ReplicaPredictions) -> dict[str, Any]:
@@ -47,5 +40,5 @@ def score_replica(predictions: ReplicaPredictions, at: int) -> dict[str, float |
     test = np.flatnonzero(predictions.parts[at] == "test")
     cohort = predictions.cohort.subset(test)
     scores = Outcomes(cohort, predictions.values[at][test]).scores()
-    found = {name: float(scores[name][0]) for name in OF_A_REPLICA[cohort.task]}
+    found = {name: float(scores[name][0]) for name in replica_metrics(cohort.task)}
     return {name: None if math.isnan(value) else value for name, value in found.items()}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mil.cohort.cohort import Cohort
-from mil.evaluation.headlines import HEADLINES, first_headline
+from mil.evaluation.headlines import first_headline, ranking_metrics
 from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.paired import NOTHING, SIGNIFICANT, Interval, Pair
 from mil.evaluation.scoring import evaluate_outcomes
@@ -16,7 +16,6 @@ from mil.files import Row, write_csv
 from mil.runs.run_folder import read_predictions
 from mil.runs.saved_outcomes import read_outcomes
 from mil.statistics.paired_tests import holm
-from mil.statistics.regression import OF_A_UNIT
 
 REFERENCE = "mean"
 
@@ -190,8 +189,7 @@ class Board:
 
 def board_metrics(cohort: Cohort) -> tuple[str, ...]:
     """The headlines that a board has columns for; errors of several numbers have no common mean."""
-    left_out = ("accuracy", *(OF_A_UNIT if len(cohort.columns) > 1 else ()))
-    return tuple(name for name in HEADLINES[cohort.task] if name not in left_out)
+    return ranking_metrics(cohort.task, len(cohort.columns))
 
 
 def score(entrant: Entrant, reference: Entrant | None, cohort: Cohort) -> BoardRow:

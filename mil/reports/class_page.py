@@ -11,7 +11,7 @@ import numpy as np
 
 from mil.cohort.targets import CLASSIFICATION
 from mil.errors import ConfigError, RunError
-from mil.evaluation.headlines import HEADLINES
+from mil.evaluation.headlines import HEADLINES, RECORDS, replica_metrics
 from mil.reports.page import Thumbnails, curve_pair, learning_curves, shared_view, slide_rows, spread_of, triple
 from mil.runs.run_tables import RunFiles, finite, read_run
 from mil.statistics.abstention import evaluate_abstention
@@ -20,7 +20,7 @@ from mil.visualization import curve_figures, plotting
 from mil.visualization.plotting import ForestRow
 
 METRICS = HEADLINES[CLASSIFICATION]
-SPREAD_METRICS = ("macro_f1", "balanced_accuracy", "auroc")
+SPREAD_METRICS = replica_metrics(CLASSIFICATION)
 CLASS_METRICS = {"recall": "Recall", "precision": "Precision", "f1": "F1", "auroc": "AUROC"}
 COUNTS = {"tp": "TP", "fp": "FP", "fn": "FN", "tn": "TN"}
 
@@ -154,12 +154,7 @@ def _curved_classes(classes: _Classes) -> list[int]:
 def _guesses(classes: _Classes) -> dict[str, float | None]:
     """What guessing without looking at the slides gives: always the commonest class, or a draw."""
     supports = [classes.run.evaluation["classes"][name]["support"] for name in classes.names]
-    return {
-        "macro_f1": None,
-        "balanced_accuracy": 1 / sum(support > 0 for support in supports),
-        "auroc": 0.5,
-        "accuracy": max(supports) / sum(supports),
-    }
+    return {name: each.guessed(supports) for name, each in RECORDS[CLASSIFICATION].items()}
 
 
 # ---------------------------------------------------------------------------------------------- the page

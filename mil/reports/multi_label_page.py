@@ -7,7 +7,6 @@ import numpy as np
 
 from mil.arrays import FloatArray
 from mil.cohort.targets import MULTI_LABEL
-from mil.evaluation.headlines import HEADLINES
 from mil.reports.page import curve_pair, triple
 from mil.reports.values import Answers, forest_rows
 from mil.visualization import plotting
@@ -18,7 +17,7 @@ LABEL_METRICS = {"auroc": "AUROC", "f1": "F1", "sensitivity": "Sensitivity", "sp
 
 def label_figures(answers: Answers) -> Iterator[tuple[str, Any]]:
     evaluation = answers.run.evaluation
-    yield "metrics", forest_rows(HEADLINES[MULTI_LABEL], evaluation)
+    yield "metrics", forest_rows(MULTI_LABEL, evaluation)
     rows = [
         ForestRow(label, *triple(evaluation["targets"][column][key]), group=column)
         for column in answers.columns

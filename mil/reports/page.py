@@ -15,12 +15,12 @@ from mil.arrays import BoolArray, FloatArray
 from mil.files import write_atomically
 from mil.runs.run_tables import RunFiles, Table, finite
 from mil.statistics.curves import precision_recall_curve, roc_curve
+from mil.statistics.regression import OF_A_UNIT
 from mil.visualization import curve_figures, plotting
 from mil.visualization.html_page import load_template
 from mil.visualization.plotting import MISSING
 
 THUMBNAIL_PX = 112
-ERRORS = ("mae", "rmse")
 
 Thumbnails = Callable[[str], np.ndarray | None]
 Interval = Mapping[str, float | None]
@@ -250,7 +250,7 @@ def significant(value: float | None) -> str:
 
 def score(value: float | None, metric: str) -> str:
     """A metric by its key: errors, which have the unit of their target, by significant digits."""
-    return significant(value) if metric in ERRORS else number(value, 3)
+    return significant(value) if metric in OF_A_UNIT else number(value, 3)
 
 
 def score_bracket(interval: Interval, metric: str) -> str:

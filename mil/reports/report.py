@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, REGRESSION, SURVIVAL, TASKS
 from mil.errors import RunError, listed
-from mil.evaluation.headlines import HEADLINES
+from mil.evaluation.headlines import HEADLINES, RECORDS, replica_metrics
 from mil.reports.class_page import class_figures, class_view, read_classes
 from mil.reports.multi_label_page import label_figures, label_view
 from mil.reports.page import (
@@ -27,7 +27,7 @@ from mil.reports.page import (
 )
 from mil.reports.regression_page import number_figures, number_view
 from mil.reports.survival_page import survival_figures, survival_view
-from mil.reports.values import GUESSES, Answers, read_answers
+from mil.reports.values import Answers, read_answers
 from mil.runs.folders import refuse_artefact
 from mil.runs.run_tables import RunFiles, read_metrics
 from mil.visualization import plotting, target_figures
@@ -67,13 +67,6 @@ def write_report(
     )
 
 
-SPREAD_METRICS = {
-    MULTI_LABEL: ("macro_auroc", "macro_f1"),
-    REGRESSION: ("r2", "pearson", "mae"),
-    SURVIVAL: ("concordance",),
-}
-
-
 def write_target_report(
     folder: Path, metrics: dict[str, Any], thumbnails: Thumbnails | None = None, title: str | None = None
 ) -> Path:
@@ -109,7 +102,7 @@ def write_target_report(
 
 def _spread_metrics(run: RunFiles) -> list[str]:
     """Those that have a value somewhere: errors of several units have no mean, see `mil.statistics.regression`."""
-    wanted = SPREAD_METRICS[run.metrics["task"]]
+    wanted = replica_metrics(run.metrics["task"])
     found = [key for key in wanted if any(replica[key] is not None for replica in run.replicas)]
     return found or [wanted[0]]
 
@@ -132,7 +125,7 @@ def _view(answers: Answers) -> dict[str, Any]:
     return shared_view(run, outputs, {key: names[key] for key in _spread_metrics(run)}) | {
         "task": task,
         "columns": list(answers.columns),
-        "metric_rows": [(key, label, evaluation[key], GUESSES.get(key)) for key, label in names.items()],
+        "metric_rows": [(key, label, evaluation[key], RECORDS[task][key].guessed()) for key, label in names.items()],
     }
 
 

@@ -5,14 +5,13 @@ from typing import Any
 
 from mil.arrays import BoolArray
 from mil.cohort.targets import SURVIVAL
-from mil.evaluation.headlines import HEADLINES
 from mil.reports.values import Answers, forest_rows, patients_of, rank_values
 from mil.statistics.survival import Patients, kaplan_meier
 from mil.visualization import target_figures
 
 
 def survival_figures(answers: Answers) -> Iterator[tuple[str, Any]]:
-    yield "metrics", forest_rows(HEADLINES[SURVIVAL], answers.run.evaluation)
+    yield "metrics", forest_rows(SURVIVAL, answers.run.evaluation)
     patients = answers.patients
     groups = {name: (patients.times[own], patients.events[own]) for name, own in _risk_groups(answers).items()}
     yield "survival", target_figures.survival_plot(groups, answers.columns[0])

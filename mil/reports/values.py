@@ -12,21 +12,12 @@ import numpy.typing as npt
 from mil.arrays import BoolArray, FloatArray
 from mil.cohort.targets import MULTI_LABEL, REGRESSION, SURVIVAL, target_columns
 from mil.errors import RunError
+from mil.evaluation.headlines import RECORDS
 from mil.reports.page import triple
 from mil.runs.run_tables import RunFiles, finite, read_run
 from mil.statistics.survival import Patients, by_patient, high_risk
 from mil.visualization import plotting
 from mil.visualization.plotting import ForestRow
-
-GUESSES = {
-    "macro_auroc": 0.5,
-    "macro_balanced_accuracy": 0.5,
-    "r2": 0.0,
-    "pearson": 0.0,
-    "spearman": 0.0,
-    "concordance": 0.5,
-}
-"""What a draw gives, or always the mean."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +83,13 @@ def _values(run: RunFiles, names: Sequence[str], may_lack: bool) -> FloatArray:
     return values
 
 
-def forest_rows(names: Mapping[str, str], evaluation: Mapping[str, Any]) -> Any:
+def forest_rows(task: str, evaluation: Mapping[str, Any]) -> Any:
     """The headline metrics, of which all lie between 0 and 1."""
     # the figure has room for 18 letters, and the table beside it says "mean"
-    short = {key: label.removeprefix("Mean ") for key, label in names.items()}
+    records = RECORDS[task]
+    short = {key: each.title.removeprefix("Mean ") for key, each in records.items()}
     rows = [
-        ForestRow(label[:1].upper() + label[1:], *triple(evaluation[key]), reference=GUESSES.get(key))
+        ForestRow(label[:1].upper() + label[1:], *triple(evaluation[key]), reference=records[key].guessed())
         for key, label in short.items()
     ]
     return plotting.forest_plot(rows)

@@ -18,7 +18,8 @@ from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL
 from mil.errors import RunError, listed
 from mil.evaluation.alignment import join_runs, match
 from mil.evaluation.averaging import Average, Averaging, Scale
-from mil.evaluation.paired import gain_over, member_metrics
+from mil.evaluation.headlines import brief_metrics
+from mil.evaluation.paired import gain_over
 from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.evaluation.tables import out_of_fold_rows
@@ -151,7 +152,7 @@ def _metrics(paths: Sequence[Path], predictions: ReplicaPredictions) -> dict[str
     facts = [RunFolder.open(path, *needed).metrics for path in paths]
     members = [
         {"run": str(path), "head": run["head"], "entry": run["entry"]}
-        | {name: run["out_of_fold"][name] for name in member_metrics(cohort.task)}
+        | {name: run["out_of_fold"][name] for name in brief_metrics(cohort.task)}
         | gain_over(together, member.outcomes())
         for path, run, member in zip(paths, facts, predictions.split(), strict=True)
     ]

@@ -17,8 +17,31 @@ from mil.errors import EvaluationError, did_you_mean, listed
 from mil.statistics import metrics
 from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread
 from mil.statistics.checks import check_scores, describe_few_patients, patients_per_class, warn_of_strata
+from mil.statistics.metrics import Headline
 
-SUMMARY_METRICS = ("macro_f1", "balanced_accuracy", "auroc", "accuracy")
+HEADLINES = (
+    Headline("macro_f1", "Macro-F1", of_confusion=metrics.macro_f1),
+    Headline(
+        "balanced_accuracy",
+        "Balanced accuracy",
+        "bal. accuracy",
+        of_confusion=metrics.balanced_accuracy,
+        guess=lambda supports: 1 / sum(support > 0 for support in supports),
+        brief=False,
+    ),
+    Headline("auroc", "AUROC", of_areas=metrics.mean_auroc, guess=0.5, usual_choice=True),
+    Headline(
+        "accuracy",
+        "Accuracy",
+        of_confusion=metrics.accuracy,
+        of_every_class=False,
+        guess=lambda supports: max(supports) / sum(supports),
+        of_replicas=False,
+        brief=False,
+        ranks=False,
+    ),
+)
+SUMMARY_METRICS = tuple(each.name for each in HEADLINES)
 CLASS_METRICS = ("tp", "fp", "fn", "tn", "f1", "recall", "precision", "auroc")
 COUNTS = ("tp", "fp", "fn", "tn")
 
@@ -43,8 +66,8 @@ def evaluate(
         resampling: how intervals are made; stratified, it draws patients among those with the same set of classes.
 
     Returns:
-        `n_slides`, `n_patients`, `replicates`, `confidence`; `macro_f1`, `balanced_accuracy`, `auroc`, `accuracy` as
-        {value, low, high}; `confusion` (rows are true classes); `classes` by name with `support`, `n_patients` and
+        `n_slides`, `n_patients`, `replicates`, `confidence`; every metric of `HEADLINES` as {value, low, high};
+        `confusion` (rows are true classes); `classes` by name with `support`, `n_patients` and
         {value, low, high} of `tp`, `fp`, `fn`, `tn` (one class against all others), `f1`, `recall`, `precision`,
         `auroc`; `dropped`, the replicates left out of each summary metric; `warnings`. `interval` and `stratified`
         are among them where they are not the defaults.
@@ -76,8 +99,8 @@ def evaluate(
     }
 
 
-def check_metric(metric: str) -> None:
-    """Refuse what is no summary metric.
+def headline(metric: str) -> Headline:
+    """The record of a summary metric.
 
     Raises:
         EvaluationError: it is none of `SUMMARY_METRICS`.
@@ -87,6 +110,7 @@ def check_metric(metric: str) -> None:
             f"got metric {metric!r} → expected one of {listed(SUMMARY_METRICS)} → "
             f"{did_you_mean(metric, SUMMARY_METRICS)}choose one of these"
         )
+    return HEADLINES[SUMMARY_METRICS.index(metric)]
 
 
 def class_scores(labels: IntArray, probabilities: FloatArray, weights: FloatArray | None) -> dict[str, FloatArray]:
@@ -97,11 +121,7 @@ def class_scores(labels: IntArray, probabilities: FloatArray, weights: FloatArra
     areas = metrics.class_auroc(labels, probabilities, weights)
     present = matrix.sum(axis=2) > 0
     complete = present[:, np.unique(labels)].all(axis=1)
-    summaries = {
-        "macro_f1": metrics.macro_f1(matrix),
-        "balanced_accuracy": metrics.balanced_accuracy(matrix),
-        "auroc": metrics.mean_auroc(areas),
-    }
+    summaries = summarise(matrix, areas)
     of_classes = {
         "f1": metrics.f1(counts),
         "recall": metrics.recall(counts),
@@ -110,11 +130,30 @@ def class_scores(labels: IntArray, probabilities: FloatArray, weights: FloatArra
     }
     return {
         "confusion": matrix,
-        "accuracy": metrics.accuracy(matrix),
-        **{name: np.where(complete, values, np.nan) for name, values in summaries.items()},
+        **{
+            each.name: np.where(complete, summaries[each.name], np.nan) if each.of_every_class else summaries[each.name]
+            for each in HEADLINES
+        },
         **{f"class_{name}": values for name, values in counts._asdict().items()},
         **{f"class_{name}": np.where(present, values, np.nan) for name, values in of_classes.items()},
     }
+
+
+def summarise(matrix: FloatArray, areas: FloatArray) -> dict[str, FloatArray]:
+    """The headlines, each [B].
+
+    Args:
+        matrix: confusion, [B, C, C].
+        areas: under the ROC curve of every class, [B, C].
+    """
+    return {each.name: _headline(each, matrix, areas) for each in HEADLINES}
+
+
+def _headline(each: Headline, matrix: FloatArray, areas: FloatArray) -> FloatArray:
+    if each.of_areas is not None:
+        return each.of_areas(areas)
+    assert each.of_confusion is not None
+    return each.of_confusion(matrix)
 
 
 def _describe_class(index: int, spread: Spread, patients: BoolArray) -> dict[str, Any]:
@@ -134,7 +173,7 @@ def _describe_class(index: int, spread: Spread, patients: BoolArray) -> dict[str
 
 def is_claimable(metric: str, patients: BoolArray) -> bool:
     """Whether two patients or more stand behind everything a summary metric averages."""
-    if metric == "accuracy":
+    if not headline(metric).of_every_class:
         return len(patients.T) >= 2
     per_class = patients.sum(axis=1)
     return bool((per_class[per_class > 0] >= 2).all())

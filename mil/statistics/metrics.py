@@ -5,12 +5,53 @@ drawn. Shapes: n slides, C classes, B weightings. Every function returns one val
 value is undefined (nothing to divide by). Averages over classes leave undefined classes out, as scikit-learn does.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from mil.arrays import FloatArray, IntArray
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A metric that runs are told, ranked and compared by: a new one is one entry in the `HEADLINES` of its task.
+
+    Attributes:
+        name: its key in ``metrics.json`` and in tables.
+        title: as figures and tables show it.
+        short: the same where a table has no room, or empty.
+        of_confusion: for classes, the metric [B] from confusion matrices [B, C, C]; or
+        of_areas: the metric [B] from the areas under the ROC curves of the classes [B, C].
+        of_every_class: for classes, whether it needs slides of all of them.
+        lower_is_better: whether it is an error.
+        of_a_unit: whether it has the unit of its target, so that several targets have no common mean.
+        guess: what a draw gives, or always the mean; of the numbers of slides of the classes where it depends on them.
+        of_replicas: whether it is told of every replica, whose test part is small, and drawn with its spread.
+        brief: whether it is among those that are shown where there is little room.
+        ranks: whether boards have a column for it, and settings can be chosen by it.
+        usual_choice: whether settings are chosen by it unless another is named; the first of the task, if none is.
+    """
+
+    name: str
+    title: str
+    short: str = ""
+    of_confusion: Callable[[FloatArray], FloatArray] | None = None
+    of_areas: Callable[[FloatArray], FloatArray] | None = None
+    of_every_class: bool = True
+    lower_is_better: bool = False
+    of_a_unit: bool = False
+    guess: float | Callable[[Sequence[int]], float] | None = None
+    of_replicas: bool = True
+    brief: bool = True
+    ranks: bool = True
+    usual_choice: bool = False
+
+    def guessed(self, supports: Sequence[int] = ()) -> float | None:
+        """What guessing gives, of classes with these numbers of slides."""
+        return self.guess(supports) if callable(self.guess) else self.guess
 
 
 class OneVsAll(NamedTuple):

@@ -14,9 +14,22 @@ from mil.arrays import FloatArray
 from mil.cohort.targets import MULTI_LABEL, find_strata
 from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread
 from mil.statistics.checks import FEW_PATIENTS, check_values, warn_of_strata
-from mil.statistics.metrics import binary_auroc, confusion, f1, mean_defined, one_vs_all, recall, weightings
+from mil.statistics.metrics import Headline, binary_auroc, confusion, f1, mean_defined, one_vs_all, recall, weightings
 
+HEADLINES = (
+    Headline("macro_auroc", "Mean AUROC", guess=0.5),
+    Headline("macro_f1", "Mean F1"),
+    Headline(
+        "macro_balanced_accuracy",
+        "Mean balanced accuracy",
+        "mean bal. accuracy",
+        guess=0.5,
+        of_replicas=False,
+        brief=False,
+    ),
+)
 SUMMARY = {"macro_auroc": "auroc", "macro_f1": "f1", "macro_balanced_accuracy": "balanced_accuracy"}
+"""Of which metric of a label each headline is the mean."""
 LABEL_METRICS = ("auroc", "f1", "sensitivity", "specificity", "balanced_accuracy")
 
 

@@ -13,7 +13,7 @@ from mil.errors import EvaluationError, listed
 from mil.statistics import metrics
 from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread, check_confidence
 from mil.statistics.checks import check_scores, patients_per_class
-from mil.statistics.classification import SUMMARY_METRICS, check_metric, class_scores, is_claimable
+from mil.statistics.classification import SUMMARY_METRICS, class_scores, headline, is_claimable
 
 
 def permutation_test(
@@ -96,13 +96,14 @@ def _score(metric: str, labels: npt.NDArray[Any], scores: Sequence[FloatArray], 
     """The metric [B] of the first scores where swaps [B, n] are 0, and of the second where they are 1."""
     first, second = scores
     n_classes = first.shape[1]
-    if metric == "auroc":
-        mixed = [np.where(row[:, None] > 0, second, first) for row in swaps]
-        return np.array([metrics.auroc(labels, each)[0] for each in mixed])
+    wanted = headline(metric)
+    if wanted.of_areas is not None:
+        mixed = (np.where(row[:, None] > 0, second, first) for row in swaps)
+        return np.array([wanted.of_areas(metrics.class_auroc(labels, each))[0] for each in mixed])
+    assert wanted.of_confusion is not None
     matrix = metrics.confusion(labels, first.argmax(axis=1), n_classes, 1 - swaps)
     matrix += metrics.confusion(labels, second.argmax(axis=1), n_classes, swaps)
-    result: FloatArray = getattr(metrics, metric)(matrix)
-    return result
+    return wanted.of_confusion(matrix)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -218,7 +219,7 @@ def difference_spread(
     resampling: Resampling = USUAL_RESAMPLING,
 ) -> Spread:
     """The replicates behind `paired_difference`, under the name of the metric; same arguments and errors."""
-    check_metric(metric)
+    headline(metric)
     n_classes = np.shape(probabilities_a)[-1]
     truth, scores_a = check_scores(labels, probabilities_a, patient_ids, n_classes)
     _, scores_b = check_scores(labels, probabilities_b, patient_ids, n_classes)

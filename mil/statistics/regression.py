@@ -15,9 +15,26 @@ from mil.cohort.targets import REGRESSION, find_strata
 from mil.errors import EvaluationError
 from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread
 from mil.statistics.checks import FEW_PATIENTS, check_values, warn_of_strata
-from mil.statistics.metrics import mean_defined, weightings
+from mil.statistics.metrics import Headline, mean_defined, weightings
 
-METRICS = ("r2", "pearson", "spearman", "mae", "rmse")
+HEADLINES = (
+    Headline("r2", "R²", guess=0.0),
+    Headline("pearson", "Pearson's correlation", "Pearson", guess=0.0),
+    Headline("spearman", "Spearman's correlation", "Spearman", guess=0.0, of_replicas=False, brief=False),
+    Headline("mae", "Mean absolute error", "MAE", lower_is_better=True, of_a_unit=True, brief=False),
+    Headline(
+        "rmse",
+        "Root mean squared error",
+        "RMSE",
+        lower_is_better=True,
+        of_a_unit=True,
+        of_replicas=False,
+        brief=False,
+    ),
+)
+METRICS = tuple(each.name for each in HEADLINES)
+OF_A_UNIT = tuple(each.name for each in HEADLINES if each.of_a_unit)
+"""Metrics in the unit of a target, of which several targets have no common mean."""
 
 
 def determination(truth: FloatArray, predicted: FloatArray, weights: npt.ArrayLike | None = None) -> FloatArray:
@@ -149,7 +166,3 @@ def _warn_of_few(n_patients: int) -> list[str]:
         return []
     what = "the intervals are too narrow to be trusted" if n_patients >= 2 else "no interval is given"
     return [f"all slides are of {n_patients} patient(s): {what}"]
-
-
-OF_A_UNIT = ("mae", "rmse")
-"""Metrics in the unit of a target, of which several targets have no common mean."""

@@ -13,8 +13,9 @@ from mil.arrays import BoolArray, FloatArray
 from mil.cohort.targets import SURVIVAL, find_strata
 from mil.errors import EvaluationError
 from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread
-from mil.statistics.metrics import weightings
+from mil.statistics.metrics import Headline, weightings
 
+HEADLINES = (Headline("concordance", "Concordance index", "concordance", guess=0.5),)
 # pairs are compared in blocks of this many rows, which bounds the memory
 ROWS_AT_ONCE = 1_000
 FEW_EVENTS = 10

@@ -17,12 +17,14 @@ from mil.arrays import FloatArray
 from mil.bags.bags import Bags
 from mil.bags.forward import bag_logits
 from mil.cohort.cohort import Cohort
+from mil.cohort.targets import CLASSIFICATION
 from mil.config.train import TrainConfig
 from mil.errors import ConfigError, TrainingDivergedError
-from mil.evaluation.headlines import LOWER_IS_BETTER, tie_breaker
+from mil.evaluation.headlines import LOWER_IS_BETTER, selection_metrics, tie_breaker
 from mil.evaluation.outcomes import Outcomes
 from mil.splits.splits import Splits
-from mil.statistics.metrics import auroc, balanced_accuracy, confusion, macro_f1
+from mil.statistics.classification import summarise
+from mil.statistics.metrics import class_auroc, confusion
 from mil.training.replica import Replica, TrainedReplica
 from mil.training.replicas import Progress, train_replicas
 from mil.training.resume import training_key
@@ -100,12 +102,9 @@ def validation_metrics(labels: npt.NDArray[np.int64], scores: FloatArray) -> dic
     """What settings for classes can be chosen by, of a validation part: labels [m] and probabilities [m, C]."""
     matrix = confusion(labels, scores.argmax(axis=1), scores.shape[1])
     truth = scores[np.arange(len(labels)), labels]
-    found = {
-        "auroc": float(auroc(labels, scores)[0]),
-        "macro_f1": float(macro_f1(matrix)[0]),
-        "balanced_accuracy": float(balanced_accuracy(matrix)[0]),
-        "log_loss": float(-np.log(np.maximum(truth, _SMALLEST)).mean()),
-    }
+    values = summarise(matrix, class_auroc(labels, scores))
+    values["log_loss"] = -np.log(np.maximum(truth, _SMALLEST)).mean(keepdims=True)
+    found = {name: float(values[name][0]) for name in selection_metrics(CLASSIFICATION)}
     return {name: None if math.isnan(value) else value for name, value in found.items()}
 
 

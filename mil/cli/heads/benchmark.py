@@ -82,12 +82,12 @@ _VERDICTS = {"beats mean pooling": "yes", "does not beat mean pooling": "no"}
 
 
 def _print(console: Console, board: Any, out: Path) -> None:
-    from mil.evaluation.headlines import short_name
+    from mil.evaluation.headlines import brief_metrics, short_name
 
     if board.synthetic:
         console.print("SYNTHETIC DATA: these slides were drawn by a program.", style="bold", highlight=False)
     several = len({row.entry for row in board.rows}) > 1
-    shown = ("macro_f1", "auroc") if board.task == "classification" else board.metrics[:2]
+    shown = brief_metrics(board.task)
     rows = []
     for row in board.rows:
         name = f"{row.name} on {row.entry}" if several else row.name

@@ -120,12 +120,12 @@ def _print_members(
     console: Console, task: str, members: Sequence[dict[str, Any]], whole: dict[str, Any] | None = None
 ) -> None:
     """Each member's figures, and what the ensemble, whose own are the last row if given, gains over it."""
-    from mil.evaluation.headlines import metric_name
-    from mil.evaluation.paired import gain_name, member_metrics
+    from mil.evaluation.headlines import brief_metrics, metric_name
+    from mil.evaluation.paired import gain_name
 
     if not members:
         return
-    names = member_metrics(task)
+    names = brief_metrics(task)
     rows = []
     for each in members:
         scores = [stacked_interval(each[name]) for name in names]

@@ -153,7 +153,8 @@ def _print_classes(console: Console, run: Any) -> None:
 
 def _print_targets(console: Console, run: Any) -> None:
     """Labels or numbers one by one; a single number and survival have the summary alone."""
-    from mil.evaluation.headlines import SHORT_NAMES
+    from mil.cohort.targets import REGRESSION
+    from mil.evaluation.headlines import HEADLINES, short_name
 
     targets = run.metrics.get("targets", {})
     if len(targets) < 2 and run.task != "multilabel":
@@ -162,13 +163,13 @@ def _print_targets(console: Console, run: Any) -> None:
         say(console, f"{_what(run)}{events}{note}\n")
         return
     labels = run.task == "multilabel"
-    names = ("auroc", "f1", "sensitivity", "specificity") if labels else ("r2", "pearson", "spearman", "mae", "rmse")
+    names = ("auroc", "f1", "sensitivity", "specificity") if labels else tuple(HEADLINES[REGRESSION])
     rows = []
     for name, each in targets.items():
         having = [f"{each['positive']} of {each['known']}"] if labels else []
         rows.append([name, *having, *(stacked_interval(each[key], ".2f") for key in names)])
-    heads = OF_CLASS | {"r2": "R²"} | SHORT_NAMES
-    columns = ["target", *(["slides"] if labels else []), *(heads.get(key, key) for key in names)]
+    heads = {key: OF_CLASS.get(key, key) if labels else short_name(REGRESSION, key) for key in names}
+    columns = ["target", *(["slides"] if labels else []), *heads.values()]
     print_table(console, f"{_what(run)}; one target at a time", columns, rows)
 
 

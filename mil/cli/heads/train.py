@@ -229,13 +229,18 @@ def demo(
 
 def _print_demo(console: Console, result: Any) -> None:
     from mil.cli.console import interval_text, print_metrics, print_table
+    from mil.cohort.targets import CLASSIFICATION
+    from mil.evaluation.headlines import metric_name, replica_metrics
 
+    metrics = replica_metrics(CLASSIFICATION)
     print_metrics(console, "SYNTHETIC cohort, subtype by abmil, out of fold", result.runs[-1].metrics["out_of_fold"])
     rows = []
     for run in result.runs:
-        scores = [run.metrics["out_of_fold"][key] for key in ("macro_f1", "balanced_accuracy", "auroc")]
+        scores = [run.metrics["out_of_fold"][key] for key in metrics]
         rows.append([run.config.head.name, *map(interval_text, scores)])
-    print_table(console, "SYNTHETIC cohort, by head", ["head", "macro-F1", "balanced accuracy", "AUROC"], rows)
+    print_table(
+        console, "SYNTHETIC cohort, by head", ["head", *(metric_name(CLASSIFICATION, key) for key in metrics)], rows
+    )
     gain = interval_text(dict(zip(("value", "low", "high"), result.gain, strict=True)), "+.3f")
     console.print(
         f"ABMIL minus mean pooling in macro-F1: {gain}, paired over patients.\n"
