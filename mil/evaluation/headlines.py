@@ -25,8 +25,6 @@ LOWER_IS_BETTER = frozenset(
     | {"log_loss", "loss"}
 )
 
-_PROPER = ("AUROC", "R²", "Pearson", "Spearman")
-
 
 def metric_name(task: str, metric: str) -> str:
     """A headline's name with a small first letter, unless it is a name or an abbreviation.
@@ -34,8 +32,8 @@ def metric_name(task: str, metric: str) -> str:
     >>> metric_name("classification", "macro_f1"), metric_name("regression", "r2")
     ('macro-F1', 'R²')
     """
-    name = HEADLINES[task][metric]
-    return name if name.startswith(_PROPER) else name[0].lower() + name[1:]
+    each = RECORDS[task][metric]
+    return each.title if each.proper else each.title[0].lower() + each.title[1:]
 
 
 def short_name(task: str, metric: str) -> str:

@@ -29,7 +29,7 @@ HEADLINES = (
         guess=lambda supports: 1 / sum(support > 0 for support in supports),
         brief=False,
     ),
-    Headline("auroc", "AUROC", of_areas=metrics.mean_auroc, guess=0.5, usual_choice=True),
+    Headline("auroc", "AUROC", proper=True, of_areas=metrics.mean_auroc, guess=0.5, usual_choice=True),
     Headline(
         "accuracy",
         "Accuracy",

@@ -22,6 +22,7 @@ class Headline:
     Attributes:
         name: its key in ``metrics.json`` and in tables.
         title: as figures and tables show it.
+        proper: whether the title begins with a name or an abbreviation, which stays large within a sentence.
         short: the same where a table has no room, or empty.
         of_confusion: for classes, the metric [B] from confusion matrices [B, C, C]; or
         of_areas: the metric [B] from the areas under the ROC curves of the classes [B, C].
@@ -38,6 +39,7 @@ class Headline:
     name: str
     title: str
     short: str = ""
+    proper: bool = False
     of_confusion: Callable[[FloatArray], FloatArray] | None = None
     of_areas: Callable[[FloatArray], FloatArray] | None = None
     of_every_class: bool = True

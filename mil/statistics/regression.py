@@ -18,9 +18,9 @@ from mil.statistics.checks import FEW_PATIENTS, check_values, warn_of_strata
 from mil.statistics.metrics import Headline, mean_defined, weightings
 
 HEADLINES = (
-    Headline("r2", "R²", guess=0.0),
-    Headline("pearson", "Pearson's correlation", "Pearson", guess=0.0),
-    Headline("spearman", "Spearman's correlation", "Spearman", guess=0.0, of_replicas=False, brief=False),
+    Headline("r2", "R²", proper=True, guess=0.0),
+    Headline("pearson", "Pearson's correlation", "Pearson", proper=True, guess=0.0),
+    Headline("spearman", "Spearman's correlation", "Spearman", proper=True, guess=0.0, of_replicas=False, brief=False),
     Headline("mae", "Mean absolute error", "MAE", lower_is_better=True, of_a_unit=True, brief=False),
     Headline(
         "rmse",
