@@ -17,6 +17,7 @@ from mil.evaluation.paired import NOTHING, SIGNIFICANT, Interval, Pair
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.files import Row, write_csv
 from mil.runs.folders import is_ensemble
+from mil.runs.run_folder import RunFolder
 from mil.runs.saved_outcomes import read_outcomes
 from mil.statistics.bootstrap import Resampling
 from mil.statistics.delong import delong_test
@@ -297,12 +298,17 @@ def _read(folders: Sequence[str | Path]) -> list[_RunToCompare]:
     names = [path.name for path in absolute]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
-    found = [read_outcomes(path) for path in absolute]
-    first = found[0]
-    outcomes = [aligned(names[0], first.outcomes, name, each.outcomes) for name, each in zip(names, found, strict=True)]
+    runs = [RunFolder.open(path) for path in absolute]
+    outcomes = [read_outcomes(run) for run in runs]
     return [
-        _RunToCompare(name, path, said, each.metrics, _fold_scores(path, first.metrics))
-        for name, path, said, each in zip(names, absolute, outcomes, found, strict=True)
+        _RunToCompare(
+            name=name,
+            folder=run.path,
+            outcomes=aligned(names[0], outcomes[0], name, each),
+            metrics=run.metrics,
+            folds=_fold_scores(run.path, runs[0].metrics),
+        )
+        for name, run, each in zip(names, runs, outcomes, strict=True)
     ]
 
 

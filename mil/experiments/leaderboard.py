@@ -13,7 +13,7 @@ from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.paired import NOTHING, SIGNIFICANT, Interval, Pair
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.files import Row, write_csv
-from mil.runs.run_folder import read_predictions
+from mil.runs.run_folder import RunFolder
 from mil.runs.saved_outcomes import read_outcomes
 from mil.statistics.paired_tests import holm
 
@@ -66,10 +66,10 @@ class Entrant:
     @classmethod
     def of_run(cls, name: str, entry: str, folder: Path, where: str) -> "Entrant":
         """A head that was trained, from its run folder, which lies at ``where`` in the board's."""
-        found = read_outcomes(folder, "per_replica")
-        task, metrics = found.outcomes.cohort.task, found.metrics
-        seeds = metrics.get("seed_macro_f1") or read_predictions(folder).seed_scores(first_headline(task))
-        return cls(name, entry, "head", found.outcomes, tuple(seeds), _cost(metrics["per_replica"]), "", where)
+        run = RunFolder.open(folder, "per_replica")
+        seeds = run.metrics.get("seed_macro_f1") or run.predictions().seed_scores(first_headline(run.task))
+        cost = _cost(run.metrics["per_replica"])
+        return cls(name, entry, "head", read_outcomes(run), tuple(seeds), cost, "", where)
 
 
 @dataclass(frozen=True)

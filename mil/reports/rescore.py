@@ -22,8 +22,8 @@ from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
 from mil.files import Row, new_folder, write_csv, write_json
 from mil.runs.folders import is_ensemble, refuse_artefact
-from mil.runs.run_folder import read_predictions
-from mil.runs.saved_outcomes import SavedOutcomes, read_outcomes
+from mil.runs.run_folder import RunFolder
+from mil.runs.saved_outcomes import read_outcomes
 from mil.statistics.abstention import evaluate_abstention
 from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling
 from mil.statistics.calibration import evaluate_calibration
@@ -167,47 +167,49 @@ def score_runs(
     return Scores(tuple(runs), resampling)
 
 
-def _read(folder: Path, operating: bool) -> tuple[SavedOutcomes, ReplicaPredictions | None]:
-    """Out-of-fold predictions, and those of every replica where operating points are asked for."""
+def _read(folder: Path, operating: bool) -> tuple[RunFolder, Outcomes, ReplicaPredictions | None]:
+    """A run with its out-of-fold predictions, and those of every replica where operating points are asked for."""
     refuse_artefact(folder)
-    found = read_outcomes(folder)
+    run = RunFolder.open(folder)
+    outcomes = read_outcomes(run)
     if not operating:
-        return found, None
-    task = found.outcomes.cohort.task
+        return run, outcomes, None
+    task = outcomes.cohort.task
     if task != CLASSIFICATION:
         raise RunError(
             f"got {folder}, a run of task {task}, for operating points → expected a run of classes, whose thresholds "
             f"they are → leave --sensitivity, --specificity and --youden out"
         )
-    what = "an ensemble" if is_ensemble(folder) else "a sweep" if "sweep" in found.metrics else None
+    what = "an ensemble" if is_ensemble(folder) else "a sweep" if "sweep" in run.metrics else None
     if what is not None:
         raise RunError(
             f"got {folder}, {what}, for operating points → expected a run, whose replicas each have a validation part "
             f"to choose a threshold by → score its runs, or leave the operating points out"
         )
-    return found, read_predictions(folder)
+    return run, outcomes, run.predictions()
 
 
 def _score(
     name: str,
-    found: SavedOutcomes,
+    run: RunFolder,
+    outcomes: Outcomes,
     predictions: ReplicaPredictions | None,
     resampling: Resampling,
     target: OperatingTarget | None,
 ) -> ScoredRun:
-    metrics = evaluate_outcomes(found.outcomes, resampling)
-    calibration, abstention = _of_classes(found.outcomes, resampling)
+    metrics = evaluate_outcomes(outcomes, resampling)
+    calibration, abstention = _of_classes(outcomes, resampling)
     operating = _operate(predictions, target, resampling) if predictions is not None and target is not None else []
-    warnings = [*_of_split(found.metrics), *metrics["warnings"], *(calibration or {"warnings": []})["warnings"]]
+    warnings = [*_of_split(run.metrics), *metrics["warnings"], *(calibration or {"warnings": []})["warnings"]]
     warnings += [text for point in operating for text in point["warnings"]]
     return ScoredRun(
         name=name,
         facts={
-            **{key: str(found.metrics.get(key, "")) for key in ("target", "head", "entry")},
-            "looks": int(found.metrics.get("looks", 1)),
-            "synthetic": bool(found.metrics.get("synthetic")),
+            **{key: str(run.metrics.get(key, "")) for key in ("target", "head", "entry")},
+            "looks": int(run.metrics.get("looks", 1)),
+            "synthetic": bool(run.metrics.get("synthetic")),
         },
-        task=found.outcomes.cohort.task,
+        task=outcomes.cohort.task,
         metrics=metrics,
         calibration=calibration,
         abstention=abstention,

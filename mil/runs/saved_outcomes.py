@@ -1,9 +1,7 @@
-"""What a run, a sweep or an ensemble said out of fold, read back from its folder, whatever the target."""
+"""What a run, a sweep or an ensemble predicts out of fold, read back from its folder, whatever the target."""
 
 import csv
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mil.cohort.targets import SURVIVAL
 from mil.errors import RunError
@@ -15,47 +13,27 @@ from mil.runs.folders import is_ensemble
 from mil.runs.run_folder import RunFolder, read_predictions
 
 
-@dataclass(frozen=True, eq=False)
-class SavedOutcomes:
-    """Truth and predictions of a folder.
+def read_outcomes(run: RunFolder) -> Outcomes:
+    """The out-of-fold predictions of a folder of `mil train`, `mil sweep` or `mil ensemble`, beside the truth.
 
-    Attributes:
-        outcomes: of every slide that was tested.
-        metrics: the ``metrics.json``.
-    """
-
-    outcomes: Outcomes
-    metrics: dict[str, Any]
-
-
-def read_outcomes(folder: Path, *needed: str) -> SavedOutcomes:
-    """The out-of-fold predictions of a folder of `mil train`, `mil sweep` or `mil ensemble`.
-
-    For survival, what each fold's models said: of an ensemble it is made again from its members.
-
-    Args:
-        folder: where it lies.
-        needed: keys that ``metrics.json`` must hold.
+    For survival they are those of each fold's models; of an ensemble they are made again from its members.
 
     Raises:
         RunError: a file is missing, or does not hold what was written.
     """
-    run = RunFolder.open(folder, *needed)
     run.require_target()
-    metrics = run.metrics
     try:
-        with open(folder / "oof.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            outcomes = outcomes_of(list(csv.DictReader(file)), metrics)
+        with open(run.path / "oof.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            outcomes = outcomes_of(list(csv.DictReader(file)), run.metrics)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = error.strerror if isinstance(error, OSError) else f"{type(error).__name__} {error}"
         raise RunError(
-            f"got {folder} as run folder → its oof.csv cannot be read ({what}) → give the --out "
+            f"got {run.path} as run folder → its oof.csv cannot be read ({what}) → give the --out "
             f"folder of a finished mil train"
         ) from error
-    if outcomes.cohort.task == SURVIVAL:
-        ensemble = is_ensemble(folder)
-        outcomes = _of_members(folder) if ensemble else by_fold(read_fold_scores(folder, metrics))
-    return SavedOutcomes(outcomes, metrics)
+    if outcomes.cohort.task != SURVIVAL:
+        return outcomes
+    return _of_members(run.path) if is_ensemble(run.path) else by_fold(read_fold_scores(run.path, run.metrics))
 
 
 def _of_members(folder: Path) -> Outcomes:

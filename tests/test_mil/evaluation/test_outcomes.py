@@ -21,6 +21,7 @@ from mil.experiments.compare import compare_runs
 from mil.experiments.crossval import train
 from mil.reports.rescore import OperatingTarget, score_runs
 from mil.runs.ensemble import make_ensemble
+from mil.runs.run_folder import RunFolder
 from mil.runs.saved_outcomes import read_outcomes
 from mil.statistics.bootstrap import Resampling
 from mil.statistics.delong import delong_test
@@ -194,7 +195,7 @@ def test_folders_give_back_the_metrics_of_the_training(runs: dict[str, list[Path
     folder = make_ensemble(runs[task]).save(runs[task][0].parent / "both")
     for path in (*runs[task], folder):
         stored = json.loads((path / "metrics.json").read_text())["out_of_fold"]
-        again = evaluate_outcomes(read_outcomes(path).outcomes)
+        again = evaluate_outcomes(read_outcomes(RunFolder.open(path)))
         for name in HEADLINES[task]:
             assert list(again[name].values()) == pytest.approx(list(stored[name].values()), abs=1e-6), name
     comparison = compare_runs([*runs[task], folder], replicates=50)
@@ -205,7 +206,7 @@ def test_folders_give_back_the_metrics_of_the_training(runs: dict[str, list[Path
 @pytest.mark.parametrize("task", TARGETS)
 def test_comparing_states_what_pairs_say(runs: dict[str, list[Path]], task: str, tmp_path: Path, capsys) -> None:
     comparison = compare_runs(runs[task], replicates=100)
-    first, second = (read_outcomes(path).outcomes for path in runs[task])
+    first, second = (read_outcomes(RunFolder.open(path)) for path in runs[task])
     pair = Pair(second, first, comparison.metric, Resampling(100))
     row = comparison.rows[1]
     assert comparison.metric == first_headline(task)
@@ -241,7 +242,7 @@ def test_one_label_has_delongs_test(tmp_path: Path) -> None:
     folders = [tmp_path / head for head in ("mean", "max")]
     for folder in folders:
         train(store, one, **QUICK | {"head": folder.name, "epochs": 2}).save(folder)
-    first, second = (read_outcomes(folder).outcomes for folder in folders)
+    first, second = (read_outcomes(RunFolder.open(folder)) for folder in folders)
     known = np.flatnonzero(np.isfinite(first.truth[:, 0]))
     scores = (second.predicted[known, 0], first.predicted[known, 0])
     expected = delong_test(first.truth[known, 0].astype(int), *scores, [first.patient_ids[row] for row in known]).p
@@ -253,7 +254,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "metrics.json").write_text(text)
     (tmp_path / "oof.csv").write_text("slide_id,patient_id\n")
     with pytest.raises(RunError, match=r"metrics\.json.* → .*give the --out folder of a finished mil train"):
-        read_outcomes(tmp_path)
+        read_outcomes(RunFolder.open(tmp_path))
 
 
 def test_unlike_runs_are_refused(runs: dict[str, list[Path]], tmp_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_columns_of_another_order_are_matched_by_name(runs: dict[str, list[Path]
 def test_scores_of_other_intervals(runs: dict[str, list[Path]], task: str, tmp_path: Path, capsys) -> None:
     how = Resampling(150, 2, 0.9, "bca", True)
     found = score_runs(runs[task], how).runs[0]
-    saved = read_outcomes(runs[task][0]).outcomes
+    saved = read_outcomes(RunFolder.open(runs[task][0]))
     assert found.metrics == evaluate_outcomes(saved, how)
     assert (found.metrics["interval"], found.metrics["stratified"]) == ("bca", True)
     first = first_headline(task)

@@ -20,6 +20,7 @@ from mil.experiments.compare import compare_runs
 from mil.experiments.crossval import train
 from mil.files import write_csv
 from mil.runs.ensemble import make_ensemble
+from mil.runs.run_folder import RunFolder
 from mil.runs.saved_outcomes import read_outcomes
 from mil.splits.folds import make_splits
 from mil.statistics.bootstrap import Resampling
@@ -75,7 +76,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.parametrize("metric", ["macro_f1", "accuracy"])
 def test_figures_are_those_of_the_tests(runs: list[Path], metric: str) -> None:
     comparison = compare_runs(runs, metric, replicates=400, seed=1)
-    first, *others = (read_outcomes(folder).outcomes for folder in runs)
+    first, *others = (read_outcomes(RunFolder.open(folder)) for folder in runs)
     assert [row.name for row in comparison.rows] == ["mean", "good", "alike"]
     assert (comparison.n_slides, comparison.n_patients, comparison.target) == (80, 40, "subtype")
     expected_p = []

@@ -20,6 +20,7 @@ from mil.experiments.benchmark import benchmark
 from mil.experiments.compare import compare_runs
 from mil.experiments.crossval import train
 from mil.experiments.leaderboard_page import write_page
+from mil.runs.run_folder import RunFolder
 from mil.runs.saved_outcomes import read_outcomes
 from mil.splits.folds import make_splits
 from mil.tuning.sweep import sweep
@@ -134,7 +135,7 @@ def test_a_sweep_chooses_by_the_validation_score_of_the_task(task: str, tmp_path
         means = [each.mean(select) for each in found.trials if each.fold == fold]
         assert trial.mean(select) == max(means)
     # the figures are those of the chosen settings' replicas on the folds that they were chosen in
-    outcomes = read_outcomes(tmp_path / "s").outcomes
+    outcomes = read_outcomes(RunFolder.open(tmp_path / "s"))
     assert found.metrics["out_of_fold"][select]["value"] == pytest.approx(outcomes.scores()[select][0])
     assert found.metrics["task"] == task
     for fold, trial in enumerate(found.chosen):

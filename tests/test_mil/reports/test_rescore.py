@@ -21,7 +21,7 @@ from mil.files import write_csv
 from mil.reports.rescore import OperatingTarget, score_runs
 from mil.runs.ensemble import make_ensemble
 from mil.runs.look_ledger import LEDGER
-from mil.runs.run_folder import read_predictions
+from mil.runs.run_folder import RunFolder, read_predictions
 from mil.runs.saved_outcomes import read_outcomes
 from mil.splits.folds import make_splits
 from mil.statistics.abstention import evaluate_abstention
@@ -94,7 +94,7 @@ def test_the_usual_way_restates_the_metrics_of_the_training_and_counts_no_look(t
 def test_every_part_is_resampled_as_asked(run: Path, interval: str, stratified: bool) -> None:
     how = {"replicates": 150, "seed": 3, "confidence": 0.8, "interval": interval, "stratified": stratified}
     (found,) = score_runs([run], Resampling(**how)).runs
-    slides = read_outcomes(run).outcomes
+    slides = read_outcomes(RunFolder.open(run))
     given = (slides.cohort.labels, slides.predicted, slides.patient_ids, slides.cohort.class_names)
     assert found.metrics == evaluate(*given, Resampling(**how))
     assert found.calibration == evaluate_calibration(*given, resampling=Resampling(**how))

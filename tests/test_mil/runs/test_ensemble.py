@@ -13,6 +13,7 @@ from mil.evaluation.averaging import Averaging, combine
 from mil.experiments.crossval import train
 from mil.runs.ensemble import make_ensemble, over_members, read_ensemble
 from mil.runs.folders import is_ensemble
+from mil.runs.run_folder import RunFolder
 from mil.runs.saved_outcomes import read_outcomes
 from mil.statistics import classification as statistics
 from tests.test_mil.small import make_cohort, make_store
@@ -48,7 +49,7 @@ def test_means_are_arithmetic_and_geometric() -> None:
 def test_the_order_of_members_does_not_matter(runs: list[Path], average: str) -> None:
     one, other = make_ensemble(runs, average), make_ensemble(runs[::-1], average)
     np.testing.assert_allclose(one.probabilities, other.probabilities, rtol=1e-12)
-    members = [read_outcomes(run).outcomes.predicted for run in runs]
+    members = [read_outcomes(RunFolder.open(run)).predicted for run in runs]
     np.testing.assert_allclose(one.probabilities, combine(members, average), rtol=1e-8)
 
 
@@ -85,7 +86,7 @@ def test_what_is_saved_comes_back_and_is_a_look(runs: list[Path], tmp_path: Path
     assert is_ensemble(folder)
     assert not is_ensemble(runs[0])
     assert read_ensemble(folder) == (tuple(runs), Averaging("logits"))
-    np.testing.assert_allclose(read_outcomes(folder).outcomes.predicted, made.probabilities, rtol=1e-8)
+    np.testing.assert_allclose(read_outcomes(RunFolder.open(folder)).predicted, made.probabilities, rtol=1e-8)
     assert json.loads((folder / "metrics.json").read_text())["looks"] == 1
     made.save(folder)
     assert json.loads((folder / "metrics.json").read_text())["looks"] == 2

@@ -23,7 +23,7 @@ from tests.test_mil.small import make_cohort, make_store
 
 READERS: dict[str, Callable[[Path, Path], object]] = {
     "predictions": lambda run, other: read_predictions(run),
-    "outcomes": lambda run, other: read_outcomes(run),
+    "outcomes": lambda run, other: read_outcomes(RunFolder.open(run)),
     "compare": lambda run, other: compare_runs([other, run]),
     "ensemble": lambda run, other: make_ensemble([other, run]),
     "pack": lambda run, other: pack(run, run.parent / "model"),

@@ -19,6 +19,7 @@ from mil.config.train import TrainConfig
 from mil.errors import ConfigError, MissingExtraError, RunError, SplitError
 from mil.experiments.compare import compare_runs
 from mil.experiments.crossval import cross_validate, split_plan, train
+from mil.runs.run_folder import RunFolder
 from mil.runs.saved_outcomes import read_outcomes
 from mil.splits.plan import split_cohort
 from mil.training import resume as unfinished
@@ -462,7 +463,7 @@ def test_a_fold_whose_validation_parts_hold_one_class_cannot_choose_by_auroc(sto
 
 
 def test_the_folder_is_read_by_comparisons(listed: Sweep, store: MemoryStore, folder: Path) -> None:
-    read = read_outcomes(folder).outcomes
+    read = read_outcomes(RunFolder.open(folder))
     np.testing.assert_allclose(read.predicted, listed.predictions.out_of_fold(), atol=1e-8)
     train(store, COHORT, head="mean", **OPTIONS).save(folder.parent / "mean")
     comparison = compare_runs([folder.parent / "mean", folder])
