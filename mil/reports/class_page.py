@@ -11,6 +11,7 @@ import numpy as np
 
 from mil.cohort.targets import CLASSIFICATION
 from mil.errors import ConfigError, RunError
+from mil.evaluation.fold_scores import outcomes_of
 from mil.evaluation.headlines import HEADLINES, RECORDS, replica_metrics
 from mil.reports.page import Thumbnails, curve_pair, learning_curves, shared_view, slide_rows, spread_of, triple
 from mil.runs.run_tables import RunFiles, finite, read_run
@@ -42,10 +43,9 @@ class _Classes:
     @cached_property
     def predictions(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Labels [n], probabilities [n, C] and patients [n], out of fold."""
-        rows, names = self.run.out_of_fold, self.names
-        labels = np.array([names.index(row["target"]) for row in rows], dtype=np.int64)
-        values = np.array([[float(row[f"p_{name}"]) for name in names] for row in rows])
-        return labels, values / values.sum(axis=1, keepdims=True), self.run.patient_ids
+        outcomes = outcomes_of(self.run.out_of_fold, self.run.metrics)
+        values = outcomes.predicted
+        return outcomes.cohort.labels, values / values.sum(axis=1, keepdims=True), self.run.patient_ids
 
     @cached_property
     def calibration(self) -> dict[str, Any]:

@@ -26,19 +26,19 @@ def label_figures(answers: Answers) -> Iterator[tuple[str, Any]]:
     yield "labels", plotting.forest_plot(rows)
     patients = np.array(answers.run.patient_ids)
     for at in _curved_labels(answers):
-        known = np.isfinite(answers.truth[:, at])
-        positive = answers.truth[known, at] == 1
-        yield from curve_pair(at, positive, answers.said[known, at], patients[known].tolist())
+        known = np.isfinite(answers.outcomes.truth[:, at])
+        positive = answers.outcomes.truth[known, at] == 1
+        yield from curve_pair(at, positive, answers.outcomes.predicted[known, at], patients[known].tolist())
 
 
 def _curved_labels(answers: Answers) -> list[int]:
     """Labels that some tested slides have and some lack, by number."""
-    return [at for at, column in enumerate(answers.truth.T) if (column == 1).any() and (column == 0).any()]
+    return [at for at, column in enumerate(answers.outcomes.truth.T) if (column == 1).any() and (column == 0).any()]
 
 
 def label_view(answers: Answers) -> dict[str, Any]:
-    targets, truth = answers.run.evaluation["targets"], answers.truth
-    wrong = np.isfinite(truth) & ((answers.said >= 0.5) != (truth == 1))
+    targets, truth = answers.run.evaluation["targets"], answers.outcomes.truth
+    wrong = np.isfinite(truth) & ((answers.outcomes.predicted >= 0.5) != (truth == 1))
     return {
         "label_rows": [(column, targets[column]) for column in answers.columns],
         "label_metrics": LABEL_METRICS,
@@ -50,7 +50,7 @@ def label_view(answers: Answers) -> dict[str, Any]:
                 "wrong": bool(wrong[at].any()),
                 "cells": [
                     {"true": _yes_or_no(true), "p": p, "wrong": bool(missed)}
-                    for true, p, missed in zip(truth[at], answers.said[at], wrong[at], strict=True)
+                    for true, p, missed in zip(truth[at], answers.outcomes.predicted[at], wrong[at], strict=True)
                 ],
             }
             for at in range(len(truth))

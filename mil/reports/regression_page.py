@@ -13,12 +13,13 @@ from mil.visualization import target_figures
 
 
 def number_figures(answers: Answers) -> Iterator[tuple[str, Any]]:
+    truth, predicted = answers.outcomes.truth, answers.outcomes.predicted
     for at in range(len(answers.columns)):
-        yield f"scatter-{at}", target_figures.scatter_plot(answers.truth[:, at], answers.said[:, at])
+        yield f"scatter-{at}", target_figures.scatter_plot(truth[:, at], predicted[:, at])
 
 
 def number_view(answers: Answers) -> dict[str, Any]:
-    targets, truth = answers.run.evaluation["targets"], answers.truth
+    targets, truth = answers.run.evaluation["targets"], answers.outcomes.truth
     means, deviations = truth.mean(axis=0).tolist(), truth.std(axis=0).tolist()
     folds = answers.run.rows_by_fold
     return {
@@ -42,18 +43,19 @@ def _spans(truth: FloatArray) -> list[tuple[float | None, float | None]]:
 
 def _number_slides(answers: Answers) -> list[dict[str, Any]]:
     """The largest error first, of several targets by the standard deviations of each."""
-    truth, said = answers.truth, answers.said
-    errors = said - truth
+    truth, predicted = answers.outcomes.truth, answers.outcomes.predicted
+    errors = predicted - truth
     spread = truth.std(axis=0)
     scaled = np.abs(errors) / np.where(spread > 0, spread, 1.0)
-    ranks = {name: rank_values(values) for name, values in (("true", truth), ("said", said), ("error", np.abs(errors)))}
+    values = {"true": truth, "predicted": predicted, "error": np.abs(errors)}
+    ranks = {name: rank_values(each) for name, each in values.items()}
     places = np.argsort(np.argsort(-scaled.max(axis=1), kind="stable")).tolist()
     return [
         {
             "place": places[at],
             "wrong": False,
             "cells": [
-                {"true": answers.shown(at, column), "said": said[at, column], "error": errors[at, column]}
+                {"true": answers.shown(at, column), "predicted": predicted[at, column], "error": errors[at, column]}
                 | {f"{name}_rank": ranks[name][at, column] for name in ranks}
                 for column in range(truth.shape[1])
             ],

@@ -25,8 +25,8 @@ def _risk_groups(answers: Answers) -> dict[str, BoolArray]:
 def survival_view(answers: Answers) -> dict[str, Any]:
     patients = answers.patients
     of_patient = dict(zip(patients.ids, answers.high.tolist(), strict=True))
-    risks = rank_values(answers.said)[:, 0].tolist()
-    times = rank_values(answers.truth)[:, 0].tolist()
+    risks = rank_values(answers.outcomes.predicted)[:, 0].tolist()
+    times = rank_values(answers.outcomes.truth)[:, 0].tolist()
     return {
         "time": answers.columns[0],
         "event": answers.columns[1],
@@ -40,13 +40,13 @@ def survival_view(answers: Answers) -> dict[str, Any]:
                 "place": at,
                 "wrong": False,
                 "time": answers.shown(at, 0),
-                "event": bool(answers.truth[at, 1] == 1),
-                "risk": answers.said[at, 0],
+                "event": bool(answers.outcomes.truth[at, 1] == 1),
+                "risk": answers.outcomes.predicted[at, 0],
                 "high": of_patient[answers.run.patient_ids[at]],
                 "time_rank": times[at],
                 "risk_rank": risks[at],
             }
-            for at in range(len(answers.truth))
+            for at in range(len(answers.outcomes.truth))
         ],
     }
 
@@ -61,4 +61,4 @@ def _group(patients: Patients, own: BoolArray) -> tuple[int, int, float | None]:
 def _events_of(answers: Answers, rows: Sequence[int]) -> tuple[int, int]:
     """Patients among slides, and how many of them have the event."""
     ids = answers.run.patient_ids
-    return patients_of(answers, rows), len({ids[at] for at in rows if answers.truth[at, 1] == 1})
+    return patients_of(answers, rows), len({ids[at] for at in rows if answers.outcomes.truth[at, 1] == 1})

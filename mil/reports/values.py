@@ -10,9 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mil.arrays import BoolArray, FloatArray
-from mil.cohort.targets import MULTI_LABEL, REGRESSION, SURVIVAL, target_columns
+from mil.cohort.targets import MULTI_LABEL
 from mil.errors import RunError
+from mil.evaluation.fold_scores import outcomes_of
 from mil.evaluation.headlines import RECORDS
+from mil.evaluation.outcomes import Outcomes
+from mil.evaluation.tables import prediction_columns, stated_cohort, truth_names
 from mil.reports.page import triple
 from mil.runs.run_tables import RunFiles, finite, read_run
 from mil.statistics.survival import Patients, by_patient, high_risk
@@ -22,19 +25,20 @@ from mil.visualization.plotting import ForestRow
 
 @dataclass(frozen=True)
 class Answers:
-    """What is true of n slides, and what was said of them out of fold.
+    """A run of other targets than classes.
 
     Attributes:
         run: the files.
-        columns: names of the K targets; time and event of survival.
-        truth: [n, K], NaN where a label is unknown.
-        said: [n, K] probabilities or numbers, of survival [n, 1] risks.
+        outcomes: truth [n, K], NaN where a label is unknown, and out-of-fold predictions.
     """
 
     run: RunFiles
-    columns: tuple[str, ...]
-    truth: FloatArray
-    said: FloatArray
+    outcomes: Outcomes
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the K targets; time and event of survival."""
+        return self.outcomes.cohort.columns
 
     @cached_property
     def fold_groups(self) -> list[int] | None:
@@ -49,7 +53,7 @@ class Answers:
     @cached_property
     def patients(self) -> Patients:
         """Of survival: one row a patient."""
-        return by_patient(self.truth, self.said[:, 0], self.run.patient_ids, self.fold_groups)
+        return by_patient(self.outcomes.truth, self.outcomes.predicted[:, 0], self.run.patient_ids, self.fold_groups)
 
     @cached_property
     def high(self) -> BoolArray:
@@ -58,29 +62,27 @@ class Answers:
 
 
 def read_answers(folder: Path, metrics: dict[str, Any]) -> Answers:
-    task = metrics["task"]
-    columns = target_columns(task, metrics["target"])
-    form = {MULTI_LABEL: "p_{}", REGRESSION: "predicted_{}", SURVIVAL: "risk"}[task]
-    true_names = [f"target_{column}" for column in columns]
-    said_names = ["risk"] if task == SURVIVAL else [form.format(column) for column in columns]
-    run = read_run(folder, metrics, (*true_names, *said_names))
-    truth = _values(run, true_names, may_lack=task == MULTI_LABEL)
-    return Answers(run, columns, truth, _values(run, said_names, may_lack=False))
+    """A run of other targets than classes, from its folder.
+
+    Raises:
+        RunError: a file is missing, lacks columns, or holds what is no number.
+    """
+    cohort = stated_cohort(metrics)
+    names = (*truth_names(cohort), *prediction_columns(cohort))
+    run = read_run(folder, metrics, names)
+    _require_numbers(run, names, may_lack=truth_names(cohort) if cohort.task == MULTI_LABEL else ())
+    return Answers(run, outcomes_of(run.out_of_fold, metrics))
 
 
-def _values(run: RunFiles, names: Sequence[str], may_lack: bool) -> FloatArray:
-    """Columns of oof.csv, [n, names]."""
-    values = np.full((len(run.out_of_fold), len(names)), np.nan)
-    for at, row in enumerate(run.out_of_fold):
-        for column, name in enumerate(names):
-            value = finite(row[name])
-            if value is None and not (may_lack and row[name] == ""):
+def _require_numbers(run: RunFiles, names: Sequence[str], may_lack: Sequence[str]) -> None:
+    """In columns of oof.csv."""
+    for row in run.out_of_fold:
+        for name in names:
+            if finite(row[name]) is None and not (name in may_lack and row[name] == ""):
                 raise RunError(
                     f"got {run.folder / 'oof.csv'} with {row[name]!r} in column {name!r} of slide {row['slide_id']!r} "
                     "→ expected a number → bring the file back from a copy of the run, or train again"
                 )
-            values[at, column] = np.nan if value is None else value
-    return values
 
 
 def forest_rows(task: str, evaluation: Mapping[str, Any]) -> Any:
