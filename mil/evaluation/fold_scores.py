@@ -1,17 +1,15 @@
-"""What each test part of a run scored, from its ``predictions.csv``: the folds that comparisons pair."""
+"""What each test part of a run scored: the folds that comparisons pair."""
 
-import csv
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mil.errors import RunError
-from mil.evaluation.outcomes import Outcomes, mean_outcomes
-from mil.evaluation.tables import prediction_columns, stated_cohort, truth_names
+from mil.evaluation.outcomes import Outcomes
+from mil.evaluation.replica_predictions import ReplicaPredictions
+from mil.training.replica import ReplicaId
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,18 +17,14 @@ class FoldScore:
     """One replica on its own test part.
 
     Attributes:
-        replica: its name.
-        fold: of the replica, as written.
-        seed: likewise.
+        replica: its fold and seed.
         test: slides of the test part.
         validation: slides of the validation part.
         n_train: slides of the training part.
         outcomes: of the test part, by slide id.
     """
 
-    replica: str
-    fold: str
-    seed: str
+    replica: ReplicaId
     test: frozenset[str]
     validation: frozenset[str]
     n_train: int
@@ -41,36 +35,25 @@ class FoldScore:
         return float(self.outcomes.scores()[metric][0])
 
 
-def read_fold_scores(folder: Path, metrics: Mapping[str, Any]) -> list[FoldScore]:
-    """The replicas of a run folder, each with its predictions of its test part.
-
-    Args:
-        folder: of a run or a sweep.
-        metrics: its ``metrics.json``, or another of the same target, whose order of classes is taken.
+def fold_scores(predictions: ReplicaPredictions) -> list[FoldScore]:
+    """The replicas of a run or a sweep, each with its predictions of its test part.
 
     Raises:
-        RunError: the file is missing, or does not hold what `mil train` writes.
+        RunError: a replica without training slides.
     """
-    try:
-        with open(folder / "predictions.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            by_replica: defaultdict[str, list[dict[str, str]]] = defaultdict(list)
-            for row in csv.DictReader(file):
-                by_replica[row["replica"]].append(row)
-        return [_fold_score(name, rows, metrics) for name, rows in by_replica.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = error.strerror if isinstance(error, OSError) else f"{type(error).__name__} {error}"
-        raise RunError(
-            f"got {folder} as run folder → its predictions.csv cannot be read ({what}) → give the --out folder of a "
-            f"finished mil train"
-        ) from error
-
-
-def by_fold(scores: Sequence[FoldScore]) -> Outcomes:
-    """What a run for survival predicts out of fold: the mean over the seeds of every fold."""
-    found: defaultdict[str, list[Outcomes]] = defaultdict(list)
-    for each in scores:
-        found[each.fold].append(each.outcomes)
-    return Outcomes.of_folds(mean_outcomes(parts) for parts in found.values())
+    ids = np.array(predictions.cohort.slide_ids)
+    found = []
+    for replica, parts, values in zip(predictions.replicas, predictions.parts, predictions.values, strict=True):
+        tested, n_train = np.flatnonzero(parts == "test"), int((parts == "train").sum())
+        if not n_train:
+            raise RunError(
+                f"got replica {replica.name} without training slides → expected some → bring predictions.csv back from "
+                f"a copy of the run, or train again"
+            )
+        outcomes = Outcomes(predictions.cohort.subset(tested), values[tested]).sorted()
+        validation = frozenset(ids[parts == "validation"].tolist())
+        found.append(FoldScore(replica, frozenset(outcomes.cohort.slide_ids), validation, n_train, outcomes))
+    return found
 
 
 def mean_over_seeds(scores: Sequence[FoldScore], metric: str) -> dict[frozenset[str], float]:
@@ -96,38 +79,6 @@ def differing_folds(first: Sequence[FoldScore], other: Sequence[FoldScore]) -> s
     tests, other_tests = ({each.test for each in scores} for scores in (first, other))
     if tests != other_tests:
         return f"{len(other_tests - tests)} of {len(other_tests)} test folds are others"
-    known = {(each.test, each.seed): each.validation for each in first}
-    differ = [each for each in other if known.get((each.test, each.seed), each.validation) != each.validation]
+    known = {(each.test, each.replica.seed): each.validation for each in first}
+    differ = [each for each in other if known.get((each.test, each.replica.seed), each.validation) != each.validation]
     return f"{len(differ)} of {len(other)} validation parts are others" if differ else None
-
-
-def _fold_score(name: str, rows: Sequence[Mapping[str, str]], metrics: Mapping[str, Any]) -> FoldScore:
-    parts: defaultdict[str, list[Mapping[str, str]]] = defaultdict(list)
-    for row in rows:
-        parts[row["split"]].append(row)
-    tested = sorted(parts["test"], key=lambda row: row["slide_id"])
-    if not tested or not parts["train"]:
-        raise ValueError(f"replica {name} has {len(tested)} test and {len(parts['train'])} training slides")
-    return FoldScore(
-        replica=name,
-        fold=rows[0]["fold"],
-        seed=rows[0]["seed"],
-        test=frozenset(row["slide_id"] for row in tested),
-        validation=frozenset(row["slide_id"] for row in parts["validation"]),
-        n_train=len(parts["train"]),
-        outcomes=outcomes_of(tested, metrics),
-    )
-
-
-def outcomes_of(rows: Sequence[Mapping[str, str]], metrics: Mapping[str, Any]) -> Outcomes:
-    """Rows of a table of a run.
-
-    Raises:
-        ValueError, KeyError, TypeError: they are not what `mil train` writes.
-    """
-    truth = truth_names(stated_cohort(metrics))
-    cells = [(row["slide_id"], row["patient_id"], [row[name] for name in truth]) for row in rows]
-    cohort = stated_cohort(metrics, cells)
-    names = prediction_columns(cohort)
-    predicted = np.array([[float(row[name]) for name in names] for row in rows], dtype=np.float64)
-    return Outcomes(cohort, predicted.reshape(len(rows), len(names)))

@@ -4,7 +4,7 @@ A row is a slide. For survival it is a slide in a fold that tests it, and metric
 risks of other folds come from other models and have no common scale.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -131,8 +131,3 @@ class Outcomes:
 def _score_classes(cohort: Cohort, predicted: FloatArray, weights: FloatArray | None) -> dict[str, FloatArray]:
     matrix = metrics.confusion(cohort.labels, predicted.argmax(axis=1), len(cohort.class_names), weights)
     return summarise(matrix, metrics.class_auroc(cohort.labels, predicted, weights))
-
-
-def mean_outcomes(parts: Sequence[Outcomes]) -> Outcomes:
-    """The mean prediction of several models of the same rows."""
-    return replace(parts[0], predicted=np.mean([part.predicted for part in parts], axis=0))

@@ -17,7 +17,7 @@ from mil.evaluation.averaging import Average, Scale, combine, mean_where
 from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.tables import prediction_columns, truth_cells, truth_names
 from mil.files import Row, probability_text
-from mil.training.replica import PartArray, Replica
+from mil.training.replica import PartArray, ReplicaId
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,7 @@ class ReplicaPredictions:
             `mil.training.tasks.decode`.
         members: [R], the member of an ensemble that each replica belongs to; may be left out for a run.
         average: what is averaged over members; over the replicas of a member it is always their values.
+        head: its name, for messages.
 
     Example:
         >>> run.predictions.out_of_fold().shape      # doctest: +SKIP
@@ -39,11 +40,12 @@ class ReplicaPredictions:
     """
 
     cohort: Cohort
-    replicas: tuple[Replica, ...]
+    replicas: tuple[ReplicaId, ...]
     parts: PartArray
     values: FloatArray
     members: tuple[int, ...] = ()
     average: Average = "probabilities"
+    head: str = ""
 
     @property
     def probabilities(self) -> FloatArray:
@@ -150,7 +152,7 @@ class ReplicaPredictions:
         scale = Scale.of([risks[validates] for risks, validates in held if validates.any()])
         if scale is None:
             raise RunError(
-                f"got a run of {self.replicas[0].config.head.name} whose risks are the same for all "
+                f"got a run of {self.head} whose risks are the same for all "
                 f"{'' if fold is None else f'of fold {fold} '}validation slides → expected some that differ, which "
                 f"tell its scale from that of others → leave it out"
             )

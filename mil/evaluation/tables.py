@@ -8,6 +8,7 @@ import numpy as np
 from mil.arrays import FloatArray
 from mil.cohort.cohort import Attrition, Cohort
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL, find_strata, target_columns
+from mil.evaluation.outcomes import Outcomes
 from mil.files import Row, probability_text
 
 
@@ -63,6 +64,20 @@ def stated_cohort(metrics: Mapping[str, Any], rows: Sequence[tuple[str, str, Seq
     values = np.array(cells, dtype=np.float64).reshape(len(rows), len(columns))
     strata, names = find_strata(task, columns, values, patients)
     return Cohort(slide_ids, patients, strata, names, target, attrition, task, values)
+
+
+def stated_outcomes(rows: Sequence[Mapping[str, str]], metrics: Mapping[str, Any]) -> Outcomes:
+    """Truth and predictions of rows of ``oof.csv``.
+
+    Raises:
+        ValueError, KeyError, TypeError: they are not what `mil train` writes.
+    """
+    truth = truth_names(stated_cohort(metrics))
+    cells = [(row["slide_id"], row["patient_id"], [row[name] for name in truth]) for row in rows]
+    cohort = stated_cohort(metrics, cells)
+    names = prediction_columns(cohort)
+    predicted = np.array([[float(row[name]) for name in names] for row in rows], dtype=np.float64)
+    return Outcomes(cohort, predicted.reshape(len(rows), len(names)))
 
 
 def value_names(record: Mapping[str, Any]) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL
 from mil.errors import EvaluationError, RunError, did_you_mean, listed
 from mil.evaluation.alignment import aligned
-from mil.evaluation.fold_scores import FoldScore, differing_folds, mean_over_seeds, mean_test_to_train, read_fold_scores
+from mil.evaluation.fold_scores import FoldScore, differing_folds, fold_scores, mean_over_seeds, mean_test_to_train
 from mil.evaluation.headlines import HEADLINES, LOWER_IS_BETTER, first_headline
 from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.paired import NOTHING, SIGNIFICANT, Interval, Pair
@@ -306,11 +306,7 @@ def _read(folders: Sequence[str | Path]) -> list[_RunToCompare]:
             folder=run.path,
             outcomes=aligned(names[0], outcomes[0], name, each),
             metrics=run.metrics,
-            folds=_fold_scores(run.path, runs[0].metrics),
+            folds=[] if is_ensemble(run.path) else fold_scores(run.predictions()),
         )
         for name, run, each in zip(names, runs, outcomes, strict=True)
     ]
-
-
-def _fold_scores(folder: Path, metrics: dict[str, Any]) -> list[FoldScore]:
-    return [] if is_ensemble(folder) else read_fold_scores(folder, metrics)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from mil.cohort.targets import CLASSIFICATION
-from mil.errors import ConfigError, RunError
-from mil.evaluation.fold_scores import outcomes_of
+from mil.errors import RunError
 from mil.evaluation.headlines import HEADLINES, RECORDS, replica_metrics
+from mil.evaluation.tables import stated_outcomes
 from mil.reports.page import Thumbnails, curve_pair, learning_curves, shared_view, slide_rows, spread_of, triple
 from mil.runs.run_tables import RunFiles, finite, read_run
 from mil.statistics.abstention import evaluate_abstention
@@ -43,7 +43,7 @@ class _Classes:
     @cached_property
     def predictions(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Labels [n], probabilities [n, C] and patients [n], out of fold."""
-        outcomes = outcomes_of(self.run.out_of_fold, self.run.metrics)
+        outcomes = stated_outcomes(self.run.out_of_fold, self.run.metrics)
         values = outcomes.predicted
         return outcomes.cohort.labels, values / values.sum(axis=1, keepdims=True), self.run.patient_ids
 
@@ -75,11 +75,6 @@ def _operating_points(folder: Path) -> list[dict[str, Any]]:
 
     if not (folder / "predictions.csv").is_file():
         return []
-    try:
-        points = operate_one_vs_rest(read_predictions(folder))
-    except ConfigError:
-        # a setting that this version does not know costs the table, not the page
-        return []
     return [
         {
             "class_name": point.class_name,
@@ -87,7 +82,7 @@ def _operating_points(folder: Path) -> list[dict[str, Any]]:
             "sensitivity": point.sensitivity,
             "specificity": point.specificity,
         }
-        for point in points
+        for point in operate_one_vs_rest(read_predictions(folder))
     ]
 
 

@@ -12,10 +12,9 @@ import numpy.typing as npt
 from mil.arrays import BoolArray, FloatArray
 from mil.cohort.targets import MULTI_LABEL
 from mil.errors import RunError
-from mil.evaluation.fold_scores import outcomes_of
 from mil.evaluation.headlines import RECORDS
 from mil.evaluation.outcomes import Outcomes
-from mil.evaluation.tables import prediction_columns, stated_cohort, truth_names
+from mil.evaluation.tables import prediction_columns, stated_cohort, stated_outcomes, truth_names
 from mil.reports.page import triple
 from mil.runs.run_tables import RunFiles, finite, read_run
 from mil.statistics.survival import Patients, by_patient, high_risk
@@ -71,7 +70,7 @@ def read_answers(folder: Path, metrics: dict[str, Any]) -> Answers:
     names = (*truth_names(cohort), *prediction_columns(cohort))
     run = read_run(folder, metrics, names)
     _require_numbers(run, names, may_lack=truth_names(cohort) if cohort.task == MULTI_LABEL else ())
-    return Answers(run, outcomes_of(run.out_of_fold, metrics))
+    return Answers(run, stated_outcomes(run.out_of_fold, metrics))
 
 
 def _require_numbers(run: RunFiles, names: Sequence[str], may_lack: Sequence[str]) -> None:

@@ -12,12 +12,11 @@ import numpy as np
 from mil.arrays import FloatArray
 from mil.cohort.cohort import Cohort
 from mil.cohort.targets import CLASSIFICATION
-from mil.config.compose import compose_config
 from mil.errors import CohortError, RunError
 from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.tables import prediction_columns, stated_cohort, truth_names
 from mil.files import read_json
-from mil.training.replica import Replica
+from mil.training.replica import ReplicaId
 
 METRICS = "metrics.json"
 _KINDS: dict[str, type | tuple[type, ...]] = {
@@ -136,32 +135,25 @@ class RunFolder:
             ) from error
 
     def predictions(self) -> ReplicaPredictions:
-        """What every replica of a run predicts of every slide, nine significant digits.
+        """What every replica of a run or a sweep predicts of every slide, nine significant digits.
 
         Raises:
-            RunError: a file is missing, or does not hold what `mil train` writes; or a sweep.
-            ConfigError: the configuration holds what this version does not know.
+            RunError: a file is missing, or does not hold what is written here.
         """
-        if "sweep" in self.metrics:
-            raise RunError(
-                f"got {self.path}, a sweep, whose folds have settings of their own → expected a run of mil train → "
-                f"train one with --config {self.path / 'best.yaml'}"
-            )
         known = self.require_target()
         tested = set(read_values(self.path / "oof.csv", ())[0])
-        config = compose_config(file=self.path / "config.yaml")
         try:
             cohort, table = _read(self.path / "predictions.csv", self.metrics, known)
             keys = list(table)
             parts = [[table[key][slide][0] for slide in cohort.slide_ids] for key in keys]
             values = [[table[key][slide][1] for slide in cohort.slide_ids] for key in keys]
-            predicted = np.array(values, dtype=np.float64).reshape(
-                len(keys), len(cohort), len(prediction_columns(cohort))
-            )
+            shape = len(keys), len(cohort), len(prediction_columns(cohort))
+            predicted = np.array(values, dtype=np.float64).reshape(shape)
         except (OSError, ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
             raise _unreadable(self.path / "predictions.csv", error) from error
-        replicas = tuple(Replica(fold, seed, config) for fold, seed in keys)
-        found = ReplicaPredictions(cohort, replicas, np.array(parts, dtype=np.str_), predicted)
+        replicas = tuple(ReplicaId(fold, seed) for fold, seed in keys)
+        head = str(self.metrics.get("head", ""))
+        found = ReplicaPredictions(cohort, replicas, np.array(parts, dtype=np.str_), predicted, head=head)
         if set(found.tested()[0].slide_ids) != tested:
             raise RunError(
                 f"got {self.path} as run folder → its predictions.csv and oof.csv test different slides → bring both "
@@ -171,8 +163,18 @@ class RunFolder:
 
 
 def read_predictions(folder: Path) -> ReplicaPredictions:
-    """See `RunFolder.predictions`."""
-    return RunFolder.open(folder).predictions()
+    """See `RunFolder.predictions`; of a run, whose replicas have one configuration.
+
+    Raises:
+        RunError: a sweep.
+    """
+    run = RunFolder.open(folder)
+    if "sweep" in run.metrics:
+        raise RunError(
+            f"got {folder}, a sweep, whose folds have settings of their own → expected a run of mil train → train one "
+            f"with --config {folder / 'best.yaml'}"
+        )
+    return run.predictions()
 
 
 def read_values(path: Path, names: Sequence[str]) -> tuple[list[str], FloatArray]:
@@ -202,7 +204,7 @@ def _read(path: Path, metrics: dict[str, Any], known: Cohort) -> tuple[Cohort, _
         header = next(rows)
         slide, fold, seed, part = (header.index(name) for name in ("slide_id", "fold", "seed", "split"))
         patient, truth = header.index("patient_id"), [header.index(name) for name in truth_names(known)]
-        values = range(truth[-1] + 1, truth[-1] + 1 + len(prediction_columns(known)))
+        values = [header.index(name) for name in prediction_columns(known)]
         for row in rows:
             key = int(row[fold]), int(row[seed])
             table[key][row[slide]] = (row[part], [float(row[at]) for at in values])

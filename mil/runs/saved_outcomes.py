@@ -6,8 +6,8 @@ from pathlib import Path
 from mil.cohort.targets import SURVIVAL
 from mil.errors import RunError
 from mil.evaluation.alignment import join_runs
-from mil.evaluation.fold_scores import by_fold, outcomes_of, read_fold_scores
 from mil.evaluation.outcomes import Outcomes
+from mil.evaluation.tables import stated_outcomes
 from mil.runs.ensemble import read_ensemble
 from mil.runs.folders import is_ensemble
 from mil.runs.run_folder import RunFolder, read_predictions
@@ -24,7 +24,7 @@ def read_outcomes(run: RunFolder) -> Outcomes:
     run.require_target()
     try:
         with open(run.path / "oof.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            outcomes = outcomes_of(list(csv.DictReader(file)), run.metrics)
+            outcomes = stated_outcomes(list(csv.DictReader(file)), run.metrics)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = error.strerror if isinstance(error, OSError) else f"{type(error).__name__} {error}"
         raise RunError(
@@ -33,7 +33,7 @@ def read_outcomes(run: RunFolder) -> Outcomes:
         ) from error
     if outcomes.cohort.task != SURVIVAL:
         return outcomes
-    return _of_members(run.path) if is_ensemble(run.path) else by_fold(read_fold_scores(run.path, run.metrics))
+    return _of_members(run.path) if is_ensemble(run.path) else run.predictions().outcomes()
 
 
 def _of_members(folder: Path) -> Outcomes:

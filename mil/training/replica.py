@@ -15,17 +15,23 @@ PartArray = npt.NDArray[np.str_]
 
 
 @dataclass(frozen=True)
-class Replica:
-    """One head to be trained: a fold, a seed and the hyper-parameters."""
+class ReplicaId:
+    """Which replica of a run: a fold and a seed."""
 
     fold: int
     seed: int
-    config: TrainConfig
 
     @property
     def name(self) -> str:
         """Such as ``fold0-seed2``; names the checkpoint and the rows of every table."""
         return f"fold{self.fold}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Replica(ReplicaId):
+    """One head to be trained: a fold, a seed and the hyper-parameters."""
+
+    config: TrainConfig
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import pytest
 from mil.cli import main as cli
 from mil.cohort.cohort import Cohort
 from mil.errors import EvaluationError, RunError
-from mil.evaluation.fold_scores import differing_folds, mean_over_seeds, mean_test_to_train, read_fold_scores
+from mil.evaluation.fold_scores import differing_folds, fold_scores, mean_over_seeds, mean_test_to_train
 from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.tables import out_of_fold_rows
 from mil.experiments.compare import compare_runs
@@ -36,7 +36,6 @@ from mil.training.replica import Replica
 from tests.test_mil.small import fast_config, make_cohort, make_store
 
 COHORT = make_cohort(40)
-FACTS = {"target": "subtype", "class_names": list(COHORT.class_names)}
 
 
 def write_run(
@@ -97,7 +96,7 @@ def test_figures_are_those_of_the_tests(runs: list[Path], metric: str) -> None:
 
 def test_the_t_test_pairs_test_folds_and_averages_seeds(runs: list[Path]) -> None:
     row = compare_runs(runs[:2], "macro_f1", replicates=50).rows[1]
-    scores = [read_fold_scores(folder, FACTS) for folder in runs[:2]]
+    scores = [fold_scores(RunFolder.open(folder).predictions()) for folder in runs[:2]]
     folds = [mean_over_seeds(each, "macro_f1") for each in scores]
     assert len(folds[0]) == 4
     assert len(scores[0]) == 8
@@ -111,9 +110,9 @@ def test_fold_scores_are_those_of_the_training(tmp_path: Path) -> None:
     options = {"folds": 3, "seeds": 2, "epochs": 2, "device": "cpu"}
     run = train(make_store(cohort), cohort, head="mean", **options).save(tmp_path / "one")
     train(make_store(cohort), cohort, head="max", **options).save(tmp_path / "two")
-    scores = read_fold_scores(tmp_path / "one", run.metrics)
+    scores = fold_scores(RunFolder.open(tmp_path / "one").predictions())
     for each, expected in zip(scores, run.metrics["per_replica"], strict=True):
-        assert each.replica == expected["replica"]
+        assert each.replica.name == expected["replica"]
         assert each.n_train == expected["training_bags"]
         for metric in ("macro_f1", "balanced_accuracy", "auroc"):
             assert each.score(metric) == pytest.approx(expected[metric])
@@ -178,8 +177,8 @@ def test_more_seeds_on_the_same_folds_are_no_other_folds(runs: list[Path], tmp_p
     comparison = compare_runs([runs[0], more], replicates=50)
     assert comparison.rows[1].p_t_test is not None
     assert comparison.warnings == ()
-    first = read_fold_scores(runs[0], FACTS)
-    moved = [replace(each, validation=frozenset()) if each.seed == "0" else each for each in first]
+    first = fold_scores(RunFolder.open(runs[0]).predictions())
+    moved = [replace(each, validation=frozenset()) if each.replica.seed == 0 else each for each in first]
     assert differing_folds(first, moved) == "4 of 8 validation parts are others"
 
 
@@ -253,7 +252,7 @@ def test_what_is_no_comparison_is_refused(runs: list[Path], tmp_path: Path) -> N
         compare_runs(runs, "macro-f1")
     partial = write_run(tmp_path / "partial", 0.2)
     (partial / "predictions.csv").write_text("slide_id,replica\na,b\n")
-    with pytest.raises(RunError, match=r"predictions.csv cannot be read \(KeyError 'split'\)"):
+    with pytest.raises(RunError, match=r"predictions.csv cannot be read \(ValueError .*is not in list\)"):
         compare_runs([runs[0], partial])
 
 
