@@ -80,13 +80,13 @@ class ExternalEvaluation:
         yield ("slide_id", "patient_id", *truth_names(cohort), *predicted, *names, *sure, "trained_on")
         for at, slide_id in enumerate(cohort.slide_ids):
             who = (slide_id, cohort.patient_ids[at], *truth_cells(cohort, at))
-            said = [probability_text(value) for value in found.probabilities[at]]
+            values = [probability_text(value) for value in found.probabilities[at]]
             known = _flag(self.trained_on[at])
             if classes:
                 confidence = probability_text(found.confidence[at])
-                yield (*who, found.predicted[at], *said, confidence, _flag(found.abstained[at]), known)
+                yield (*who, found.predicted[at], *values, confidence, _flag(found.abstained[at]), known)
             else:
-                yield (*who, *said, known)
+                yield (*who, *values, known)
 
 
 def _flag(value: object) -> str:
@@ -284,14 +284,14 @@ def _outcomes(cohort: Cohort, found: Predictions) -> Outcomes:
 
 def _of_probabilities(cohort: Cohort, found: Predictions) -> tuple[dict[str, Any], list[str]]:
     """What only probabilities have, calibration and (of classes) abstention, and what to be warned of there."""
-    said, patients = found.probabilities, cohort.patient_ids
+    values, patients = found.probabilities, cohort.patient_ids
     if cohort.values is None:
-        calibration = evaluate_calibration(cohort.labels, said, patients, cohort.class_names)
-        abstention = abstention_of(cohort.labels, said, found.abstain_below)
+        calibration = evaluate_calibration(cohort.labels, values, patients, cohort.class_names)
+        abstention = abstention_of(cohort.labels, values, found.abstain_below)
         return {"calibration": calibration, "abstention": abstention}, calibration["warnings"]
     labels = None
     if cohort.task == MULTI_LABEL:
-        labels = evaluate_label_calibration(cohort.values, said, patients, cohort.columns)
+        labels = evaluate_label_calibration(cohort.values, values, patients, cohort.columns)
     return {"calibration": labels, "abstention": None}, []
 
 

@@ -101,44 +101,44 @@ class _PackedRun(NamedTuple):
     Attributes:
         record: what ``model.json`` says of it, but for abstention.
         files: weights, their records and the training cohort, by path.
-        said: what its replicas predicted.
-        used: the same at their temperatures.
+        predictions: of its replicas.
+        calibrated: the same at their temperatures, if any.
     """
 
     record: dict[str, Any]
     files: dict[str, bytes]
-    said: ReplicaPredictions
-    used: ReplicaPredictions
+    predictions: ReplicaPredictions
+    calibrated: ReplicaPredictions
 
 
 def _pack_single(folder: Path, wish: Wish, calibrate: bool) -> tuple[dict[str, Any], dict[str, bytes]]:
     packed = _pack_run(folder, calibrate)
-    return packed.record | {"abstention": choose_abstention(packed.used, wish)}, packed.files
+    return packed.record | {"abstention": choose_abstention(packed.calibrated, wish)}, packed.files
 
 
 def _pack_run(folder: Path, calibrate: bool) -> _PackedRun:
     model = load_model(folder)
     metrics = _read_metrics(folder)
-    said = read_predictions(folder)
-    calibrate = calibrate and said.cohort.task in CALIBRATED
-    scaled = scale_temperatures(said) if calibrate else None
-    used = said if scaled is None else scaled.predictions
+    predictions = read_predictions(folder)
+    calibrate = calibrate and predictions.cohort.task in CALIBRATED
+    scaled = scale_temperatures(predictions) if calibrate else None
+    calibrated = predictions if scaled is None else scaled.predictions
     by_name = dict.fromkeys(model.names, 1.0)
     if scaled is not None:
-        by_name |= {each.name: value for each, value in zip(said.replicas, scaled.temperatures, strict=True)}
+        by_name |= {each.name: value for each, value in zip(predictions.replicas, scaled.temperatures, strict=True)}
     lineage = read_lineage(folder)
-    record = _record(model.record, metrics, said) | {
+    record = _record(model.record, metrics, predictions) | {
         "replicas": [
             {"name": each.replica, "fold": each.fold, "seed": each.seed, "temperature": by_name[each.replica]}
             | ({"task": dict(each.task)} if each.outputs else {})
             for each in model.records
         ],
-        **_scores(said, used, metrics, calibrate),
+        **_scores(predictions, calibrated, metrics, calibrate),
         "warnings": _anonymous([*metrics["warnings"], *(scaled.warnings if scaled else ())])
         + _unknown_starts(lineage.unknown),
     }
     files = _checkpoint_files(folder, model.names) | {COHORT: lineage.to_json()}
-    return _PackedRun(record, files, said, used)
+    return _PackedRun(record, files, predictions, calibrated)
 
 
 def _pack_ensemble(folder: Path, wish: Wish, calibrate: bool) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -146,24 +146,24 @@ def _pack_ensemble(folder: Path, wish: Wish, calibrate: bool) -> tuple[dict[str,
     metrics = _read_metrics(folder)
     packed = [_pack_run(path, calibrate) for path in paths]
     _require_one_tiling([each.record for each in packed])
-    said = join_runs([each.said for each in packed], averaging.average)
-    used = join_runs([each.used for each in packed], averaging.average)
-    _require_unchanged(folder, said)
+    predictions = join_runs([each.predictions for each in packed], averaging.average)
+    calibrated = join_runs([each.calibrated for each in packed], averaging.average)
+    _require_unchanged(folder, predictions)
     names = [f"{at}-{each.record['head']}" for at, each in enumerate(packed, start=1)]
     files = dict[str, bytes]()
     for name, each in zip(names, packed, strict=True):
         alone = each.record | {"abstention": None}
         content = seal(alone, each.files | {CARD: write_card(alone).encode()})
         files |= {f"{MEMBERS}/{name}/{path}": value for path, value in content.items()}
-    record = _ensemble_record(names, packed, used, metrics) | {
-        **_scores(said, used, metrics, calibrate and used.cohort.task in CALIBRATED),
-        "abstention": choose_abstention(used, wish),
+    record = _ensemble_record(names, packed, calibrated, metrics) | {
+        **_scores(predictions, calibrated, metrics, calibrate and calibrated.cohort.task in CALIBRATED),
+        "abstention": choose_abstention(calibrated, wish),
     }
     return record, files
 
 
 def _ensemble_record(
-    names: Sequence[str], packed: Sequence[_PackedRun], used: ReplicaPredictions, metrics: Mapping[str, Any]
+    names: Sequence[str], packed: Sequence[_PackedRun], calibrated: ReplicaPredictions, metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the ensemble itself says, scores aside."""
     first = packed[0].record
@@ -175,15 +175,15 @@ def _ensemble_record(
     warnings = [*metrics["warnings"], *(text for part in packed for text in part.record["warnings"])]
     return {
         "kind": ENSEMBLE,
-        "average": used.average,
+        "average": calibrated.average,
         **{key: first[key] for key in ("target", "task", "columns", "class_names")},
         "head": "an ensemble of " + ", ".join(part.record["head"] for part in packed),
-        "members": _members(names, packed, used),
+        "members": _members(names, packed, calibrated),
         "replicas": replicas,
         "tile_recipe": first["tile_recipe"],
         "tile_fingerprint": first["tile_fingerprint"],
         "intended_scale": first["intended_scale"],
-        "data": _data(used),
+        "data": _data(calibrated),
         "synthetic": any(part.record["synthetic"] for part in packed),
         "looks": int(metrics["looks"]),
         "trained": metrics["created"],
@@ -193,19 +193,21 @@ def _ensemble_record(
     }
 
 
-def _members(names: Sequence[str], packed: Sequence[_PackedRun], used: ReplicaPredictions) -> list[dict[str, Any]]:
+def _members(
+    names: Sequence[str], packed: Sequence[_PackedRun], calibrated: ReplicaPredictions
+) -> list[dict[str, Any]]:
     """What the ensemble says of each member: recipe, weight, figures, and what the average gains over it."""
-    together = used.outcomes()
+    together = calibrated.outcomes()
     found = []
-    for name, part, said in zip(names, packed, used.split(), strict=True):
-        gain = gain_over(together, said.outcomes())
+    for name, part, member in zip(names, packed, calibrated.split(), strict=True):
+        gain = gain_over(together, member.outcomes())
         copied = ("head", "head_keywords", "entry", "backbone", "feature_fingerprint", "tile_fingerprint", "trained")
         found.append(
             {"name": name, "weight": 1 / len(packed), "n_replicas": len(part.record["replicas"])}
             | {key: part.record[key] for key in copied}
-            | {key: part.record["out_of_fold"][key] for key in brief_metrics(used.cohort.task)}
+            | {key: part.record["out_of_fold"][key] for key in brief_metrics(calibrated.cohort.task)}
             | gain
-            | ({"scale": asdict(part.used.scale())} if used.cohort.task == SURVIVAL else {})
+            | ({"scale": asdict(part.calibrated.scale())} if calibrated.cohort.task == SURVIVAL else {})
         )
     return found
 
@@ -222,9 +224,9 @@ def _require_one_tiling(records: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
-def _require_unchanged(folder: Path, said: ReplicaPredictions) -> None:
+def _require_unchanged(folder: Path, predictions: ReplicaPredictions) -> None:
     """Refuse members that were trained again after the ensemble was made."""
-    cohort, values = said.tested()
+    cohort, values = predictions.tested()
     ids, then = read_values(folder / "oof.csv", prediction_columns(cohort))
     now = dict(zip(cohort.slide_ids, values, strict=True))
     if set(now) != set(ids) or not np.allclose([now[slide_id] for slide_id in ids], then, rtol=1e-6, atol=1e-6):
@@ -235,19 +237,21 @@ def _require_unchanged(folder: Path, said: ReplicaPredictions) -> None:
 
 
 def _scores(
-    said: ReplicaPredictions, used: ReplicaPredictions, metrics: Mapping[str, Any], calibrate: bool
+    predictions: ReplicaPredictions, calibrated: ReplicaPredictions, metrics: Mapping[str, Any], calibrate: bool
 ) -> dict[str, Any]:
     """Calibration and out-of-fold metrics."""
     return {
-        "calibration": _calibration(said, used, calibrate),
-        "out_of_fold": evaluate_outcomes(used.outcomes()),
+        "calibration": _calibration(predictions, calibrated, calibrate),
+        "out_of_fold": evaluate_outcomes(calibrated.outcomes()),
         "out_of_fold_uncalibrated": metrics["out_of_fold"] if calibrate else None,
     }
 
 
-def _calibration(said: ReplicaPredictions, used: ReplicaPredictions, calibrate: bool) -> dict[str, Any] | None:
+def _calibration(
+    predictions: ReplicaPredictions, calibrated: ReplicaPredictions, calibrate: bool
+) -> dict[str, Any] | None:
     """How honest the out-of-fold probabilities are, before and after; of labels by label. None where there are none."""
-    if used.cohort.task not in CALIBRATED:
+    if calibrated.cohort.task not in CALIBRATED:
         return None
 
     def short(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,18 +265,22 @@ def _calibration(said: ReplicaPredictions, used: ReplicaPredictions, calibrate: 
         return {column: short(found) for column, found in labels.items()}
 
     method = "temperature scaling, one per replica, fitted on its validation part" if calibrate else "none"
-    return {"method": method, "out_of_fold": measure(used), "uncalibrated": measure(said) if calibrate else None}
+    return {
+        "method": method,
+        "out_of_fold": measure(calibrated),
+        "uncalibrated": measure(predictions) if calibrate else None,
+    }
 
 
-def _record(record: CheckpointRecord, metrics: Mapping[str, Any], said: ReplicaPredictions) -> dict[str, Any]:
+def _record(record: CheckpointRecord, metrics: Mapping[str, Any], predictions: ReplicaPredictions) -> dict[str, Any]:
     """What the run itself says."""
     features, tiles = dict(record.feature_recipe), dict(record.tile_recipe)
     attrition = [[reason, count] for reason, count, _ in metrics["cohort"]["attrition"]]
     return {
         "kind": "run",
         "target": record.target,
-        "task": said.cohort.task,
-        "columns": list(said.cohort.columns),
+        "task": predictions.cohort.task,
+        "columns": list(predictions.cohort.columns),
         "class_names": list(record.class_names),
         "head": record.head,
         "head_keywords": dict(record.keywords),
@@ -284,7 +292,7 @@ def _record(record: CheckpointRecord, metrics: Mapping[str, Any], said: ReplicaP
         "tile_fingerprint": fingerprint(tiles),
         "intended_scale": {"mpp": tiles["mpp"], "tile_px": tiles["tile_px"]},
         "backbone": {"name": features["backbone"], "weights_sha256": features["weights_sha256"]},
-        "data": _data(said) | {"attrition": attrition},
+        "data": _data(predictions) | {"attrition": attrition},
         "training": _without_paths(record.config),
         "synthetic": bool(metrics["synthetic"]),
         "looks": int(metrics["looks"]),
@@ -295,15 +303,15 @@ def _record(record: CheckpointRecord, metrics: Mapping[str, Any], said: ReplicaP
     }
 
 
-def _data(said: ReplicaPredictions) -> dict[str, Any]:
+def _data(predictions: ReplicaPredictions) -> dict[str, Any]:
     """Counts of slides and patients."""
-    cohort = said.cohort
+    cohort = predictions.cohort
     counts = {"classes": count_classes(cohort)} if cohort.values is None else {"targets": describe_targets(cohort)}
     return {
         "n_slides": len(cohort),
         "n_patients": len(set(cohort.patient_ids)),
         **counts,
-        "parts": {part: said.held(part) for part in PARTS},
+        "parts": {part: predictions.held(part) for part in PARTS},
     }
 
 

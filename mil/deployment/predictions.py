@@ -30,7 +30,7 @@ class Predictions:
             ``store[slide_id].coords(entry)``; None unless asked for.
         entry: the features entry that was read.
         abstain_below: the confidence below which the model abstains, or None.
-        failed: slides that nothing can be said about, with the reason.
+        failed: slides that cannot be predicted, with the reason.
         value_names: for other targets than classes, what `probabilities` holds, [values]; see `value_names`.
     """
 
@@ -144,8 +144,8 @@ class Predictions:
     def _rows(self) -> Iterator[Row]:
         if self.value_names:
             yield ("slide_id", *self.value_names)
-            for slide_id, said in zip(self.slide_ids, self.probabilities.tolist(), strict=True):
-                yield (slide_id, *map(probability_text, said))
+            for slide_id, values in zip(self.slide_ids, self.probabilities.tolist(), strict=True):
+                yield (slide_id, *map(probability_text, values))
             return
         with_abstention = self.abstain_below is not None
         last = ("confidence", "abstained") if with_abstention else ("confidence",)

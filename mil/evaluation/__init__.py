@@ -1,1 +1,1 @@
-"""What heads said beside the truth, whatever the task."""
+"""What heads predict beside the truth, whatever the task."""

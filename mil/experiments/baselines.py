@@ -103,9 +103,9 @@ class _Classifier:
         return self
 
     def predict(self, means: FloatArray) -> FloatArray:
-        said = np.zeros((len(means), self.n_classes))
-        said[:, self.model.classes_] = self.model.predict_proba(means)
-        return said
+        predicted = np.zeros((len(means), self.n_classes))
+        predicted[:, self.model.classes_] = self.model.predict_proba(means)
+        return predicted
 
 
 @dataclass
@@ -136,8 +136,8 @@ class _Regressor:
         return self
 
     def predict(self, means: FloatArray) -> FloatArray:
-        said: FloatArray = np.asarray(self.model.predict(means), dtype=np.float64)
-        return said.reshape(len(means), -1)
+        predicted: FloatArray = np.asarray(self.model.predict(means), dtype=np.float64)
+        return predicted.reshape(len(means), -1)
 
 
 class _NoInformation:

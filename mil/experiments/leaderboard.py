@@ -41,7 +41,7 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class Entrant:
-    """What a head or baseline said of every slide, before it is compared.
+    """What a head or baseline predicts of every slide, before it is compared.
 
     Attributes:
         name: the head with the keywords that were given.
