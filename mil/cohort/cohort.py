@@ -14,8 +14,9 @@ from mil.arrays import FloatArray
 from mil.cohort.table import PATIENT_COLUMNS, SLIDE_COLUMNS, find_column, read_table
 from mil.cohort.targets import (
     CLASSIFICATION,
+    KINDS,
     MULTI_LABEL,
-    SURVIVAL,
+    TargetKind,
     check_values,
     find_strata,
     parse_values,
@@ -99,19 +100,40 @@ class Cohort:
         return target_columns(self.task, self.target)
 
     @property
+    def kind(self) -> TargetKind:
+        """What sets its target apart from others."""
+        return KINDS[self.task]
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether every slide is of one class; else `values` hold the target."""
+        return self.kind.has_classes
+
+    @property
+    def stated_classes(self) -> tuple[str, ...]:
+        """The classes, as files and models state them: none of other targets."""
+        return self.class_names if self.has_classes else ()
+
+    @property
     def predicted_names(self) -> tuple[str, ...]:
         """What the values of a prediction are of: classes or columns."""
-        return self.class_names if self.values is None else self.columns
+        return self.class_names if self.has_classes else self.columns
+
+    @property
+    def prediction_names(self) -> tuple[str, ...]:
+        """Columns of tables that hold predictions, such as ``p_<class>``."""
+        return self.kind.prediction_names(self.predicted_names)
 
     def is_predicted_like(self, other: "Cohort") -> bool:
         """Whether models of both say the same things, matched by name; time and event have an order."""
         names, others = self.predicted_names, other.predicted_names
-        return self.task == other.task and (names == others if self.task == SURVIVAL else set(names) == set(others))
+        same = set(names) == set(others) if self.kind.has_scale else names == others
+        return self.task == other.task and same
 
     @property
     def noun(self) -> str:
         """What `class_names` name."""
-        return "class" if self.values is None else "stratum"
+        return "class" if self.has_classes else "stratum"
 
     @property
     def targets(self) -> npt.NDArray[np.int64] | FloatArray:

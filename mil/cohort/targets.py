@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,41 @@ NO = frozenset({"0", "0.0", "false", "no", "negative", "neg", "alive", "living",
 _CBIOPORTAL = re.compile(r"([01]):[A-Za-z ]+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 STRATA = 4
+
+
+@dataclass(frozen=True)
+class TargetKind:
+    """What sets one kind of target apart from the others.
+
+    Attributes:
+        has_classes: every slide is of one class; else there are columns of values, and strata for the splits.
+        has_probabilities: what is predicted are probabilities, of classes or of labels.
+        has_scale: predictions of several models have one scale. Risks have none, so that patients are compared within
+            the fold of one model, and models are averaged in units of their spread.
+        prediction: a column of predictions, with the class or column in the place of ``{}``.
+    """
+
+    has_classes: bool
+    has_probabilities: bool
+    has_scale: bool
+    prediction: str
+
+    def prediction_names(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Columns of predictions of these classes or columns, each once.
+
+        >>> KINDS[REGRESSION].prediction_names(["ki67"]), KINDS[SURVIVAL].prediction_names(["months", "died"])
+        (('predicted_ki67',), ('risk',))
+        """
+        return tuple(dict.fromkeys(self.prediction.format(name) for name in names))
+
+
+KINDS = {
+    CLASSIFICATION: TargetKind(has_classes=True, has_probabilities=True, has_scale=True, prediction="p_{}"),
+    MULTI_LABEL: TargetKind(has_classes=False, has_probabilities=True, has_scale=True, prediction="p_{}"),
+    REGRESSION: TargetKind(has_classes=False, has_probabilities=False, has_scale=True, prediction="predicted_{}"),
+    SURVIVAL: TargetKind(has_classes=False, has_probabilities=False, has_scale=False, prediction="risk"),
+}
+"""By task."""
 
 
 def target_columns(task: str, target: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from mil.arrays import BoolArray
 from mil.bags.stored import is_synthetic
 from mil.cohort.cohort import Cohort, read_cohort
 from mil.cohort.joining import join_store
-from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL, check_times, target_columns
+from mil.cohort.targets import CLASSIFICATION, SURVIVAL, check_times, target_columns
 from mil.deployment.inference import available_slides, predict
 from mil.deployment.model import model_folders, model_records
 from mil.deployment.predictions import Predictions
@@ -74,7 +74,7 @@ class ExternalEvaluation:
 
     def _rows(self) -> Iterator[Row]:
         cohort, found = self.cohort, self.predictions
-        classes = cohort.values is None
+        classes = cohort.has_classes
         names = [f"p_{name}" for name in found.class_names] if classes else found.value_names
         predicted, sure = (("predicted",), ("confidence", "abstained")) if classes else ((), ())
         yield ("slide_id", "patient_id", *truth_names(cohort), *predicted, *names, *sure, "trained_on")
@@ -262,7 +262,7 @@ def _metrics(
         "target": cohort.target,
         "trained_target": records[0].target,
         "task": cohort.task,
-        "class_names": list(cohort.class_names) if cohort.values is None else [],
+        "class_names": list(cohort.stated_classes),
         "head": ", ".join(record.head for record in records),
         "entry": found.entry,
         "n_replicas": len(found.replicas),
@@ -279,25 +279,27 @@ def _metrics(
 
 def _outcomes(cohort: Cohort, found: Predictions) -> Outcomes:
     """One model says all of this, so that patients are compared with all others for survival."""
-    return Outcomes(cohort, found.probabilities, (0,) * len(cohort) if cohort.task == SURVIVAL else ())
+    return Outcomes(cohort, found.probabilities, () if cohort.kind.has_scale else (0,) * len(cohort))
 
 
 def _of_probabilities(cohort: Cohort, found: Predictions) -> tuple[dict[str, Any], list[str]]:
     """What only probabilities have, calibration and (of classes) abstention, and what to be warned of there."""
     values, patients = found.probabilities, cohort.patient_ids
-    if cohort.values is None:
+    if cohort.has_classes:
         calibration = evaluate_calibration(cohort.labels, values, patients, cohort.class_names)
         abstention = abstention_of(cohort.labels, values, found.abstain_below)
         return {"calibration": calibration, "abstention": abstention}, calibration["warnings"]
     labels = None
-    if cohort.task == MULTI_LABEL:
-        labels = evaluate_label_calibration(cohort.values, values, patients, cohort.columns)
+    if cohort.kind.has_probabilities:
+        labels = evaluate_label_calibration(
+            np.asarray(cohort.values, dtype=np.float64), values, patients, cohort.columns
+        )
     return {"calibration": labels, "abstention": None}, []
 
 
 def _warn_of_one_class(cohort: Cohort) -> list[str]:
     present = np.unique(cohort.labels)
-    if cohort.values is not None or len(present) > 1:
+    if not cohort.has_classes or len(present) > 1:
         return []
     return [
         f"all {len(cohort)} slides are of class {cohort.class_names[present[0]]!r}: how well it is told from others "

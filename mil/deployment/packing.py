@@ -26,7 +26,6 @@ from mil.evaluation.headlines import brief_metrics
 from mil.evaluation.paired import gain_over
 from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.scoring import evaluate_outcomes
-from mil.evaluation.tables import prediction_columns
 from mil.evaluation.temperature import scale_temperatures
 from mil.files import check_new_folder, read_json
 from mil.runs.ensemble import read_ensemble
@@ -227,7 +226,7 @@ def _require_one_tiling(records: Sequence[Mapping[str, Any]]) -> None:
 def _require_unchanged(folder: Path, predictions: ReplicaPredictions) -> None:
     """Refuse members that were trained again after the ensemble was made."""
     cohort, values = predictions.tested()
-    ids, then = read_values(folder / "oof.csv", prediction_columns(cohort))
+    ids, then = read_values(folder / "oof.csv", cohort.prediction_names)
     now = dict(zip(cohort.slide_ids, values, strict=True))
     if set(now) != set(ids) or not np.allclose([now[slide_id] for slide_id in ids], then, rtol=1e-6, atol=1e-6):
         raise RunError(
@@ -259,9 +258,11 @@ def _calibration(
 
     def measure(each: ReplicaPredictions) -> dict[str, Any]:
         cohort, values = each.tested()
-        if cohort.values is None:
+        if cohort.has_classes:
             return short(evaluate_calibration(cohort.labels, values, cohort.patient_ids, cohort.class_names))
-        labels = evaluate_label_calibration(cohort.values, values, cohort.patient_ids, cohort.columns)
+        labels = evaluate_label_calibration(
+            np.asarray(cohort.values, dtype=np.float64), values, cohort.patient_ids, cohort.columns
+        )
         return {column: short(found) for column, found in labels.items()}
 
     method = "temperature scaling, one per replica, fitted on its validation part" if calibrate else "none"
@@ -306,7 +307,7 @@ def _record(record: CheckpointRecord, metrics: Mapping[str, Any], predictions: R
 def _data(predictions: ReplicaPredictions) -> dict[str, Any]:
     """Counts of slides and patients."""
     cohort = predictions.cohort
-    counts = {"classes": count_classes(cohort)} if cohort.values is None else {"targets": describe_targets(cohort)}
+    counts = {"classes": count_classes(cohort)} if cohort.has_classes else {"targets": describe_targets(cohort)}
     return {
         "n_slides": len(cohort),
         "n_patients": len(set(cohort.patient_ids)),

@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 
 from mil.cohort.cohort import Cohort
-from mil.cohort.targets import SURVIVAL
 from mil.errors import RunError, listed
 from mil.evaluation.averaging import Average
 from mil.evaluation.outcomes import Outcomes
@@ -41,7 +40,7 @@ def join_runs(runs: Sequence[ReplicaPredictions], average: Average) -> ReplicaPr
         _, columns = match("member 1", first, f"member {at}", run.cohort.subset(rows))
         members.append(replace(run, cohort=first, parts=run.parts[:, rows], values=run.values[:, rows][..., columns]))
     joined = _join(members, average)
-    if first.task != SURVIVAL or len(runs) == 1:
+    if first.kind.has_scale or len(runs) == 1:
         return joined
     if not joined.share_folds():
         raise _other_folds("members")
@@ -72,12 +71,12 @@ def match(first_name: str, first: Cohort, name: str, other: Cohort) -> tuple[lis
         )
     _require_same_slides(first_name, first, name, other)
     names = other.predicted_names
-    columns = [0] if first.task == SURVIVAL else [names.index(each) for each in first.predicted_names]
+    columns = [names.index(each) for each in first.predicted_names] if first.kind.has_scale else [0]
     return _positions(other, first.slide_ids), columns
 
 
 def _target(cohort: Cohort) -> str:
-    classes = f" (classes {listed(cohort.class_names)})" if cohort.values is None else ""
+    classes = f" (classes {listed(cohort.class_names)})" if cohort.has_classes else ""
     return f"of task {cohort.task}, target {cohort.target}{classes}"
 
 
@@ -96,7 +95,7 @@ def _other_folds(who: str) -> RunError:
 def _require_same_slides(first_name: str, first: Cohort, name: str, other: Cohort) -> None:
     """Refuse a run of other slides, patients or labels, with the slides that differ."""
     facts, others = _facts(first, first.predicted_names), _facts(other, first.predicted_names)
-    what = "class" if first.values is None else "target"
+    what = "class" if first.has_classes else "target"
     differences = {
         f"only in {first_name}": [slide for slide in facts if slide not in others],
         f"only in {name}": [slide for slide in others if slide not in facts],
@@ -114,9 +113,9 @@ def _require_same_slides(first_name: str, first: Cohort, name: str, other: Cohor
 def _facts(cohort: Cohort, names: tuple[str, ...]) -> dict[str, tuple[str, tuple[str, ...]]]:
     """Patient and truth of every slide, columns in this order; text, since an unknown label equals nothing."""
     truths: list[tuple[str, ...]]
-    if cohort.values is None:
+    if cohort.has_classes:
         truths = [(cohort.class_names[label],) for label in cohort.labels.tolist()]
     else:
         order = [cohort.columns.index(name) for name in names]
-        truths = [tuple(map(str, row)) for row in cohort.values[:, order].tolist()]
+        truths = [tuple(map(str, row)) for row in cohort.targets[:, order].tolist()]
     return dict(zip(cohort.slide_ids, zip(cohort.patient_ids, truths, strict=True), strict=True))

@@ -11,11 +11,10 @@ import numpy as np
 
 from mil.arrays import BoolArray, FloatArray, IntArray
 from mil.cohort.cohort import Cohort
-from mil.cohort.targets import SURVIVAL
 from mil.errors import RunError
 from mil.evaluation.averaging import Average, Scale, combine, mean_where
 from mil.evaluation.outcomes import Outcomes
-from mil.evaluation.tables import prediction_columns, truth_cells, truth_names
+from mil.evaluation.tables import truth_cells, truth_names
 from mil.files import Row, probability_text
 from mil.training.replica import PartArray, ReplicaId
 
@@ -135,7 +134,7 @@ class ReplicaPredictions:
 
     def outcomes(self) -> Outcomes:
         """The same beside the truth; for survival by fold, as patients are compared within one."""
-        if self.cohort.task != SURVIVAL:
+        if self.cohort.kind.has_scale:
             return Outcomes(*self.tested())
         found = [self.mean_over("test", fold) for fold in self.folds.tolist() if self.tests(fold).any()]
         return Outcomes.of_folds(Outcomes(self.cohort.subset(rows), values) for rows, values in found)
@@ -173,7 +172,7 @@ class ReplicaPredictions:
     def rows(self) -> Iterator[Row]:
         """Rows of ``predictions.csv``."""
         cohort = self.cohort
-        columns = (*truth_names(cohort), *prediction_columns(cohort))
+        columns = (*truth_names(cohort), *cohort.prediction_names)
         yield ("slide_id", "patient_id", "replica", "fold", "seed", "split", *columns)
         for replica, parts, values in zip(self.replicas, self.parts, self.values, strict=True):
             for at, slide_id in enumerate(cohort.slide_ids):

@@ -5,15 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from mil.cohort.targets import MULTI_LABEL, REGRESSION
 from mil.evaluation.headlines import replica_metrics
 from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.replica_predictions import ReplicaPredictions
-from mil.statistics import classification as statistics
 from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling
-from mil.statistics.multi_label import evaluate_multi_label
-from mil.statistics.regression import evaluate_regression
-from mil.statistics.survival import evaluate_survival
 
 
 def evaluate_out_of_fold(predictions: ReplicaPredictions) -> dict[str, Any]:
@@ -22,17 +17,8 @@ def evaluate_out_of_fold(predictions: ReplicaPredictions) -> dict[str, Any]:
 
 
 def evaluate_outcomes(outcomes: Outcomes, resampling: Resampling = USUAL_RESAMPLING) -> dict[str, Any]:
-    """Every metric with its interval, see `mil.statistics.classification.evaluate` and its likes of other tasks."""
-    cohort, predicted = outcomes.cohort, outcomes.predicted
-    patients, values = cohort.patient_ids, cohort.values
-    if values is None:
-        return statistics.evaluate(cohort.labels, predicted, patients, cohort.class_names, resampling)
-    if cohort.task == MULTI_LABEL:
-        return evaluate_multi_label(values, predicted, patients, cohort.columns, resampling)
-    if cohort.task == REGRESSION:
-        return evaluate_regression(values, predicted, patients, cohort.columns, resampling)
-    n_slides = len(set(cohort.slide_ids))
-    return evaluate_survival(values, predicted[:, 0], patients, outcomes.folds, resampling, n_slides)
+    """See `Outcomes.evaluate`."""
+    return outcomes.evaluate(resampling)
 
 
 def score_replica(predictions: ReplicaPredictions, at: int) -> dict[str, float | None]:

@@ -7,37 +7,29 @@ import numpy as np
 
 from mil.arrays import FloatArray
 from mil.cohort.cohort import Attrition, Cohort
-from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL, find_strata, target_columns
+from mil.cohort.targets import CLASSIFICATION, KINDS, find_strata, target_columns
 from mil.evaluation.outcomes import Outcomes
 from mil.files import Row, probability_text
 
 
 def truth_names(cohort: Cohort) -> tuple[str, ...]:
     """Columns of tables that hold the truth: ``target``, or one per column of other targets than classes."""
-    return ("target",) if cohort.values is None else tuple(f"target_{column}" for column in cohort.columns)
+    return ("target",) if cohort.has_classes else tuple(f"target_{column}" for column in cohort.columns)
 
 
 def truth_cells(cohort: Cohort, at: int) -> tuple[str, ...]:
     """What stands there for a slide; nothing where a label is unknown."""
-    if cohort.values is None:
+    if cohort.has_classes:
         return (cohort.class_names[cohort.labels[at]],)
-    return tuple("" if np.isnan(value) else f"{value:.9g}" for value in cohort.values[at].tolist())
-
-
-def prediction_columns(cohort: Cohort) -> tuple[str, ...]:
-    """Columns of tables that hold predictions: ``p_<class>``, or see `value_names`."""
-    if cohort.values is None:
-        return tuple(f"p_{name}" for name in cohort.class_names)
-    return value_names({"task": cohort.task, "columns": cohort.columns})
+    return tuple("" if np.isnan(value) else f"{value:.9g}" for value in cohort.targets[at].tolist())
 
 
 def out_of_fold_rows(cohort: Cohort, predicted: FloatArray) -> Iterator[Row]:
     """Rows of ``oof.csv``; of classes with the predicted one."""
-    classes = cohort.values is None
-    best = ("predicted",) if classes else ()
-    yield ("slide_id", "patient_id", *truth_names(cohort), *best, *prediction_columns(cohort))
+    best = ("predicted",) if cohort.has_classes else ()
+    yield ("slide_id", "patient_id", *truth_names(cohort), *best, *cohort.prediction_names)
     for at, slide_id in enumerate(cohort.slide_ids):
-        best = (cohort.class_names[predicted[at].argmax()],) if classes else ()
+        best = (cohort.class_names[predicted[at].argmax()],) if cohort.has_classes else ()
         values = map(probability_text, predicted[at])
         yield (slide_id, cohort.patient_ids[at], *truth_cells(cohort, at), *best, *values)
 
@@ -75,14 +67,15 @@ def stated_outcomes(rows: Sequence[Mapping[str, str]], metrics: Mapping[str, Any
     truth = truth_names(stated_cohort(metrics))
     cells = [(row["slide_id"], row["patient_id"], [row[name] for name in truth]) for row in rows]
     cohort = stated_cohort(metrics, cells)
-    names = prediction_columns(cohort)
+    names = cohort.prediction_names
     predicted = np.array([[float(row[name]) for name in names] for row in rows], dtype=np.float64)
     return Outcomes(cohort, predicted.reshape(len(rows), len(names)))
 
 
 def value_names(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Names of what `decode` gives, as columns of tables; of classes they are those of `mil.cohort.cohort.Cohort`."""
-    if record["task"] == SURVIVAL:
-        return ("risk",)
-    start = "p_" if record["task"] == MULTI_LABEL else "predicted_"
-    return tuple(f"{start}{column}" for column in record["columns"])
+    """Names of what `decode` gives of other targets than classes, as columns of tables.
+
+    Args:
+        record: of the task, see `mil.training.tasks.Task`.
+    """
+    return KINDS[record["task"]].prediction_names(record["columns"])

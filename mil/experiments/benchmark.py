@@ -356,7 +356,7 @@ def _board(
     return Board(
         target=cohort.target,
         task=cohort.task,
-        class_names=cohort.class_names if cohort.values is None else (),
+        class_names=cohort.stated_classes,
         metrics=board_metrics(cohort),
         n_slides=len(tested),
         n_patients=len(set(tested.patient_ids)),

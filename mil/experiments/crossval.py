@@ -234,11 +234,10 @@ def _metrics(
     """The content of ``metrics.json``; the test parts are scored here, once."""
     cohort = predictions.cohort
     out_of_fold = evaluate_out_of_fold(predictions)
-    classes = cohort.values is None
     return {
         "target": cohort.target,
         "task": config.task,
-        "class_names": list(cohort.class_names) if classes else [],
+        "class_names": list(cohort.stated_classes),
         "head": config.head.name,
         "entry": entry,
         "n_replicas": len(trained),
@@ -249,7 +248,7 @@ def _metrics(
         "warnings": [*cautions, *splits.warnings, *out_of_fold["warnings"]],
         "looks": 1,
         "out_of_fold": out_of_fold,
-        **(_of_classes(predictions) if classes else {}),
+        **(_of_classes(predictions) if cohort.has_classes else {}),
         "per_replica": [_replica_metrics(each, predictions, at) for at, each in enumerate(trained)],
     }
 

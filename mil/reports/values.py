@@ -14,7 +14,7 @@ from mil.cohort.targets import MULTI_LABEL
 from mil.errors import RunError
 from mil.evaluation.headlines import RECORDS
 from mil.evaluation.outcomes import Outcomes
-from mil.evaluation.tables import prediction_columns, stated_cohort, stated_outcomes, truth_names
+from mil.evaluation.tables import stated_cohort, stated_outcomes, truth_names
 from mil.reports.page import triple
 from mil.runs.run_tables import RunFiles, finite, read_run
 from mil.statistics.survival import Patients, by_patient, high_risk
@@ -67,7 +67,7 @@ def read_answers(folder: Path, metrics: dict[str, Any]) -> Answers:
         RunError: a file is missing, lacks columns, or holds what is no number.
     """
     cohort = stated_cohort(metrics)
-    names = (*truth_names(cohort), *prediction_columns(cohort))
+    names = (*truth_names(cohort), *cohort.prediction_names)
     run = read_run(folder, metrics, names)
     _require_numbers(run, names, may_lack=truth_names(cohort) if cohort.task == MULTI_LABEL else ())
     return Answers(run, stated_outcomes(run.out_of_fold, metrics))

@@ -14,7 +14,7 @@ from typing import Any
 
 from mil.arrays import FloatArray
 from mil.cohort.cohort import Cohort
-from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL
+from mil.cohort.targets import CLASSIFICATION, KINDS
 from mil.errors import RunError, listed
 from mil.evaluation.alignment import join_runs, match
 from mil.evaluation.averaging import Average, Averaging, Scale
@@ -99,13 +99,13 @@ def make_ensemble(folders: Sequence[str | Path], average: Average = "probabiliti
     predictions = join_runs(runs, average)
     _check_average(average, predictions.cohort.task)
     cohort, values = predictions.tested()
-    scales = tuple(run.scale() for run in runs) if cohort.task == SURVIVAL else ()
+    scales = () if cohort.kind.has_scale else tuple(run.scale() for run in runs)
     averaging = Averaging(average, cohort.task, scales)
     return Ensemble(paths, cohort, values, _metrics(paths, predictions), averaging)
 
 
 def _check_average(average: Average, task: str) -> None:
-    if average == "logits" and task not in (CLASSIFICATION, MULTI_LABEL):
+    if average == "logits" and not KINDS[task].has_probabilities:
         raise RunError(
             f"got average=logits for runs of task {task} → expected probabilities to take the logarithm of, of which "
             f"{task} has none → leave --average out"
@@ -159,7 +159,7 @@ def _metrics(paths: Sequence[Path], predictions: ReplicaPredictions) -> dict[str
     return {
         "target": cohort.target,
         "task": cohort.task,
-        "class_names": list(cohort.class_names) if cohort.values is None else [],
+        "class_names": list(cohort.stated_classes),
         "head": "ensemble of " + ", ".join(run["head"] for run in facts),
         "entry": ", ".join(dict.fromkeys(run["entry"] for run in facts)),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

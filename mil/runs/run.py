@@ -113,12 +113,11 @@ def _write_run(folder: Path, run: Run) -> None:
 
 
 def _record(run: Run, trained: TrainedReplica) -> CheckpointRecord:
-    classes = run.cohort.values is None
     return CheckpointRecord(
         head=run.config.head.name,
         keywords=dict(run.config.head.keywords),
         in_dim=trained.head.in_dim,
-        class_names=run.cohort.class_names if classes else (),
+        class_names=run.cohort.stated_classes,
         target=run.cohort.target,
         entry=run.entry,
         feature_recipe=run.recipes[0],
@@ -129,7 +128,7 @@ def _record(run: Run, trained: TrainedReplica) -> CheckpointRecord:
         best_epoch=trained.best_epoch,
         config=run.config.to_dict(),
         versions=run.metrics["versions"],
-        outputs=0 if classes else trained.head.n_classes,
+        outputs=0 if run.cohort.has_classes else trained.head.n_classes,
         task=trained.task,
     )
 

@@ -14,7 +14,7 @@ from mil.cohort.cohort import Cohort
 from mil.cohort.targets import CLASSIFICATION
 from mil.errors import CohortError, RunError
 from mil.evaluation.replica_predictions import ReplicaPredictions
-from mil.evaluation.tables import prediction_columns, stated_cohort, truth_names
+from mil.evaluation.tables import stated_cohort, truth_names
 from mil.files import read_json
 from mil.training.replica import ReplicaId
 
@@ -147,7 +147,7 @@ class RunFolder:
             keys = list(table)
             parts = [[table[key][slide][0] for slide in cohort.slide_ids] for key in keys]
             values = [[table[key][slide][1] for slide in cohort.slide_ids] for key in keys]
-            shape = len(keys), len(cohort), len(prediction_columns(cohort))
+            shape = len(keys), len(cohort), len(cohort.prediction_names)
             predicted = np.array(values, dtype=np.float64).reshape(shape)
         except (OSError, ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
             raise _unreadable(self.path / "predictions.csv", error) from error
@@ -204,7 +204,7 @@ def _read(path: Path, metrics: dict[str, Any], known: Cohort) -> tuple[Cohort, _
         header = next(rows)
         slide, fold, seed, part = (header.index(name) for name in ("slide_id", "fold", "seed", "split"))
         patient, truth = header.index("patient_id"), [header.index(name) for name in truth_names(known)]
-        values = [header.index(name) for name in prediction_columns(known)]
+        values = [header.index(name) for name in known.prediction_names]
         for row in rows:
             key = int(row[fold]), int(row[seed])
             table[key][row[slide]] = (row[part], [float(row[at]) for at in values])

@@ -3,7 +3,6 @@
 import csv
 from pathlib import Path
 
-from mil.cohort.targets import SURVIVAL
 from mil.errors import RunError
 from mil.evaluation.alignment import join_runs
 from mil.evaluation.outcomes import Outcomes
@@ -31,7 +30,7 @@ def read_outcomes(run: RunFolder) -> Outcomes:
             f"got {run.path} as run folder → its oof.csv cannot be read ({what}) → give the --out "
             f"folder of a finished mil train"
         ) from error
-    if outcomes.cohort.task != SURVIVAL:
+    if outcomes.cohort.kind.has_scale:
         return outcomes
     return _of_members(run.path) if is_ensemble(run.path) else run.predictions().outcomes()
 

@@ -20,7 +20,7 @@ from mil.bags.bags import Bags
 from mil.bags.devices import PeakMemory, cpu_threads
 from mil.bags.forward import bag_logits
 from mil.bags.samplers import draw_instances, draw_seeds, draw_views, sampled_order, seeds_of_pieces, step_packs
-from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL
+from mil.cohort.targets import KINDS
 from mil.config.train import TrainConfig
 from mil.errors import BagError, ConfigError, TrainingDivergedError, listed
 from mil.training.checkpoint import inherit_weights
@@ -271,8 +271,9 @@ class _Loop:
         output = self.head(instances, offsets, coords, BagDraws(seeds))
         losses = self.task.losses(output.logits, targets)
         total = losses.minimised
-        if self.config.task in (CLASSIFICATION, MULTI_LABEL):
-            own_targets = class_numbers(targets) if self.config.task == CLASSIFICATION else targets
+        kind = KINDS[self.config.task]
+        if kind.has_probabilities:
+            own_targets = class_numbers(targets) if kind.has_classes else targets
             total = total + self.head.auxiliary_loss(output, own_targets, offsets)
         total.backward(torch.full_like(total, share))  # type: ignore[no-untyped-call]
         return torch.stack([losses.compared, total]).detach() * share

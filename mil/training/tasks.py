@@ -73,13 +73,35 @@ class Task(Protocol):
         ...
 
 
+class Taught(NamedTuple):
+    """What a task is made of.
+
+    Attributes:
+        config: the replica's settings.
+        targets: of all n bags, see `mil.cohort.cohort.Cohort.targets`.
+        parts: [n]; what is fitted to targets is fitted to the training part (intervals of time: to all but the test
+            part, so that they are the same for every seed).
+        n_outputs: logits per bag.
+        device: where steps are done.
+        patients: [n]; survival is scored by patient where they are given, and by bag where not.
+    """
+
+    config: TrainConfig
+    targets: TargetArray
+    parts: npt.NDArray[np.str_]
+    n_outputs: int
+    device: torch.device
+    patients: Sequence[str] | None
+
+    @property
+    def training(self) -> npt.NDArray[np.bool_]:
+        """Which bags are trained on, [n]."""
+        return np.equal(self.parts, "train")
+
+
 def count_outputs(config: TrainConfig, cohort: Cohort) -> int:
     """Logits per bag: classes, labels, numbers, or intervals of time (Cox: one)."""
-    if cohort.task == CLASSIFICATION:
-        return len(cohort.class_names)
-    if cohort.task == SURVIVAL:
-        return config.loss.intervals or 1
-    return len(cohort.columns)
+    return _TASKS[cohort.task].count_outputs(config, cohort)
 
 
 def create_task(
@@ -90,28 +112,12 @@ def create_task(
     device: torch.device,
     patients: Sequence[str] | None = None,
 ) -> Task:
-    """The task of a replica.
-
-    Args:
-        config: its settings.
-        targets: of all n bags, see `mil.cohort.cohort.Cohort.targets`.
-        parts: [n]; what is fitted to targets is fitted to the training part (intervals of time: to all but the test
-            part, so that they are the same for every seed).
-        n_outputs: logits per bag.
-        device: where steps are done.
-        patients: [n]; survival is scored by patient where they are given, and by bag where not.
+    """The task of a replica; arguments as in `Taught`.
 
     Raises:
         ConfigError: Cox's loss for a validation part without an event, of which it says nothing.
     """
-    training = parts == "train"
-    if config.task == CLASSIFICATION:
-        return _Classes.of(config, targets, training, n_outputs, device)
-    if config.task == MULTI_LABEL:
-        return _Labels.of(config, targets, training, device)
-    if config.task == REGRESSION:
-        return _Numbers.of(config, targets, training, device)
-    return _Survival.of(config, targets, parts, n_outputs, patients)
+    return _TASKS[config.task].of(Taught(config, targets, parts, n_outputs, device, patients))
 
 
 def decode(record: Record, logits: Tensor) -> Tensor:
@@ -120,17 +126,7 @@ def decode(record: Record, logits: Tensor) -> Tensor:
     Probabilities of classes or labels, numbers in the unit of the table, or one risk, which is higher for those who
     are expected to die sooner: the log hazard of Cox, else minus the expected number of intervals survived.
     """
-    values = logits.double()
-    if record["task"] == MULTI_LABEL:
-        return values.sigmoid()
-    if record["task"] == REGRESSION:
-        return values * values.new_tensor(record["deviation"]) + values.new_tensor(record["mean"])
-    if record["task"] == SURVIVAL:
-        if record["loss"] == "cox":
-            return values[:, :1]
-        survived = logsigmoid(-values).cumsum(dim=-1).exp()
-        return -survived.sum(dim=-1, keepdim=True)
-    return probabilities(logits)
+    return _TASKS[record["task"]].decode(record, logits.double())
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,13 +138,20 @@ class _Classes:
     step_weights: Tensor
 
     @classmethod
-    def of(
-        cls, config: TrainConfig, labels: IntArray, training: TargetArray, n_outputs: int, device: torch.device
-    ) -> "_Classes":
-        weights = config_class_weights(config, labels[training], n_outputs)
+    def of(cls, taught: Taught) -> "_Classes":
+        config, labels, n_outputs = taught.config, taught.targets, taught.n_outputs
+        weights = config_class_weights(config, labels[taught.training], n_outputs)
         # a sampler that balances the classes leaves nothing to be weighed
         step_weights = torch.ones(n_outputs) if config.sampler == "class_balanced" else weights
-        return cls(config.loss, labels, n_outputs, weights, step_weights.to(device))
+        return cls(config.loss, labels, n_outputs, weights, step_weights.to(taught.device))
+
+    @staticmethod
+    def count_outputs(config: TrainConfig, cohort: Cohort) -> int:
+        return len(cohort.class_names)
+
+    @staticmethod
+    def decode(record: Record, logits: Tensor) -> Tensor:
+        return probabilities(logits)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -185,14 +188,23 @@ class _Labels:
     step_weights: Tensor
 
     @classmethod
-    def of(cls, config: TrainConfig, values: TargetArray, training: TargetArray, device: torch.device) -> "_Labels":
-        known = values[training]
+    def of(cls, taught: Taught) -> "_Labels":
+        config, values = taught.config, taught.targets
+        known = values[taught.training]
         weights = np.ones(values.shape[1])
         if config.class_weights == "balanced":
             positive, negative = (known == 1).sum(axis=0), (known == 0).sum(axis=0)
             np.divide(negative, positive, out=weights, where=positive > 0)
         weight = torch.from_numpy(weights).float()
-        return cls(_columns(config), torch.from_numpy(values).float(), weight, weight.to(device))
+        return cls(_columns(config), torch.from_numpy(values).float(), weight, weight.to(taught.device))
+
+    @staticmethod
+    def count_outputs(config: TrainConfig, cohort: Cohort) -> int:
+        return len(cohort.columns)
+
+    @staticmethod
+    def decode(record: Record, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
 
     @property
     def record(self) -> dict[str, Any]:
@@ -224,11 +236,20 @@ class _Numbers:
     deviation: npt.NDArray[np.float64]
 
     @classmethod
-    def of(cls, config: TrainConfig, values: TargetArray, training: TargetArray, device: torch.device) -> "_Numbers":
+    def of(cls, taught: Taught) -> "_Numbers":
+        config, values, training = taught.config, taught.targets, taught.training
         mean, deviation = values[training].mean(axis=0), values[training].std(axis=0)
         deviation = np.where(deviation > 0, deviation, 1.0)
         standardised = torch.from_numpy((values - mean) / deviation).float()
         return cls(_columns(config), config.loss, standardised, mean, deviation)
+
+    @staticmethod
+    def count_outputs(config: TrainConfig, cohort: Cohort) -> int:
+        return len(cohort.columns)
+
+    @staticmethod
+    def decode(record: Record, logits: Tensor) -> Tensor:
+        return logits * logits.new_tensor(record["deviation"]) + logits.new_tensor(record["mean"])
 
     @property
     def record(self) -> dict[str, Any]:
@@ -265,14 +286,8 @@ class _Survival:
     patients: Sequence[str]
 
     @classmethod
-    def of(
-        cls,
-        config: TrainConfig,
-        values: TargetArray,
-        parts: npt.NDArray[np.str_],
-        n_outputs: int,
-        patients: Sequence[str] | None,
-    ) -> "_Survival":
+    def of(cls, taught: Taught) -> "_Survival":
+        config, values, parts, n_outputs = taught.config, taught.targets, taught.parts, taught.n_outputs
         cox = config.loss.name == "cox"
         if cox and not (values[parts == "validation", 1] == 1).any():
             raise ConfigError(
@@ -285,8 +300,19 @@ class _Survival:
         ranks = np.unique(values[:, 0], return_inverse=True)[1]
         first = ranks if cox else np.searchsorted(edges, values[:, 0], side="right")
         rows = torch.from_numpy(np.stack([first, values[:, 1]], axis=1))
-        who = [str(at) for at in range(len(values))] if patients is None else patients
+        who = [str(at) for at in range(len(values))] if taught.patients is None else taught.patients
         return cls(_columns(config), config.loss, values, rows, edges, who)
+
+    @staticmethod
+    def count_outputs(config: TrainConfig, cohort: Cohort) -> int:
+        return config.loss.intervals or 1
+
+    @staticmethod
+    def decode(record: Record, logits: Tensor) -> Tensor:
+        if record["loss"] == "cox":
+            return logits[:, :1]
+        survived = logsigmoid(-logits).cumsum(dim=-1).exp()
+        return -survived.sum(dim=-1, keepdim=True)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -318,3 +344,11 @@ class _Survival:
 
 def _columns(config: TrainConfig) -> tuple[str, ...]:
     return target_columns(config.task, config.target or "")
+
+
+_TASKS: dict[str, type[_Classes] | type[_Labels] | type[_Numbers] | type[_Survival]] = {
+    CLASSIFICATION: _Classes,
+    MULTI_LABEL: _Labels,
+    REGRESSION: _Numbers,
+    SURVIVAL: _Survival,
+}

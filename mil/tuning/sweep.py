@@ -165,8 +165,8 @@ def _check_select(data: SweepData, select: str) -> list[str]:
         SplitError: no validation part of a fold has the classes, labels, numbers or events for the metric.
     """
     cohort, warnings = data.cohort, []
-    lack = "hold one class each" if cohort.values is None else "lack answers, numbers or events that differ"
-    instead = "give --select log_loss, raise" if cohort.values is None else "raise"
+    lack = "hold one class each" if cohort.has_classes else "lack answers, numbers or events that differ"
+    instead = "give --select log_loss, raise" if cohort.has_classes else "raise"
     for fold in range(data.splits.n_folds):
         undefined = []
         for seed in data.splits.seeds:
@@ -180,7 +180,7 @@ def _check_select(data: SweepData, select: str) -> list[str]:
             )
         if undefined:
             seeds = ", ".join(map(str, undefined))
-            what = "one class" if cohort.values is None else "too little"
+            what = "one class" if cohort.has_classes else "too little"
             warnings.append(f"fold {fold} chose without seed {seeds}: {what} in the validation part, no {select}")
     return warnings
 

@@ -96,7 +96,7 @@ def sweep_metrics(found: Sweep, entry: str, warnings: Sequence[str]) -> dict[str
     return {
         "target": cohort.target,
         "task": cohort.task,
-        "class_names": list(cohort.class_names) if cohort.values is None else [],
+        "class_names": list(cohort.stated_classes),
         "head": f"sweep of {', '.join(dimension.key for dimension in config.space)}",
         "entry": entry,
         "n_replicas": len(found.predictions.replicas),

@@ -116,7 +116,7 @@ def score_validation(outcomes: Outcomes, loss: float | None = None) -> dict[str,
         loss: of the epoch that the replica kept; classes have a log-loss of their own, free of class weights.
     """
     cohort = outcomes.cohort
-    if cohort.values is None:
+    if cohort.has_classes:
         return validation_metrics(cohort.labels, outcomes.predicted)
     found = {name: float(value[0]) for name, value in outcomes.scores().items()}
     scores = {name: None if math.isnan(value) else value for name, value in found.items()}
