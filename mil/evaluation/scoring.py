@@ -11,11 +11,6 @@ from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling
 
 
-def evaluate_out_of_fold(predictions: ReplicaPredictions) -> dict[str, Any]:
-    """Every metric of the test parts with its interval, see `evaluate_outcomes`."""
-    return evaluate_outcomes(predictions.outcomes())
-
-
 def evaluate_outcomes(outcomes: Outcomes, resampling: Resampling = USUAL_RESAMPLING) -> dict[str, Any]:
     """See `Outcomes.evaluate`."""
     return outcomes.evaluate(resampling)
