@@ -110,9 +110,11 @@ class ReplicaPredictions:
         members = [(each.values, each._held(part, fold)) for each in self.split()]
         rows = np.flatnonzero(np.all([held.any(axis=0) for _, held in members], axis=0))
         if not len(rows):
+            validates = part == "validation"
+            remedy = "give --abstain-below instead" if validates else "train again, or bring predictions.csv back"
             raise RunError(
                 f"got a model without {part} slides{'' if fold is None else f' in fold {fold}'} that all its members "
-                f"share → expected some to choose a threshold by → give --abstain-below instead"
+                f"share → expected some to {'choose a threshold by' if validates else 'score'} → {remedy}"
             )
         means = [mean_where(*member)[rows] for member in members]
         return rows, means[0] if len(means) == 1 else combine(means, self.average, self.cohort.task)

@@ -116,3 +116,8 @@ def test_some_replicas_are_a_run() -> None:
     assert (last.replicas, last.folds.tolist()) == (run.replicas[1:], [1])
     assert np.flatnonzero(last.tests(1)).tolist() == [4, 5]
     np.testing.assert_array_equal(last.tested()[1], run.values[1, 4:])
+
+
+def test_replicas_that_tested_nothing_are_refused() -> None:
+    with pytest.raises(RunError, match=r"without test slides .* expected some to score → train again"):
+        predicted(np.full((1, 6), "train"), 0).out_of_fold()
