@@ -214,7 +214,7 @@ def print_target_metrics(
         console: where to.
         title: above the table.
         task: one of `mil.cohort.targets.TASKS`, but for classification.
-        evaluation: see `mil.evaluation.scoring.evaluate_outcomes`.
+        evaluation: see `mil.evaluation.outcomes.Outcomes.evaluate`.
         compared: with whom the patients of survival are compared.
     """
     from mil.evaluation.headlines import HEADLINES

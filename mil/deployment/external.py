@@ -20,7 +20,6 @@ from mil.deployment.predictions import Predictions
 from mil.errors import CohortError, RunError, did_you_mean, listed
 from mil.evaluation.abstention_rule import abstention_of
 from mil.evaluation.outcomes import Outcomes
-from mil.evaluation.scoring import evaluate_outcomes
 from mil.evaluation.tables import truth_cells, truth_names
 from mil.files import Row, new_folder, probability_text, write_csv, write_json
 from mil.runs.lineage import Lineage, TrainingCohort, read_lineage
@@ -246,7 +245,7 @@ def _metrics(
     dropped: Sequence[str],
 ) -> dict[str, Any]:
     """The content of ``metrics.json``."""
-    scores = evaluate_outcomes(_outcomes(cohort, found))
+    scores = _outcomes(cohort, found).evaluate()
     own, cautions = _of_probabilities(cohort, found)
     warnings = list(dict.fromkeys([*_warn_of_one_class(cohort), *scores["warnings"], *cautions]))
     n_trained = int(trained_on.sum())

@@ -25,7 +25,6 @@ from mil.evaluation.alignment import join_runs
 from mil.evaluation.headlines import brief_metrics
 from mil.evaluation.paired import gain_over
 from mil.evaluation.replica_predictions import ReplicaPredictions
-from mil.evaluation.scoring import evaluate_outcomes
 from mil.evaluation.temperature import scale_temperatures
 from mil.files import check_new_folder, read_json
 from mil.runs.ensemble import read_ensemble
@@ -241,7 +240,7 @@ def _scores(
     """Calibration and out-of-fold metrics."""
     return {
         "calibration": _calibration(predictions, calibrated, calibrate),
-        "out_of_fold": evaluate_outcomes(calibrated.outcomes()),
+        "out_of_fold": calibrated.outcomes().evaluate(),
         "out_of_fold_uncalibrated": metrics["out_of_fold"] if calibrate else None,
     }
 

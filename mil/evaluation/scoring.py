@@ -1,19 +1,12 @@
 """What a finished training scored out of fold, by the kind of its target; the content of ``metrics.json``."""
 
 import math
-from typing import Any
 
 import numpy as np
 
 from mil.evaluation.headlines import replica_metrics
 from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.replica_predictions import ReplicaPredictions
-from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling
-
-
-def evaluate_outcomes(outcomes: Outcomes, resampling: Resampling = USUAL_RESAMPLING) -> dict[str, Any]:
-    """See `Outcomes.evaluate`."""
-    return outcomes.evaluate(resampling)
 
 
 def score_replica(predictions: ReplicaPredictions, at: int) -> dict[str, float | None]:

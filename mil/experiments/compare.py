@@ -14,7 +14,6 @@ from mil.evaluation.fold_scores import FoldScore, differing_folds, fold_scores, 
 from mil.evaluation.headlines import HEADLINES, LOWER_IS_BETTER, first_headline
 from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.paired import NOTHING, SIGNIFICANT, Interval, Pair
-from mil.evaluation.scoring import evaluate_outcomes
 from mil.files import Row, write_csv
 from mil.runs.folders import is_ensemble
 from mil.runs.run_folder import RunFolder
@@ -155,7 +154,7 @@ def compare_runs(
     metric = metric or first_headline(cohort.task)
     _check_metric(metric, cohort.task, len(cohort.columns))
     resampling = Resampling(replicates, seed)
-    scored = [evaluate_outcomes(run.outcomes, resampling) for run in runs]
+    scored = [run.outcomes.evaluate(resampling) for run in runs]
     rows = [
         _row(run, reference, Interval(**found[metric]), metric, resampling)
         for run, found in zip(runs, scored, strict=True)

@@ -20,7 +20,7 @@ from mil.config.preflight import missing_inputs
 from mil.config.train import TrainConfig
 from mil.errors import ConfigError
 from mil.evaluation.replica_predictions import ReplicaPredictions
-from mil.evaluation.scoring import evaluate_outcomes, score_replica
+from mil.evaluation.scoring import score_replica
 from mil.experiments.tracking import Tracking
 from mil.experiments.warm_start import check_initial
 from mil.runs.run import Run, check_folder
@@ -233,7 +233,7 @@ def _metrics(
 ) -> dict[str, Any]:
     """The content of ``metrics.json``; the test parts are scored here, once."""
     cohort = predictions.cohort
-    out_of_fold = evaluate_outcomes(predictions.outcomes())
+    out_of_fold = predictions.outcomes().evaluate()
     return {
         "target": cohort.target,
         "task": config.task,

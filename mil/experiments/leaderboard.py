@@ -11,7 +11,6 @@ from mil.cohort.cohort import Cohort
 from mil.evaluation.headlines import first_headline, ranking_metrics
 from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.paired import NOTHING, SIGNIFICANT, Interval, Pair
-from mil.evaluation.scoring import evaluate_outcomes
 from mil.files import Row, write_csv
 from mil.runs.run_folder import RunFolder
 from mil.runs.saved_outcomes import read_outcomes
@@ -213,7 +212,7 @@ def score(entrant: Entrant, reference: Entrant | None, cohort: Cohort) -> BoardR
     )
     if entrant.outcomes is None:
         return replace(row, verdict="failed")
-    found = evaluate_outcomes(entrant.outcomes)
+    found = entrant.outcomes.evaluate()
     scores = {name: Interval(**found[name]) for name in metrics}
     row = replace(row, scores=scores, warnings=tuple(found["warnings"]))
     if len(entrant.seed_scores) > 1:

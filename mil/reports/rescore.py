@@ -19,7 +19,6 @@ from mil.evaluation.headlines import HEADLINES
 from mil.evaluation.operating_points import check_targets, operate, operate_one_vs_rest
 from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.replica_predictions import ReplicaPredictions
-from mil.evaluation.scoring import evaluate_outcomes
 from mil.files import Row, new_folder, write_csv, write_json
 from mil.runs.folders import is_ensemble, refuse_artefact
 from mil.runs.run_folder import RunFolder
@@ -68,7 +67,7 @@ class ScoredRun:
         name: of its folder.
         facts: ``target``, ``head``, ``entry``, ``looks`` and ``synthetic``, as in its ``metrics.json``.
         task: one of `mil.cohort.targets.TASKS`.
-        metrics: see `mil.evaluation.scoring.evaluate_outcomes`.
+        metrics: see `mil.evaluation.outcomes.Outcomes.evaluate`.
         calibration: see `mil.statistics.calibration.evaluate_calibration`; None for other targets than classes.
         abstention: see `mil.statistics.abstention.evaluate_abstention`; likewise.
         operating: for every class that was asked for {class, chosen_by, thresholds, sensitivity, specificity,
@@ -197,7 +196,7 @@ def _score(
     resampling: Resampling,
     target: OperatingTarget | None,
 ) -> ScoredRun:
-    metrics = evaluate_outcomes(outcomes, resampling)
+    metrics = outcomes.evaluate(resampling)
     calibration, abstention = _of_classes(outcomes, resampling)
     operating = _operate(predictions, target, resampling) if predictions is not None and target is not None else []
     warnings = [*_of_split(run.metrics), *metrics["warnings"], *(calibration or {"warnings": []})["warnings"]]

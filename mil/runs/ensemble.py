@@ -21,7 +21,6 @@ from mil.evaluation.averaging import Average, Averaging, Scale
 from mil.evaluation.headlines import brief_metrics
 from mil.evaluation.paired import gain_over
 from mil.evaluation.replica_predictions import ReplicaPredictions
-from mil.evaluation.scoring import evaluate_outcomes
 from mil.evaluation.tables import out_of_fold_rows
 from mil.files import new_folder, read_json, write_csv, write_json
 from mil.runs.folders import ENSEMBLE, is_ensemble, refuse_artefact
@@ -147,7 +146,7 @@ def over_members(
 
 def _metrics(paths: Sequence[Path], predictions: ReplicaPredictions) -> dict[str, Any]:
     cohort, together = predictions.cohort, predictions.outcomes()
-    found = evaluate_outcomes(together)
+    found = together.evaluate()
     needed = ("head", "entry", "n_replicas", "synthetic", "out_of_fold")
     facts = [RunFolder.open(path, *needed).metrics for path in paths]
     members = [

@@ -12,7 +12,6 @@ from mil.cohort.cohort import Cohort
 from mil.config.train import TrainConfig
 from mil.evaluation.headlines import tie_breaker
 from mil.evaluation.replica_predictions import ReplicaPredictions
-from mil.evaluation.scoring import evaluate_outcomes
 from mil.evaluation.tables import out_of_fold_rows
 from mil.files import Row, tell_full_disk, write_atomically, write_csv, write_json
 from mil.runs.look_ledger import Look
@@ -76,7 +75,7 @@ def sweep_metrics(found: Sweep, entry: str, warnings: Sequence[str]) -> dict[str
     """The content of ``metrics.json``; the test parts are scored here, once."""
     config = found.config
     cohort = found.cohort
-    out_of_fold = evaluate_outcomes(found.predictions.outcomes())
+    out_of_fold = found.predictions.outcomes().evaluate()
     validation = [trial.mean(config.select) for trial in found.chosen]
     section = {
         "method": config.method,

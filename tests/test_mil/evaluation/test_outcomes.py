@@ -16,7 +16,6 @@ from mil.errors import EvaluationError, RunError
 from mil.evaluation.headlines import HEADLINES, first_headline
 from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.paired import Interval, Pair
-from mil.evaluation.scoring import evaluate_outcomes
 from mil.experiments.compare import compare_runs
 from mil.experiments.crossval import train
 from mil.reports.rescore import OperatingTarget, score_runs
@@ -85,7 +84,7 @@ def test_scores_are_plain_counting_and_weights_are_repeats(task: str) -> None:
     first = first_headline(task)
     assert found.scores()[first][0] == pytest.approx(naive(found))
     assert set(found.scores()) <= set(HEADLINES[task])
-    assert evaluate_outcomes(found, Resampling(20))[first]["value"] == pytest.approx(naive(found))
+    assert found.evaluate(Resampling(20))[first]["value"] == pytest.approx(naive(found))
     # a patient with weight 0 is as if it were not there
     weights = np.array([[float(patient not in ("p00", "p07")) for patient in found.patient_ids]])
     kept = np.flatnonzero(weights[0])
@@ -195,7 +194,7 @@ def test_folders_give_back_the_metrics_of_the_training(runs: dict[str, list[Path
     folder = make_ensemble(runs[task]).save(runs[task][0].parent / "both")
     for path in (*runs[task], folder):
         stored = json.loads((path / "metrics.json").read_text())["out_of_fold"]
-        again = evaluate_outcomes(read_outcomes(RunFolder.open(path)))
+        again = read_outcomes(RunFolder.open(path)).evaluate()
         for name in HEADLINES[task]:
             assert list(again[name].values()) == pytest.approx(list(stored[name].values()), abs=1e-6), name
     comparison = compare_runs([*runs[task], folder], replicates=50)
@@ -290,11 +289,11 @@ def test_scores_of_other_intervals(runs: dict[str, list[Path]], task: str, tmp_p
     how = Resampling(150, 2, 0.9, "bca", True)
     found = score_runs(runs[task], how).runs[0]
     saved = read_outcomes(RunFolder.open(runs[task][0]))
-    assert found.metrics == evaluate_outcomes(saved, how)
+    assert found.metrics == saved.evaluate(how)
     assert (found.metrics["interval"], found.metrics["stratified"]) == ("bca", True)
     first = first_headline(task)
     for other in (Resampling(150, 2, 0.9), Resampling(150, 2, 0.9, "bca"), Resampling(150, 2, 0.9, stratified=True)):
-        assert evaluate_outcomes(saved, other)[first]["low"] != found.metrics[first]["low"]
+        assert saved.evaluate(other)[first]["low"] != found.metrics[first]["low"]
     assert (found.calibration, found.abstention, found.operating) == (None, None, ())
     with pytest.raises(RunError, match=rf"run of task {task}, for operating points → expected a run of classes"):
         score_runs(runs[task], how, OperatingTarget())
