@@ -1,6 +1,5 @@
 """The extraction stage: slides in, a store of embeddings out, and an account of every slide."""
 
-from pathlib import Path
 from typing import Unpack
 
 from extract.backbones.backbone import DEFAULT_BACKBONE
@@ -11,13 +10,13 @@ from extract.pipeline.config import Backbones, ExtractionConfig, ExtractionSetti
 from extract.pipeline.report import ExtractionReport, Progress, Silent
 from extract.pipeline.run import ExtractionRun
 from extract.store import TileRecipe, create_store
-from extract.store.core.remote_path import RemotePath, store_path
+from extract.store.core.remote_path import RemotePath, StorePath, store_path
 from extract.store.formats.opening import check_format
 
 
 def run_extraction(
     slides: Slides,
-    store: str | Path,
+    store: str | StorePath,
     backbone: Backbones = DEFAULT_BACKBONE,
     entry: str | None = None,
     recipe: TileRecipe | None = None,
@@ -64,7 +63,7 @@ def run_extraction(
     return extract_slides(config, store, progress or Silent())
 
 
-def extract_slides(config: ExtractionConfig, store: str | Path, progress: Progress) -> ExtractionReport:
+def extract_slides(config: ExtractionConfig, store: str | StorePath, progress: Progress) -> ExtractionReport:
     """Embed the slides of a configuration into a store; see `run_extraction`."""
     check_format(store, config.format)
     choose_runtime(config.compute.runtime)

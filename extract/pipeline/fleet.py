@@ -9,11 +9,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 
 from extract.errors import BackboneError, StoreError
-from extract.store.core.remote_path import RemotePath
+from extract.store.core.remote_path import RemotePath, StorePath
 
 LEFT_TO_OTHERS = 3
 """Exit code of a run that failed nowhere, but left slides to another process that is at work on them."""
@@ -38,7 +37,7 @@ def devices_of(text: str) -> list[str]:
     return [f"cuda:{i}" for i in range(count)]
 
 
-def check_claims(store: Path) -> None:
+def check_claims(store: StorePath) -> None:
     """Refuse to share slides among processes where none sees what another is at work on.
 
     Raises:

@@ -1,10 +1,10 @@
 """What an extraction tells while it goes on, and at its end."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from extract.pipeline.jobs import StreamStats
+from extract.store.core.remote_path import StorePath
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class ExtractionReport:
         log: the run's JSON lines. It is gone with the store where no slide could be cut into a new one.
     """
 
-    store: Path
+    store: StorePath
     entry: str
     entries: tuple[str, ...]
     outcomes: tuple[SlideOutcome, ...]
     stats: StreamStats
     seconds: float
-    log: Path
+    log: StorePath
 
     @property
     def failed(self) -> tuple[SlideOutcome, ...]:

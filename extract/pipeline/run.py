@@ -48,6 +48,7 @@ from extract.reading.ring import INVALID, Ring, RingShape
 from extract.slides.source import SlideSource
 from extract.store import Store, difference, to_dict
 from extract.store.core.draft import LEASE_S
+from extract.store.core.remote_path import local_path
 from extract.tiling.quality import PEN, flagged_rows
 
 _PREPARED_AHEAD = 4
@@ -334,7 +335,7 @@ class ExtractionRun:
 
         It stays where another run is at work in it, or where its log holds the trace of a surprise.
         """
-        path, log = self._store.path, self._log.path
+        path, log = local_path(self._store.path), local_path(self._log.path)
         held = {file.name for file in path.rglob("*") if file.is_file() and file != log}
         if not self._all_expected or not held <= _METADATA:
             return

@@ -34,7 +34,7 @@ from extract.reading.reader import PREPARING_THREADS
 from extract.reading.ring import Ring, RingShape
 from extract.slides.slide import Slide
 from extract.store import TileRecipe
-from extract.store.core.remote_path import RemotePath, store_path
+from extract.store.core.remote_path import RemotePath, StorePath, store_path
 from extract.synthetic.pyramid import write_pyramid
 
 PYTHON = ((3, 11), (3, 14))
@@ -70,7 +70,9 @@ _MEASURE_S = 1.5
 Checker = Callable[[], Check]
 
 
-def run_doctor(store: str | Path | None = None, on_check: Callable[[Check], None] = lambda check: None) -> list[Check]:
+def run_doctor(
+    store: str | StorePath | None = None, on_check: Callable[[Check], None] = lambda check: None
+) -> list[Check]:
     """Check everything that extraction needs; takes some ten seconds.
 
     Nothing is left behind: what is written for a measurement is deleted again.
@@ -91,7 +93,7 @@ def run_doctor(store: str | Path | None = None, on_check: Callable[[Check], None
     return done
 
 
-def checkers(folder: Path) -> list[tuple[str, Checker]]:
+def checkers(folder: StorePath) -> list[tuple[str, Checker]]:
     """Every check by its name, in the order in which they are made."""
     return [
         ("python", check_python),
@@ -110,7 +112,7 @@ def checkers(folder: Path) -> list[tuple[str, Checker]]:
     ]
 
 
-def _place_checkers(folder: Path) -> list[tuple[str, Checker]]:
+def _place_checkers(folder: StorePath) -> list[tuple[str, Checker]]:
     """The checks of where the store lies."""
     if isinstance(folder, RemotePath):
         return [("service", lambda: check_service(folder))]

@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 from typing import Unpack
 
 from extract.backbones.backbone import DEFAULT_BACKBONE
@@ -18,7 +17,7 @@ from extract.planning.planned import ExtractionPlan, PlanProgress, SilentPlan
 from extract.planning.planner import Planner
 from extract.slides.source import SlideSource
 from extract.store import Store, TileRecipe, difference, find_format, open_store
-from extract.store.core.remote_path import RemotePath, store_path
+from extract.store.core.remote_path import RemotePath, StorePath, store_path
 from extract.store.formats.opening import check_format
 
 _MEASURE_S = 5.0
@@ -26,7 +25,7 @@ _MEASURE_S = 5.0
 
 def plan_extraction(
     slides: Slides,
-    store: str | Path | None = None,
+    store: str | StorePath | None = None,
     backbone: Backbones = DEFAULT_BACKBONE,
     entry: str | None = None,
     recipe: TileRecipe | None = None,
@@ -73,7 +72,7 @@ def _plan(
     sources: Sequence[SlideSource],
     config: ExtractionConfig,
     models: Sequence[PlanModel],
-    store: Path | None,
+    store: StorePath | None,
     measure: bool,
     measure_s: float,
     progress: PlanProgress | None,
@@ -102,7 +101,7 @@ def _plan(
     return plan
 
 
-def _open_existing(path: Path, recipe: TileRecipe) -> Store | None:
+def _open_existing(path: StorePath, recipe: TileRecipe) -> Store | None:
     """The store if it is there; an extraction would refuse it for the same reasons."""
     if find_format(path) is None:
         if path.exists() and (not path.is_dir() or any(not each.name.startswith("~") for each in path.iterdir())):

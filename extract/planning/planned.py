@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from extract.slides.source import SlideSource
+from extract.store.core.remote_path import StorePath
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class ExtractionPlan:
 
     slides: tuple[PlannedSlide, ...]
     entries: tuple[PlannedEntry, ...]
-    store: Path | None
+    store: StorePath | None
     free_bytes: int | None
     rate: MeasuredRate | None
     cut_seconds: float

@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Protocol, overload
 
 import numpy.typing as npt
 
 from extract.store import Store
+from extract.store.core.remote_path import StorePath
 from mil.bags.bags import Bags, Memory
 from mil.errors import BagError, did_you_mean, listed
 
@@ -37,7 +37,7 @@ class SlideFeatures(Protocol):
 class FeatureStore(Protocol):
     """A store, as bags need it; `extract.store.Store` is one."""
 
-    path: Path
+    path: StorePath
 
     def entries(self) -> list[str]:
         """Names of the features entries."""

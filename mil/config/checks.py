@@ -7,7 +7,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from extract.store.core.remote_path import store_path
+from extract.store.core.remote_path import RemotePath, local_path, store_path
 from mil.config.options import option_keys
 from mil.errors import ConfigError, did_you_mean, nearest
 
@@ -97,7 +97,7 @@ def coerce(where: str, value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is Path and isinstance(value, str | Path):
-        return store_path(value).expanduser().absolute()
+        return local_path(store_path(value).expanduser().absolute())
     wanted = Mapping if get_origin(kind) is Mapping else kind
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         names = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
@@ -113,7 +113,9 @@ def _coerce_union(where: str, value: Any, kinds: Sequence[Any]) -> Any:
         return None
     if where == "target" and isinstance(value, list | tuple):
         return ",".join(map(str, value))
-    *others, last = [kind for kind in kinds if kind is not type(None)]
+    if RemotePath in kinds and isinstance(value, str | Path | RemotePath):
+        return store_path(value).expanduser().absolute()
+    *others, last = [kind for kind in kinds if kind not in (type(None), RemotePath)]
     for kind in others:
         try:
             return coerce(where, value, kind)

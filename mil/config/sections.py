@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
+from extract.store.core.remote_path import StorePath
 from mil.config.checks import Checked, check_option, coerce, known_option, number_field, require_key
 from mil.config.options import group_options, keyword_types
 
@@ -174,4 +174,4 @@ def to_plain(value: Any) -> Any:
         return {item.name: getattr(value, item.name) for item in fields(value)}  # type: ignore[arg-type]
     if isinstance(value, tuple):
         return list(value)
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, StorePath) else value

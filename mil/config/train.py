@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from extract.store.core.remote_path import StorePath
 from mil.config.checks import Checked, number_field
 from mil.config.options import TASK_LOSSES
 from mil.config.sections import (
@@ -85,7 +86,7 @@ class TrainConfig(Checked):
             ``tensorboard``.
     """
 
-    store: Path | None = None
+    store: StorePath | None = None
     labels: Path | None = None
     target: str | None = None
     task: Literal["classification", "multilabel", "regression", "survival"] = "classification"

@@ -8,6 +8,7 @@ from typing import Any
 from extract.errors import BackboneError
 from extract.store import FeatureRecipe, Store, TileRecipe, difference, find_format, fingerprint, from_dict, open_store
 from extract.store.core.recipes import is_unknown
+from extract.store.core.remote_path import StorePath
 from mil.errors import CheckpointError, RunError
 from mil.training.checkpoint import CheckpointRecord
 
@@ -30,7 +31,7 @@ class Extracted:
 def extract_for(
     records: Sequence[CheckpointRecord],
     slides: Slides,
-    store: str | Path,
+    store: str | StorePath,
     device: str = "auto",
     options: Mapping[str, Any] | None = None,
 ) -> Extracted:
@@ -84,7 +85,7 @@ def _recipes(record: CheckpointRecord) -> str:
     return fingerprint([dict(record.feature_recipe), dict(record.tile_recipe)])
 
 
-def _tile_recipe(record: CheckpointRecord, store: str | Path) -> TileRecipe:
+def _tile_recipe(record: CheckpointRecord, store: str | StorePath) -> TileRecipe:
     """The recipe of the checkpoint's tiles, which that of a store that is there must equal."""
     recipe, tiles = record.feature_recipe, record.tile_recipe
     if any(is_unknown(value) for value in (*recipe.values(), *tiles.values())):
@@ -151,7 +152,7 @@ def _check_backbone(record: CheckpointRecord, found: FeatureRecipe) -> None:
         )
 
 
-def _entry(record: CheckpointRecord, store: str | Path) -> str:
+def _entry(record: CheckpointRecord, store: str | StorePath) -> str:
     """The entry that fits; else the checkpoint's own name, or another where features of other weights have that."""
     if not _is_there(store):
         return record.entry
@@ -163,7 +164,7 @@ def _entry(record: CheckpointRecord, store: str | Path) -> str:
     return f"{record.entry}-{fingerprint(record.feature_recipe)[:8]}" if taken else record.entry
 
 
-def _is_there(store: str | Path) -> bool:
+def _is_there(store: str | StorePath) -> bool:
     return find_format(store) is not None
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from extract.store import Store, open_store
+from extract.store.core.remote_path import StorePath
 from mil.arrays import BoolArray
 from mil.bags.stored import is_synthetic
 from mil.cohort.cohort import Cohort, read_cohort
@@ -94,7 +95,7 @@ def _flag(value: object) -> str:
 
 def evaluate_external(
     run_folder: str | Path,
-    store: Store | str | Path,
+    store: Store | str | StorePath,
     labels: str | Path,
     target: str | None = None,
     entry: str | None = None,
@@ -129,7 +130,7 @@ def evaluate_external(
         MilError, ExtractError: as in `mil.predict`.
     """
     folder = Path(run_folder)
-    reader = open_store(store) if isinstance(store, str | Path) else store
+    reader = open_store(store) if isinstance(store, str | StorePath) else store
     _check_choice(overlap)
     records = model_records(folder)
     first = records[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aggregators import BagOutput
 from extract.store import Store, open_store
+from extract.store.core.remote_path import StorePath
 from mil.arrays import FloatArray
 from mil.bags.bags import Bags
 from mil.bags.devices import cpu_threads, resolve_device
@@ -32,7 +33,7 @@ NO_TILE = "it has no valid tile in the store"
 
 def predict(
     run_folder: str | Path,
-    store: Store | str | Path,
+    store: Store | str | StorePath,
     entry: str | None = None,
     slide_ids: Sequence[str] | None = None,
     device: str = "auto",
@@ -81,7 +82,7 @@ def predict(
         extracted = extract_for(model_records(folder), slides or [], path, device, extraction)
         slide_ids, failed = extracted.slide_ids, extracted.failed
         store = open_store(path)
-    reader = open_store(store) if isinstance(store, str | Path) else store
+    reader = open_store(store) if isinstance(store, str | StorePath) else store
     members = read_members(folder)
     if members is not None:
         _refuse_choice_of_ensemble(replicas, attention)

@@ -9,7 +9,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from aggregators import list_aggregators
-from extract.store.core.remote_path import store_path
+from extract.store.core.remote_path import StorePath, store_path
 from mil.config.compose import compose_config, read_config_file
 from mil.config.overrides import take_overrides
 from mil.config.sections import HeadConfig
@@ -31,7 +31,7 @@ class BenchmarkConfig:
         train: how every head is trained; its own head, store and backbone are not read.
     """
 
-    stores: tuple[Path, ...]
+    stores: tuple[StorePath, ...]
     heads: tuple[HeadConfig, ...]
     backbones: tuple[str, ...] | None
     train: TrainConfig

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from extract.store.core.remote_path import StorePath
 from mil.cohort.targets import REGRESSION, target_columns
 from mil.config.compose import compose_config, read_config_file
 from mil.config.options import GROUPS
@@ -341,4 +342,4 @@ def _yaml_values(value: Any) -> Any:
         return {str(key): _yaml_values(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_yaml_values(inner) for inner in value]
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, StorePath) else value

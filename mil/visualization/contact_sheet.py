@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -19,6 +19,7 @@ from uuid import uuid4
 
 from extract.store import Store, open_store
 from extract.store.core.recipes import tiles_text
+from extract.store.core.remote_path import StorePath
 from mil.errors import ConfigError
 from mil.visualization import slide_picture
 from mil.visualization.html_page import load_template
@@ -37,7 +38,7 @@ from mil.visualization.slide_picture import FLAGS
 
 
 def write_contact_sheet(
-    store: Store | str | Path, path: str | Path, entry: str | None = None, progress: Progress | None = None
+    store: Store | str | StorePath, path: str | Path, entry: str | None = None, progress: Progress | None = None
 ) -> Path:
     """Write the contact sheet of a store, one self-contained HTML file, and return its path.
 
@@ -80,11 +81,12 @@ def write_contact_sheet(
     return path
 
 
-def _read_logs(folder: Path) -> dict[str, LoggedSlide]:
+def _read_logs(folder: StorePath) -> dict[str, LoggedSlide]:
     """Each slide's latest outcome in the logs of all runs; a slide left to another process has none there."""
     latest: dict[str, LoggedSlide] = {}
     # a log's name begins with the time at which its run started
-    for file in sorted(folder.glob("*.jsonl")):
+    logs: Iterable[StorePath] = folder.glob("*.jsonl")
+    for file in sorted(logs, key=lambda each: each.name):
         # at a URL there is no open file
         for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
@@ -102,7 +104,7 @@ def _read_logs(folder: Path) -> dict[str, LoggedSlide]:
     return latest
 
 
-def _started(log: Path) -> str:
+def _started(log: StorePath) -> str:
     """When a run started, from its log's name ``<started>-<host>-<pid>``."""
     day, _, clock = log.stem.split("-")[0].partition("T")
     return f"{day[:4]}-{day[4:6]}-{day[6:]} {clock[:2]}:{clock[2:4]} UTC" if len(day + clock) == 14 else log.stem

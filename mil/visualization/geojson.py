@@ -7,6 +7,7 @@ from typing import Any
 
 from extract.errors import StoreError
 from extract.store import SlideReader, Store, open_store
+from extract.store.core.remote_path import StorePath
 from extract.store.core.unit import encode_id
 from mil.errors import ConfigError, listed
 from mil.files import write_atomically
@@ -14,7 +15,7 @@ from mil.visualization.slide_card import DAMAGES, Progress, entries_shown, first
 
 
 def write_geojson(
-    store: Store | str | Path, folder: str | Path, entry: str | None = None, progress: Progress | None = None
+    store: Store | str | StorePath, folder: str | Path, entry: str | None = None, progress: Progress | None = None
 ) -> list[Path]:
     """Write each slide's tissue and tiles as GeoJSON that QuPath opens in the right place; return the files.
 

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from extract.errors import StoreError, StoreFullError
-from extract.store.core.remote_path import RemotePath
+from extract.store.core.remote_path import RemotePath, StorePath, local_path
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EINVAL)
 """What file systems without hard links answer."""
 
 
-def write_json(path: Path, value: Mapping[str, Any], indent: int | None = 1) -> None:
+def write_json(path: StorePath, value: Mapping[str, Any], indent: int | None = 1) -> None:
     """Write a JSON file that nobody reads before it is whole."""
     path.write_text(json.dumps(value, indent=indent), encoding="utf-8")
 
 
-def replace_json(path: Path, value: Mapping[str, Any], indent: int | None = 1) -> None:
+def replace_json(path: StorePath, value: Mapping[str, Any], indent: int | None = 1) -> None:
     """Write a JSON file so that a reader sees the old one or the new one, never a part."""
     if isinstance(path, RemotePath):
         # an object is replaced whole
@@ -115,7 +115,7 @@ def partial_path(final: Path) -> Path:
     return final.with_name(f"~{uuid.uuid4().hex}.partial")
 
 
-def members(folder: Path) -> list[str]:
+def members(folder: StorePath) -> list[str]:
     """Sorted names of the folders in ``folder``, without what is still being built; empty if it is absent."""
     if isinstance(folder, RemotePath):
         return [name for name in folder.folders() if not name.startswith("~")]
@@ -149,7 +149,7 @@ def _folder_bytes(folder: str) -> int:
     return total
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: StorePath) -> None:
     """Make the folder of a store.
 
     Raises:
@@ -175,7 +175,7 @@ def sync(path: Path) -> None:
 class clear_when_full:
     """Turn 'no space left' into a message that says how much is needed; and 'not permitted' into one of ours."""
 
-    def __init__(self, path: Path, needed_bytes: int = 0) -> None:
+    def __init__(self, path: StorePath, needed_bytes: int = 0) -> None:
         self._path, self._needed = path, needed_bytes
 
     def __enter__(self) -> None:
@@ -189,7 +189,8 @@ class clear_when_full:
             ) from error
         if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             return
-        folder = next(parent for parent in (self._path, *self._path.parents) if parent.exists())
+        path = local_path(self._path)
+        folder = next(parent for parent in (path, *path.parents) if parent.exists())
         free = shutil.disk_usage(folder).free
         raise StoreFullError(
             f"got no space left while writing {self._path.name} ({free / 1e6:.1f} MB free) → this unit needs about "

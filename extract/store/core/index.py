@@ -8,11 +8,11 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 from extract.store.core.files import replace_json
 from extract.store.core.fingerprint import fingerprint
+from extract.store.core.remote_path import StorePath
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Index:
         path: of ``index.json``; read when the first line is asked for.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: StorePath) -> None:
         self.path = path
         self._lines: dict[str, tuple[int, Line]] | None = None
 
@@ -83,7 +83,7 @@ class Index:
         replace_json(self.path, {"tessera": {"format": 1, "units": lines}}, indent=None)
 
 
-def _read(path: Path) -> dict[str, tuple[int, Line]]:
+def _read(path: StorePath) -> dict[str, tuple[int, Line]]:
     lines: dict[str, tuple[int, Line]] = {}
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         units: dict[str, Any] = json.loads(path.read_bytes())["tessera"]["units"]

@@ -9,7 +9,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -25,7 +24,7 @@ from extract.store.core.files import disk_bytes, members
 from extract.store.core.fingerprint import fingerprint
 from extract.store.core.index import Index, Line
 from extract.store.core.recipes import FeatureRecipe, TileRecipe, from_dict, tiles_text
-from extract.store.core.remote_path import store_path
+from extract.store.core.remote_path import StorePath, local_path, store_path
 from extract.store.core.slide_reader import SlideReader
 from extract.store.core.unit import decode_id, encode_id
 
@@ -57,7 +56,7 @@ class ReadableStore(ABC):
     record_suffix: ClassVar[str] = ""
     """What is added to the path of a unit to get that of the file which holds its record."""
 
-    def __init__(self, path: str | Path, mode: Mode = "r+") -> None:
+    def __init__(self, path: str | StorePath, mode: Mode = "r+") -> None:
         if mode not in ("r", "r+"):
             raise StoreError(f"got mode {mode!r} → expected 'r' (reading) or 'r+' (writing too) → choose one of these")
         self.path, self.mode = store_path(path), mode
@@ -86,11 +85,11 @@ class ReadableStore(ABC):
         """The record in such a document; LookupError or TypeError if there is none."""
 
     @abstractmethod
-    def _unit_names(self, folder: Path) -> list[str]:
+    def _unit_names(self, folder: StorePath) -> list[str]:
         """Sorted encoded ids of the units in a folder, complete or not; empty if the folder is absent."""
 
     @abstractmethod
-    def _read_record(self, unit: Path) -> dict[str, Any]:
+    def _read_record(self, unit: StorePath) -> dict[str, Any]:
         """The record of a unit.
 
         Raises:
@@ -98,7 +97,7 @@ class ReadableStore(ABC):
         """
 
     @abstractmethod
-    def _read_array(self, unit: Path, name: str, rows: slice | np.ndarray | None = None) -> np.ndarray:
+    def _read_array(self, unit: StorePath, name: str, rows: slice | np.ndarray | None = None) -> np.ndarray:
         """An array of a unit, or some of its rows; mapped, not copied, where that is possible.
 
         Args:
@@ -110,7 +109,7 @@ class ReadableStore(ABC):
             UnitCorruptError: it is absent or damaged.
         """
 
-    def _is_complete(self, unit: Path) -> bool:
+    def _is_complete(self, unit: StorePath) -> bool:
         """Whether a unit with a record lies at this path."""
         return os.path.isfile(f"{unit}{self.record_suffix}")
 
@@ -121,9 +120,9 @@ class ReadableStore(ABC):
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def size_of(self, path: Path) -> int:
+    def size_of(self, path: StorePath) -> int:
         """Bytes of a unit, or of anything else in the store; 0 for what is not there."""
-        return disk_bytes(path)
+        return disk_bytes(local_path(path))
 
     # what a backend repeats in a features unit beside the matrix has to be checked with it
     def _verify_extras(self, slide: SlideReader, entry: str) -> None:  # noqa: B027
@@ -135,15 +134,15 @@ class ReadableStore(ABC):
 
     # ---------------------------------------------------------------- paths
 
-    def tiles_path(self, slide_id: str) -> Path:
+    def tiles_path(self, slide_id: str) -> StorePath:
         """Where the tiles unit of a slide lies, or would lie."""
         return self.path / "tiles" / f"{encode_id(slide_id)}{self.suffix}"
 
-    def feature_path(self, slide_id: str, entry: str) -> Path:
+    def feature_path(self, slide_id: str, entry: str) -> StorePath:
         """Where the features unit of a slide lies, or would lie."""
         return self._folder(entry) / f"{encode_id(slide_id)}{self.suffix}"
 
-    def unit_paths(self, entry: str | None = None) -> dict[str, Path]:
+    def unit_paths(self, entry: str | None = None) -> dict[str, StorePath]:
         """Slide id to path of every unit that is there, complete or damaged: of tiles, or of an entry's features.
 
         A unit with a long id whose record cannot be read appears under its file name.
@@ -154,7 +153,7 @@ class ReadableStore(ABC):
         units = {name: folder / f"{name}{self.suffix}" for name in self._unit_names(folder)}
         return {self._id_of(name, unit) or name: unit for name, unit in units.items()}
 
-    def leftovers(self) -> list[Path]:
+    def leftovers(self) -> list[StorePath]:
         """What dead writers left: half-built units, drafts and their rows. Some may belong to a writer at work."""
         folders = [self.path, *(self._folder(entry) for entry in (None, *self.entries())), self.path / "features"]
         return sorted({path for folder in folders for path in folder.glob("~*")})
@@ -255,7 +254,7 @@ class ReadableStore(ABC):
 
     # ---------------------------------------------------------------- within
 
-    def _folder(self, entry: str | None) -> Path:
+    def _folder(self, entry: str | None) -> StorePath:
         return self.path / "tiles" if entry is None else self.path / "features" / entry
 
     def _form_of(self, entry: str) -> tuple[int, str]:
@@ -289,7 +288,7 @@ class ReadableStore(ABC):
             self._index.put(unit, age, line)
         return line
 
-    def _id_of(self, name: str, unit: Path) -> str | None:
+    def _id_of(self, name: str, unit: StorePath) -> str | None:
         """The slide id of a unit, from its file name or its record; None when neither tells."""
         slide_id = decode_id(name)
         if slide_id is not None:
@@ -299,7 +298,7 @@ class ReadableStore(ABC):
         except (StoreError, LookupError):
             return None
 
-    def _read_group(self, file: Path) -> dict[str, Any]:
+    def _read_group(self, file: StorePath) -> dict[str, Any]:
         """The record of the store or of an entry."""
         try:
             record = self._unwrap(json.loads(file.read_text(encoding="utf-8")))
@@ -324,5 +323,5 @@ class ReadableStore(ABC):
         return SlideNotFoundError(f"got slide {slide_id!r} → store {self.path} has no such slide → {hint}")
 
 
-def _unreadable(file: Path, error: Exception) -> UnitCorruptError:
+def _unreadable(file: StorePath, error: Exception) -> UnitCorruptError:
     return UnitCorruptError(f"got {file} → it is damaged or not ours ({error!r}) → run mil store verify to see the fix")

@@ -11,8 +11,8 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from hashlib import sha256
-from pathlib import Path, PosixPath
-from typing import Any, NoReturn, Self
+from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import unquote
 
 from extract.errors import ExtractError, StoreError, StoreUnreachableError
@@ -29,44 +29,79 @@ _PATIENCE: dict[str, dict[str, Any]] = {
 """Options of a service by its scheme, so that a network that is gone is told within seconds."""
 
 
-def store_path(text: str | Path) -> Path:
-    """The path of a store: a `RemotePath` for a URL, an ordinary path for all else, ``file://`` included.
-
-    Args:
-        text: a path or a URL; also a URL that was made a `pathlib.Path`, which lost one of its slashes.
-    """
-    if isinstance(text, RemotePath):
-        return text
-    found = _URL.fullmatch(str(text))
-    if found is None:
-        return Path(text)
-    scheme, rest = found.groups()
-    if scheme.lower() in ("file", "local"):
-        return Path("/" + unquote(rest))
-    return RemotePath(f"{scheme}://{rest}")
-
-
-class RemotePath(PosixPath):
+@functools.total_ordering
+class RemotePath:
     """The path of an object, or of all objects below a name.
 
     Names are put together as with any path. What reads or writes goes through fsspec, and asks the service each time.
-    Whatever takes it for a file of this machine fails.
+    It is no `pathlib.Path` and no `os.PathLike`: ``open`` and ``os`` do not take it; see `local_path`.
 
     Example:
         >>> str(RemotePath("s3://bucket/cohort.zarr") / "tiles")
         's3://bucket/cohort.zarr/tiles'
     """
 
+    __slots__ = ("_pure",)
+
+    def __init__(self, text: str | PurePosixPath) -> None:
+        self._pure = PurePosixPath(text)
+
     def __str__(self) -> str:
-        text = super().__str__()
+        text = str(self._pure)
         # pathlib makes one slash of two
         return text.replace(":/", "://", 1) if self.parts[:1] and self.parts[0].endswith(":") else text
 
-    def __fspath__(self) -> NoReturn:
-        raise StoreError(
-            f"got {self} where a file of this machine is needed → it lies elsewhere → copy the store to a disk with "
-            f"mil store convert {self} <folder> --format zarr, and use that"
-        )
+    def __repr__(self) -> str:
+        return f"RemotePath({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RemotePath) and self._pure == other._pure
+
+    def __lt__(self, other: "RemotePath") -> bool:
+        return self._pure < other._pure
+
+    def __hash__(self) -> int:
+        return hash(self._pure)
+
+    def __truediv__(self, name: str) -> "RemotePath":
+        return RemotePath(self._pure / name)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Scheme, bucket and names."""
+        return self._pure.parts
+
+    @property
+    def name(self) -> str:
+        """The last name."""
+        return self._pure.name
+
+    @property
+    def stem(self) -> str:
+        """The last name without its suffix."""
+        return self._pure.stem
+
+    @property
+    def suffix(self) -> str:
+        """The end of the last name, with its dot; empty where there is none."""
+        return self._pure.suffix
+
+    @property
+    def parent(self) -> "RemotePath":
+        """The path without its last name."""
+        return RemotePath(self._pure.parent)
+
+    def with_name(self, name: str) -> "RemotePath":
+        """The path with another last name."""
+        return RemotePath(self._pure.with_name(name))
+
+    def relative_to(self, other: "RemotePath") -> PurePosixPath:
+        """The names that lead here from ``other``.
+
+        Raises:
+            ValueError: none do.
+        """
+        return self._pure.relative_to(other._pure)
 
     # ---------------------------------------------------------------- what is there
 
@@ -114,7 +149,7 @@ class RemotePath(PosixPath):
         info = self.info()
         return info is not None and info["type"] == "directory"
 
-    def iterdir(self) -> Generator[Self, None, None]:
+    def iterdir(self) -> Generator["RemotePath", None, None]:
         """What lies directly below it."""
         yield from (self / name for name in sorted(self._children()))
 
@@ -122,11 +157,11 @@ class RemotePath(PosixPath):
         """Sorted names directly below it that have objects below them."""
         return sorted(name for name, kind in self._children().items() if kind == "directory")
 
-    def glob(self, pattern: Any, **_: Any) -> Generator[Self, None, None]:
+    def glob(self, pattern: Any, **_: Any) -> Generator["RemotePath", None, None]:
         """What lies directly below it with a name of this pattern."""
         yield from (each for each in self.iterdir() if fnmatchcase(each.name, str(pattern)))
 
-    def rglob(self, pattern: Any, **_: Any) -> Generator[Self, None, None]:
+    def rglob(self, pattern: Any, **_: Any) -> Generator["RemotePath", None, None]:
         """All objects below it with a name of this pattern."""
         yield from (self / name for name in sorted(self.files()) if fnmatchcase(name.rpartition("/")[2], str(pattern)))
 
@@ -201,15 +236,15 @@ class RemotePath(PosixPath):
     def mkdir(self, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: there are no folders."""
 
-    def absolute(self) -> Self:
+    def absolute(self) -> "RemotePath":
         """The path itself: a URL says all."""
         return self
 
-    def resolve(self, strict: bool = False) -> Self:
+    def resolve(self, strict: bool = False) -> "RemotePath":
         """The path itself: there are no links."""
         return self
 
-    def expanduser(self) -> Self:
+    def expanduser(self) -> "RemotePath":
         """The path itself: a service has no home folders."""
         return self
 
@@ -230,6 +265,41 @@ class RemotePath(PosixPath):
                 return {}
             names = {str(each["name"]).rstrip("/"): str(each["type"]) for each in found}
             return {name.rpartition("/")[2]: kind for name, kind in names.items() if name != key.rstrip("/")}
+
+
+StorePath = Path | RemotePath
+"""Where a store lies: on a disk of this machine, or not."""
+
+
+def store_path(text: str | StorePath) -> StorePath:
+    """The path of a store: a `RemotePath` for a URL, an ordinary path for all else, ``file://`` included.
+
+    Args:
+        text: a path or a URL; also a URL that was made a `pathlib.Path`, which lost one of its slashes.
+    """
+    if isinstance(text, RemotePath):
+        return text
+    found = _URL.fullmatch(str(text))
+    if found is None:
+        return Path(text)
+    scheme, rest = found.groups()
+    if scheme.lower() in ("file", "local"):
+        return Path("/" + unquote(rest))
+    return RemotePath(f"{scheme}://{rest}")
+
+
+def local_path(path: StorePath) -> Path:
+    """The path, where only a file of this machine will do.
+
+    Raises:
+        StoreError: it lies elsewhere.
+    """
+    if isinstance(path, Path):
+        return path
+    raise StoreError(
+        f"got {path} where a file of this machine is needed → it lies elsewhere → copy the store to a disk with "
+        f"mil store convert {path} <folder> --format zarr, and use that"
+    )
 
 
 def age_of(info: Mapping[str, Any]) -> int:

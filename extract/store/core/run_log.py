@@ -6,10 +6,10 @@ import re
 import socket
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from extract.store.core.files import clear_when_full
+from extract.store.core.remote_path import StorePath, local_path
 
 
 class RunLog:
@@ -19,7 +19,7 @@ class RunLog:
         path: ``runs/<started>-<host>-<pid>.jsonl``.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: StorePath) -> None:
         started = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
         host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
         with clear_when_full(folder):
@@ -28,7 +28,8 @@ class RunLog:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line and push it to the file."""
-        with clear_when_full(self.path), open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        path = local_path(self.path)
+        with clear_when_full(path), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text_of(line))
 
     def close(self) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from extract.errors import EntryNotFoundError, StoreError, UnitCorruptError
 from extract.store.core.fingerprint import fingerprint
 from extract.store.core.recipes import FeatureRecipe
+from extract.store.core.remote_path import StorePath
 from extract.store.core.rows import Rows, row_index
 from extract.store.core.unit import Form, array_form, has_checksum
 
@@ -20,13 +20,13 @@ _FEATURES_KEYS = ("slide_id", "n_tiles", "sha256", "tiles_sha256", "invalid_rows
 class Units(Protocol):
     """What a reader asks of its store."""
 
-    path: Path
+    path: StorePath
 
-    def tiles_path(self, slide_id: str) -> Path:
+    def tiles_path(self, slide_id: str) -> StorePath:
         """Where the slide's tiles unit lies."""
         ...
 
-    def feature_path(self, slide_id: str, entry: str) -> Path:
+    def feature_path(self, slide_id: str, entry: str) -> StorePath:
         """Where its features unit lies."""
         ...
 
@@ -43,10 +43,10 @@ class Units(Protocol):
         ...
 
     def _form_of(self, entry: str) -> tuple[int, str]: ...
-    def _is_complete(self, unit: Path) -> bool: ...
+    def _is_complete(self, unit: StorePath) -> bool: ...
     def _no_entry(self, entry: str, slide_id: str | None = None) -> EntryNotFoundError: ...
-    def _read_record(self, unit: Path) -> dict[str, Any]: ...
-    def _read_array(self, unit: Path, name: str, rows: slice | np.ndarray | None = None) -> np.ndarray: ...
+    def _read_record(self, unit: StorePath) -> dict[str, Any]: ...
+    def _read_array(self, unit: StorePath, name: str, rows: slice | np.ndarray | None = None) -> np.ndarray: ...
     def _verify_extras(self, slide: "SlideReader", entry: str) -> None: ...
 
 
@@ -118,7 +118,7 @@ class SlideReader:
         """Names of the entries in which the slide has complete features."""
         return [entry for entry in self._store.entries() if self._store.has_features(self.slide_id, entry)]
 
-    def feature_path(self, entry: str) -> Path:
+    def feature_path(self, entry: str) -> StorePath:
         """Where the features unit lies.
 
         Raises:
@@ -226,7 +226,7 @@ class SlideReader:
         self._check_form(f"features {entry!r}", array, ((n, dim), dtype), unit)
         return array
 
-    def _check_form(self, what: str, array: np.ndarray, form: Form, unit: Path) -> None:
+    def _check_form(self, what: str, array: np.ndarray, form: Form, unit: StorePath) -> None:
         if (array.shape, array.dtype.name) != form:
             raise UnitCorruptError(
                 f"got {what} of slide {self.slide_id!r} as {array.dtype} {list(array.shape)} → expected {form[1]} "
@@ -253,7 +253,7 @@ class SlideReader:
         index = row_index(rows, n, f"features {entry!r} of slide {self.slide_id!r}")
         return index if kept is None else kept[index]
 
-    def _checked(self, unit: Path, keys: Sequence[str]) -> dict[str, Any]:
+    def _checked(self, unit: StorePath, keys: Sequence[str]) -> dict[str, Any]:
         """The record of a unit of this slide, with at least these keys."""
         record = self._store._read_record(unit)
         if absent := [key for key in keys if key not in record]:
@@ -268,7 +268,7 @@ class SlideReader:
             )
         return record
 
-    def _damaged(self, what: str, unit: Path) -> UnitCorruptError:
+    def _damaged(self, what: str, unit: StorePath) -> UnitCorruptError:
         return UnitCorruptError(
             f"got {what} of slide {self.slide_id!r} that do not match their checksum → the file was damaged or changed "
             f"after it was written → delete {unit} and run mil extract again"

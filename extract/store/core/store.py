@@ -21,6 +21,7 @@ from extract.store.core.files import clear_when_full, commit, discard, identity,
 from extract.store.core.fingerprint import difference, fingerprint, to_dict
 from extract.store.core.readable_store import ENTRY_NAME, FORMAT, ReadableStore
 from extract.store.core.recipes import Execution, FeatureRecipe, TileRecipe, from_dict
+from extract.store.core.remote_path import StorePath, local_path
 from extract.store.core.run_log import RunLog
 from extract.store.core.unit import TilesUnit, features_record, has_checksum, tiles_arrays, tiles_record
 
@@ -33,7 +34,7 @@ class Store(ReadableStore):
     """
 
     @classmethod
-    def create(cls, path: Path, recipe: TileRecipe) -> Self:
+    def create(cls, path: StorePath, recipe: TileRecipe) -> Self:
         """Open the store at ``path`` for writing, or make it.
 
         Raises:
@@ -85,16 +86,16 @@ class Store(ReadableStore):
         for name in ("tiles", "features"):
             (self.path / name).mkdir(exist_ok=True)
 
-    def _commit(self, final: Path, build: Callable[[Path], None], needed_bytes: int) -> None:
+    def _commit(self, final: StorePath, build: Callable[[Path], None], needed_bytes: int) -> None:
         """Let a unit be built and put it in its place; the second of two changes nothing."""
-        commit(final, build, needed_bytes)
+        commit(local_path(final), build, needed_bytes)
 
-    def _make_way(self, unit: Path, is_good: Callable[[], bool]) -> None:
+    def _make_way(self, unit: StorePath, is_good: Callable[[], bool]) -> None:
         """Take away what lies at the path of a unit, unless it is good; never what another writer puts there."""
         with suppress(FileNotFoundError):
-            there = identity(unit)
+            there = identity(local_path(unit))
             if not is_good():
-                discard(unit, there)
+                discard(local_path(unit), there)
 
     # ---------------------------------------------------------------- writing
 
@@ -232,16 +233,16 @@ class Store(ReadableStore):
             "tiles": fingerprint(self[slide_id].record),
             "execution": fingerprint(execution),
         }
-        return Draft.open(self.feature_path(slide_id, entry), subject, recipe.dim, recipe.dtype)
+        return Draft.open(local_path(self.feature_path(slide_id, entry)), subject, recipe.dim, recipe.dtype)
 
     def clear_draft(self, slide_id: str, entry: str) -> None:
         """Remove what a killed run left beside embeddings that are complete."""
         self._check_writable()
-        clear_draft(self.feature_path(slide_id, entry))
+        clear_draft(local_path(self.feature_path(slide_id, entry)))
 
     def is_claimed(self, slide_id: str, entry: str) -> bool:
         """Whether another process is at work on a slide's embeddings."""
-        return is_claimed(self.feature_path(slide_id, entry))
+        return is_claimed(local_path(self.feature_path(slide_id, entry)))
 
     def write_index(self, anew: bool = False) -> None:
         """Write ``index.json``, by which the store is listed faster; see `extract.store.core.index`.
@@ -255,7 +256,7 @@ class Store(ReadableStore):
         if anew:
             self._index.clear()
         units = [
-            unit.relative_to(self.path).as_posix()
+            "/".join(unit.parts[len(self.path.parts) :])
             for entry in (None, *self.entries())
             for unit in self.unit_paths(entry).values()
         ]

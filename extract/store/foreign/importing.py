@@ -18,6 +18,7 @@ from extract.store import Execution, Store, TilesUnit, create_store, difference,
 from extract.store.core.files import partial_path
 from extract.store.core.fingerprint import SlideFingerprint, canonical_json, fingerprint, sha256_of
 from extract.store.core.recipes import UNKNOWN, is_unknown
+from extract.store.core.remote_path import StorePath
 from extract.store.foreign.detect import Found, Survey, survey
 from extract.store.foreign.layouts.base import Answers, ForeignBag
 from extract.store.foreign.recipes import imported_feature_recipe, imported_tile_recipe, source_hash
@@ -72,7 +73,7 @@ class ImportReport:
 
 def import_bags(
     source: str | Path,
-    store: str | Path,
+    store: str | StorePath,
     entry: str | None = None,
     answers: Answers | None = None,
     format: str | None = None,
@@ -105,7 +106,7 @@ def import_bags(
     """
     answers = answers or Answers()
     seen = survey(Path(source), answers)
-    return _Import(seen, Path(store), entry, answers, format, recipe_name, progress).run()
+    return _Import(seen, Path(str(store)), entry, answers, format, recipe_name, progress).run()
 
 
 class _Import:

@@ -21,6 +21,7 @@ import numpy as np
 
 from extract.errors import UnitCorruptError
 from extract.store.core.recipes import TileRecipe
+from extract.store.core.remote_path import StorePath, local_path
 from extract.store.core.slide_reader import SlideReader
 from extract.store.core.store import Store
 from extract.store.core.unit import PICTURES, encode_id
@@ -49,18 +50,18 @@ class H5Store(Store):
     def _root_record(cls, recipe: TileRecipe) -> dict[str, Any]:
         return {"backend": "h5", **super()._root_record(recipe)}
 
-    def _unit_names(self, folder: Path) -> list[str]:
+    def _unit_names(self, folder: StorePath) -> list[str]:
         try:
-            names = os.listdir(folder)
+            names = os.listdir(local_path(folder))
         except FileNotFoundError:
             return []
         return sorted(name.removesuffix(".h5") for name in names if name.endswith(".h5") and not name.startswith("~"))
 
-    def _read_record(self, unit: Path) -> dict[str, Any]:
-        return read_record(unit)
+    def _read_record(self, unit: StorePath) -> dict[str, Any]:
+        return read_record(local_path(unit))
 
-    def _read_array(self, unit: Path, name: str, rows: slice | np.ndarray | None = None) -> np.ndarray:
-        return read_array(unit, name, rows)
+    def _read_array(self, unit: StorePath, name: str, rows: slice | np.ndarray | None = None) -> np.ndarray:
+        return read_array(local_path(unit), name, rows)
 
     def _build_tiles(self, partial: Path, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
         write_h5(partial, record, arrays, {}, compressed=PICTURES)
@@ -79,7 +80,7 @@ class H5Store(Store):
     def _verify_extras(self, slide: SlideReader, entry: str) -> None:
         if "coords" not in slide.record["sha256"]:
             return
-        unit = slide.feature_path(entry)
+        unit = local_path(slide.feature_path(entry))
         same = np.array_equal(read_array(unit, "coords"), slide.coords())
         if not same or read_attributes(unit, "coords") != self._attributes(slide, entry):
             raise UnitCorruptError(

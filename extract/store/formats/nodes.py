@@ -11,6 +11,7 @@ import numpy as np
 from extract.errors import StoreError, StoreUnreachableError, UnitCorruptError
 from extract.store.core.files import write_json
 from extract.store.core.fingerprint import fingerprint
+from extract.store.core.remote_path import StorePath, local_path
 from extract.store.core.rows import take_rows
 
 _ZARR_TYPES = {"float16": "<f2", "float32": "<f4", "int32": "<i4"}
@@ -63,7 +64,7 @@ def record_in(metadata: Any) -> dict[str, Any]:
     return record
 
 
-def read_record(node: Path) -> dict[str, Any]:
+def read_record(node: StorePath) -> dict[str, Any]:
     """Our attributes of a Zarr node."""
     try:
         text = (node / "zarr.json").read_bytes()
@@ -78,7 +79,7 @@ def read_record(node: Path) -> dict[str, Any]:
         ) from error
 
 
-def map_array(folder: Path, rows: slice | np.ndarray | None = None) -> np.ndarray:
+def map_array(folder: StorePath, rows: slice | np.ndarray | None = None) -> np.ndarray:
     """Map the array's single raw chunk, or read it with zarr-python when it is stored in any other way.
 
     Args:
@@ -92,7 +93,7 @@ def map_array(folder: Path, rows: slice | np.ndarray | None = None) -> np.ndarra
     return array if rows is None else array[rows]
 
 
-def raw_layout(folder: Path) -> tuple[tuple[int, ...], np.dtype[Any]] | None:
+def raw_layout(folder: StorePath) -> tuple[tuple[int, ...], np.dtype[Any]] | None:
     """Shape and dtype of an array that is one raw chunk; None if it is stored in any other way.
 
     Raises:
@@ -112,16 +113,16 @@ def raw_layout(folder: Path) -> tuple[tuple[int, ...], np.dtype[Any]] | None:
     return (shape, np.dtype(_ZARR_TYPES[layout["data_type"]])) if raw else None
 
 
-def chunk_path(folder: Path, shape: tuple[int, ...]) -> Path:
+def chunk_path(folder: StorePath, shape: tuple[int, ...]) -> StorePath:
     """Where the single chunk of an array of this shape lies."""
     return folder / "/".join(["c", *("0" for _ in shape)])
 
 
-def _map_chunk(folder: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+def _map_chunk(folder: StorePath, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     expected = math.prod(shape) * dtype.itemsize
     if expected == 0:
         return np.empty(shape, dtype)
-    chunk = chunk_path(folder, shape)
+    chunk = local_path(chunk_path(folder, shape))
     size = chunk.stat().st_size if chunk.is_file() else -1
     if size != expected:
         raise UnitCorruptError(
@@ -131,7 +132,7 @@ def _map_chunk(folder: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np
     return np.memmap(chunk, dtype=dtype, mode="r", shape=shape).view(np.ndarray)
 
 
-def read_with_zarr(folder: Path, rows: slice | np.ndarray | None = None) -> np.ndarray:
+def read_with_zarr(folder: StorePath, rows: slice | np.ndarray | None = None) -> np.ndarray:
     """Read an array, or some of its rows, with zarr-python, whatever its chunks and codecs; a URL through fsspec.
 
     Raises:
@@ -152,7 +153,7 @@ def write_array(folder: Path, array: np.ndarray, record: Mapping[str, Any] | Non
     """Write an array as one raw chunk, the metadata last."""
     folder.mkdir(parents=True)
     if array.size:
-        chunk = chunk_path(folder, array.shape)
+        chunk = local_path(chunk_path(folder, array.shape))
         chunk.parent.mkdir(parents=True)
         little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
         # not ndarray.tofile: its error on a full disk has no errno

@@ -1,11 +1,9 @@
 """Which backends there are, and opening a store whatever its backend."""
 
-from pathlib import Path
-
 from extract.errors import StoreError
 from extract.store.core.readable_store import Mode
 from extract.store.core.recipes import TileRecipe
-from extract.store.core.remote_path import RemotePath, store_path
+from extract.store.core.remote_path import RemotePath, StorePath, store_path
 from extract.store.core.store import Store
 from extract.store.formats.h5_store import H5Store
 from extract.store.formats.remote_store import RemoteStore
@@ -14,13 +12,13 @@ from extract.store.formats.zarr_store import ZarrStore
 BACKENDS: dict[str, type[Store]] = {"zarr": ZarrStore, "h5": H5Store}
 
 
-def find_format(path: str | Path) -> str | None:
+def find_format(path: str | StorePath) -> str | None:
     """The backend of the store at ``path``, from what is in it; None when there is no store."""
     there = store_path(path)
     return next((name for name, backend in BACKENDS.items() if (there / backend.root_name).is_file()), None)
 
 
-def find_backend(path: Path, format: str) -> type[Store]:
+def find_backend(path: StorePath, format: str) -> type[Store]:
     """The class of a store at a path.
 
     Raises:
@@ -36,7 +34,7 @@ def find_backend(path: Path, format: str) -> type[Store]:
     return RemoteStore
 
 
-def open_store(path: str | Path, mode: Mode = "r") -> Store:
+def open_store(path: str | StorePath, mode: Mode = "r") -> Store:
     """Open a store, of whatever backend.
 
     Args:
@@ -59,7 +57,7 @@ def open_store(path: str | Path, mode: Mode = "r") -> Store:
     return find_backend(path, name)(path, mode)
 
 
-def _no_store(path: Path) -> StoreError:
+def _no_store(path: StorePath) -> StoreError:
     """What there is instead of a store, and what to do about it."""
     if path.is_file():
         return StoreError(f"got {path} as store → it is a file → name the folder that mil extract --store wrote")
@@ -75,7 +73,7 @@ def _no_store(path: Path) -> StoreError:
     )
 
 
-def create_store(path: str | Path, recipe: TileRecipe, format: str | None = None) -> Store:
+def create_store(path: str | StorePath, recipe: TileRecipe, format: str | None = None) -> Store:
     """Open the store at ``path`` for writing, or make it.
 
     Args:
@@ -91,7 +89,7 @@ def create_store(path: str | Path, recipe: TileRecipe, format: str | None = None
     return find_backend(path, check_format(path, format)).create(path, recipe)
 
 
-def check_format(path: str | Path, format: str | None) -> str:
+def check_format(path: str | StorePath, format: str | None) -> str:
     """The format that a store at ``path`` has or will have.
 
     Raises:

@@ -4,10 +4,10 @@ import atexit
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from extract.errors import StoreUnreachableError
+from extract.store.core.remote_path import RemotePath
 from extract.store.core.run_log import RunLog, text_of
 
 _FLUSH_S = 30.0
@@ -19,7 +19,7 @@ class RemoteRunLog(RunLog):
     A process that is killed loses the lines of its last 30 s; what the store holds does not depend on them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: RemotePath) -> None:
         super().__init__(folder)
         self._lines: list[str] = []
         self._written, self._at = 0, 0.0

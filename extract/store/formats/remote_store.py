@@ -23,7 +23,7 @@ from extract.errors import StoreUnreachableError, UnitCorruptError
 from extract.store.core.draft import Draft
 from extract.store.core.files import clear_when_full
 from extract.store.core.recipes import Execution
-from extract.store.core.remote_path import RemotePath, age_of
+from extract.store.core.remote_path import RemotePath, StorePath, age_of
 from extract.store.core.run_log import RunLog
 from extract.store.formats.nodes import chunk_path, raw_layout, read_with_zarr
 from extract.store.formats.remote_log import RemoteRunLog
@@ -56,6 +56,10 @@ class _Listing:
 class RemoteDraft(Draft):
     """A draft that claims nothing and saves nothing: without renames and appends, a slide is done as a whole."""
 
+    def __init__(self, dim: int, dtype: str) -> None:
+        # nothing is ever made of this name
+        super().__init__(Path("draft"), dim, dtype)
+
     def save(self, *_: object) -> None:
         """Nothing."""
 
@@ -72,8 +76,8 @@ class RemoteDraft(Draft):
 class RemoteStore(ZarrStore):
     """A Zarr store at a URL. Reading copies: arrays are in memory, and a slice of rows is all that is sent."""
 
-    def __init__(self, path: str | Path, mode: Any = "r+") -> None:
-        self._listings: dict[Path, _Listing] = {}
+    def __init__(self, path: str | StorePath, mode: Any = "r+") -> None:
+        self._listings: dict[StorePath, _Listing] = {}
         self._last: tuple[object, np.ndarray] | None = None
         super().__init__(path, mode)
 
@@ -85,23 +89,23 @@ class RemoteStore(ZarrStore):
             self._list(self.path / "tiles")
         return super().slide_ids(entry)
 
-    def leftovers(self) -> list[Path]:
+    def leftovers(self) -> list[StorePath]:
         """Units without a record: of dead writers, or of some at work."""
         folders = [self._folder(entry) for entry in (None, *self.entries())]
         found = [(folder, self._list(folder)) for folder in folders]
         return sorted(folder / name for folder, listing in found for name in listing.sizes.keys() - listing.ages)
 
-    def size_of(self, path: Path) -> int:
+    def size_of(self, path: StorePath) -> int:
         """Bytes of a unit, or of anything else in the store; 0 for what is not there."""
         listing = self._recent(path.parent)
         if listing is not None and path.name in listing.sizes:
             return listing.sizes[path.name]
         return sum(int(info["size"]) for info in cast(RemotePath, path).files().values())
 
-    def _unit_names(self, folder: Path) -> list[str]:
+    def _unit_names(self, folder: StorePath) -> list[str]:
         return sorted(self._list(folder).ages)
 
-    def _is_complete(self, unit: Path) -> bool:
+    def _is_complete(self, unit: StorePath) -> bool:
         return self._age(str(unit)[len(self._prefix) :]) is not None
 
     def _age(self, unit: str) -> int | None:
@@ -111,7 +115,7 @@ class RemoteStore(ZarrStore):
             return listing.ages[path.name]
         return cast(RemotePath, path / self.entry_name).age()
 
-    def _list(self, folder: Path) -> _Listing:
+    def _list(self, folder: StorePath) -> _Listing:
         """Ask what lies in a folder of units."""
         listing = _Listing(time.monotonic())
         for name, info in cast(RemotePath, folder).files().items():
@@ -124,14 +128,14 @@ class RemoteStore(ZarrStore):
         self._listings[folder] = listing
         return listing
 
-    def _recent(self, folder: Path) -> _Listing | None:
+    def _recent(self, folder: StorePath) -> _Listing | None:
         """What was said of a folder a moment ago."""
         listing = self._listings.get(folder)
         return listing if listing is not None and time.monotonic() - listing.at < _LIST_S else None
 
     # ---------------------------------------------------------------- reading
 
-    def _read_array(self, unit: Path, name: str, rows: slice | np.ndarray | None = None) -> np.ndarray:
+    def _read_array(self, unit: StorePath, name: str, rows: slice | np.ndarray | None = None) -> np.ndarray:
         if not isinstance(unit, RemotePath):
             # it is being built, in a folder of this machine
             return super()._read_array(unit, name, rows)
@@ -162,7 +166,7 @@ class RemoteStore(ZarrStore):
         """Begin to compute a slide's embeddings; there are never any rows of an earlier run."""
         self._check_writable()
         recipe = self.feature_recipe(entry)
-        return RemoteDraft(self.feature_path(slide_id, entry), recipe.dim, recipe.dtype)
+        return RemoteDraft(recipe.dim, recipe.dtype)
 
     def clear_draft(self, slide_id: str, entry: str) -> None:
         """Nothing: there are no drafts."""
@@ -175,9 +179,9 @@ class RemoteStore(ZarrStore):
     def start_run(self) -> RunLog:
         """Open a new log of this run under ``runs/``; see `RemoteRunLog`."""
         self._check_writable()
-        return RemoteRunLog(self.path / "runs")
+        return RemoteRunLog(cast(RemotePath, self.path / "runs"))
 
-    def _make_way(self, unit: Path, is_good: Callable[[], bool]) -> None:
+    def _make_way(self, unit: StorePath, is_good: Callable[[], bool]) -> None:
         # a writer may be at work on a unit without a record; whoever is next takes over what is equal
         if not (unit / self.entry_name).is_file() or is_good():
             return
@@ -186,7 +190,7 @@ class RemoteStore(ZarrStore):
         for name in cast(RemotePath, unit).files():
             (unit / name).unlink(missing_ok=True)
 
-    def _commit(self, final: Path, build: Callable[[Path], None], needed_bytes: int) -> None:
+    def _commit(self, final: StorePath, build: Callable[[Path], None], needed_bytes: int) -> None:
         unit = cast(RemotePath, final)
         there = unit.files()
         if self.entry_name in there:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from extract.store.core.files import members, replace_json, write_json
+from extract.store.core.remote_path import StorePath
 from extract.store.core.store import Store
 from extract.store.core.unit import PICTURES
 from extract.store.formats.nodes import group_metadata, map_array, read_record, record_in, write_array, write_picture
@@ -41,13 +42,13 @@ class ZarrStore(Store):
             if not (self.path / name / "zarr.json").is_file():
                 replace_json(self.path / name / "zarr.json", group_metadata({}))
 
-    def _unit_names(self, folder: Path) -> list[str]:
+    def _unit_names(self, folder: StorePath) -> list[str]:
         return members(folder)
 
-    def _read_record(self, unit: Path) -> dict[str, Any]:
+    def _read_record(self, unit: StorePath) -> dict[str, Any]:
         return read_record(unit)
 
-    def _read_array(self, unit: Path, name: str, rows: slice | np.ndarray | None = None) -> np.ndarray:
+    def _read_array(self, unit: StorePath, name: str, rows: slice | np.ndarray | None = None) -> np.ndarray:
         return map_array(unit if name == "features" else unit / name, rows)
 
     def _build_tiles(self, partial: Path, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:

@@ -1,14 +1,13 @@
 """From one backend to another: the same records, checksums and array bytes in another layout."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from extract.errors import StoreError, StoreFullError
 from extract.store.core.files import clear_when_full, partial_path, remove
-from extract.store.core.remote_path import RemotePath, store_path
+from extract.store.core.remote_path import RemotePath, StorePath, store_path
 from extract.store.core.slide_reader import SlideReader
 from extract.store.core.store import Store
 from extract.store.formats.opening import create_store, open_store
@@ -28,15 +27,15 @@ class ConversionReport:
         failed: why a unit could not be taken over, by ``slide`` or ``slide [entry]``.
     """
 
-    path: Path
+    path: StorePath
     copied: int = 0
     skipped: int = 0
     failed: dict[str, str] = field(default_factory=dict)
 
 
 def convert_store(
-    source: str | Path,
-    target: str | Path,
+    source: str | StorePath,
+    target: str | StorePath,
     format: str,
     entries: Collection[str] | None = None,
     progress: Progress | None = None,
@@ -119,9 +118,10 @@ def _check_same(same: bool, slide_id: str, new: Store) -> None:
         )
 
 
-def _copy_logs(source: Path, target: Path) -> None:
+def _copy_logs(source: StorePath, target: StorePath) -> None:
     """Copy the logs of the runs that made the store."""
-    for log in sorted(source.glob("*.jsonl")):
+    logs: Iterable[StorePath] = source.glob("*.jsonl")
+    for log in sorted(logs, key=lambda each: each.name):
         if (target / log.name).exists():
             continue
         if isinstance(target, RemotePath):

@@ -6,16 +6,16 @@ a changed key, number or blank shows.
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from extract.store.core.remote_path import StorePath
 from extract.store.core.unit import PICTURES
 from extract.store.formats.nodes import array_metadata, group_metadata
 
 
-def tiles_form_problems(unit: Path, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
+def tiles_form_problems(unit: StorePath, record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> list[str]:
     """Problems in the metadata of a tiles unit.
 
     Args:
@@ -30,7 +30,7 @@ def tiles_form_problems(unit: Path, record: Mapping[str, Any], arrays: Mapping[s
     return problems
 
 
-def features_form_problems(unit: Path, record: Mapping[str, Any], matrix: np.ndarray) -> list[str]:
+def features_form_problems(unit: StorePath, record: Mapping[str, Any], matrix: np.ndarray) -> list[str]:
     """Problems in the metadata of a features unit, which another program may have chunked anew."""
     expected = array_metadata(matrix, record)
     metadata = json.loads((unit / "zarr.json").read_bytes())
@@ -43,7 +43,7 @@ def features_form_problems(unit: Path, record: Mapping[str, Any], matrix: np.nda
     return _problems(unit, "features", expected)
 
 
-def _problems(node: Path, name: str, expected: Mapping[str, Any]) -> list[str]:
+def _problems(node: StorePath, name: str, expected: Mapping[str, Any]) -> list[str]:
     text = (node / "zarr.json").read_bytes()
     metadata = json.loads(text)
     if _without_defaults(metadata) != expected:

@@ -13,7 +13,7 @@ from pathlib import Path
 from extract.errors import StoreError
 from extract.store.core.draft import LEASE_S, is_claimed
 from extract.store.core.files import disk_bytes, remove, sync
-from extract.store.core.remote_path import RemotePath
+from extract.store.core.remote_path import RemotePath, StorePath, local_path
 from extract.store.core.store import Store
 from extract.store.upkeep.summary import QUARANTINE
 from extract.store.upkeep.verify import Finding
@@ -87,7 +87,7 @@ def plan_repair(findings: Iterable[Finding]) -> RepairPlan:
     left = []
     for finding in findings:
         if finding.movable:
-            by_path.setdefault(finding.path, []).append(finding)
+            by_path.setdefault(local_path(finding.path), []).append(finding)
         else:
             left.append(finding)
     moves = [
@@ -98,7 +98,7 @@ def plan_repair(findings: Iterable[Finding]) -> RepairPlan:
     return RepairPlan(tuple(moves), tuple(left))
 
 
-def check_on_disk(path: Path) -> None:
+def check_on_disk(path: StorePath) -> Path:
     """Refuse to mend a store at a URL: nothing can be moved there, and nobody is seen at work.
 
     Raises:
@@ -110,6 +110,7 @@ def check_on_disk(path: Path) -> None:
             f"{path}, remove these units with the tool of the service (aws s3 rm --recursive UNIT), and run mil "
             f"extract again"
         )
+    return path
 
 
 def repair_store(store: Store, plan: RepairPlan) -> list[Path]:
@@ -126,14 +127,14 @@ def repair_store(store: Store, plan: RepairPlan) -> list[Path]:
         OSError: a unit cannot be moved; those before it are.
         StoreError: the store lies at a URL.
     """
-    check_on_disk(store.path)
+    root = check_on_disk(store.path)
     moved: list[Path] = []
     folder: Path | None = None
     for move in plan.moves:
         if _identity(move.path) != move.identity:
             continue
-        folder = folder or _new_quarantine(store.path)
-        target = folder / move.path.relative_to(store.path)
+        folder = folder or _new_quarantine(root)
+        target = folder / move.path.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.rename(move.path, target)
@@ -157,18 +158,18 @@ def find_garbage(store: Store, older_than_s: float, quarantine: bool = False) ->
             is in quarantine may be younger.
         quarantine: also what repairs moved aside that long ago.
     """
-    check_on_disk(store.path)
+    root = check_on_disk(store.path)
     found = [
         Garbage(path, _kind(path), disk_bytes(path), _age_s(path))
-        for path in store.leftovers()
+        for path in map(local_path, store.leftovers())
         if not _is_at_work(path)
     ]
     found = [garbage for garbage in found if garbage.age_s >= max(older_than_s, YOUNGEST_S)]
-    if quarantine and (store.path / QUARANTINE).is_dir():
+    if quarantine and (root / QUARANTINE).is_dir():
         # the folder of a repair is as old as the repair; what is in it is as old as it was
         aside = [
             Garbage(path, "quarantine", disk_bytes(path), time.time() - path.stat().st_mtime)
-            for path in sorted((store.path / QUARANTINE).iterdir())
+            for path in sorted((root / QUARANTINE).iterdir())
         ]
         found += [garbage for garbage in aside if garbage.age_s >= older_than_s]
     return found

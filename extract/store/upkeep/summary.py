@@ -5,11 +5,11 @@ Linear in the number of slides: one record is read per unit, and no embedding.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from extract.errors import ExtractError, StoreUnreachableError
 from extract.store.core.recipes import tiles_text
+from extract.store.core.remote_path import StorePath
 from extract.store.core.slide_reader import SlideReader
 from extract.store.core.store import Store
 
@@ -98,7 +98,7 @@ class StoreSummary:
         quarantine_bytes: size of what was moved aside.
     """
 
-    path: Path
+    path: StorePath
     format: str
     tile_px: int
     mpp: float | None
@@ -157,12 +157,12 @@ def summarise(store: Store) -> StoreSummary:
     )
 
 
-def _drafted(draft: Path) -> str:
+def _drafted(draft: StorePath) -> str:
     """Name of the unit that a draft is of."""
     return draft.name.removeprefix("~").removesuffix(".draft")
 
 
-def _units(store: Store, entry: str) -> dict[str, Path]:
+def _units(store: Store, entry: str) -> dict[str, StorePath]:
     """The units of an entry; none where its recipe cannot be read."""
     try:
         return store.unit_paths(entry)
@@ -187,9 +187,9 @@ def _state(
     store: Store,
     slide_id: str,
     entry: str,
-    unit: Path | None,
+    unit: StorePath | None,
     reader: SlideReader | None,
-    drafts: set[tuple[Path, str]],
+    drafts: set[tuple[StorePath, str]],
 ) -> tuple[str, int]:
     """What a slide has in an entry, and how many rows that are complete."""
     if unit is None:

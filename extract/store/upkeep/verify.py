@@ -11,7 +11,7 @@ from extract.errors import ExtractError, RecipeError, StoreError, StoreUnreachab
 from extract.store.core.files import members
 from extract.store.core.fingerprint import SlideFingerprint, fingerprint
 from extract.store.core.recipes import FeatureRecipe
-from extract.store.core.remote_path import RemotePath, store_path
+from extract.store.core.remote_path import RemotePath, StorePath, store_path
 from extract.store.core.slide_reader import SlideReader
 from extract.store.core.store import Store
 from extract.store.core.unit import PICTURES
@@ -45,7 +45,7 @@ class Finding:
     slide_id: str | None
     entry: str | None
     what: str
-    path: Path
+    path: StorePath
     fix: str
     movable: bool = True
 
@@ -108,7 +108,7 @@ def verify_store(
     return sorted(set(findings), key=lambda f: (f.slide_id or "", f.entry or "", f.what))
 
 
-def open_or_find(path: Path) -> Store | Finding:
+def open_or_find(path: StorePath) -> Store | Finding:
     """Open a store to check it, or say what is wrong with the file that makes it one.
 
     Raises:
@@ -159,7 +159,7 @@ class _Checker:
         self._store, self._quick, self._slide_files = store, quick, slide_files
         self._fix = f"mil store repair {store.path}, then mil extract again"
 
-    def check_tiles(self, slide_id: str, path: Path) -> tuple[list[Finding], int]:
+    def check_tiles(self, slide_id: str, path: StorePath) -> tuple[list[Finding], int]:
         """Findings about a tiles unit, and how many bytes were read."""
         problems, n_bytes = self._guard(path, lambda: self._tiles_problems(slide_id, path))
         findings = [self._finding(slide_id, None, problem, path) for problem in problems]
@@ -168,7 +168,7 @@ class _Checker:
         return findings, n_bytes
 
     def check_features(
-        self, slide_id: str, entry: str, path: Path, recipe: FeatureRecipe, cut: bool, tiles_are_bad: bool
+        self, slide_id: str, entry: str, path: StorePath, recipe: FeatureRecipe, cut: bool, tiles_are_bad: bool
     ) -> tuple[list[Finding], int]:
         """Findings about a features unit; ``cut`` says whether there are tiles."""
         tiles = self._tiles_record(slide_id) if cut else None
@@ -182,7 +182,7 @@ class _Checker:
         at = self._store.tiles_path(slide_id)
         return [self._finding(slide_id, entry, problem, at) for problem in problems], n_bytes
 
-    def _guard(self, path: Path, look: Callable[[], list[str]]) -> tuple[list[str | OSError], int]:
+    def _guard(self, path: StorePath, look: Callable[[], list[str]]) -> tuple[list[str | OSError], int]:
         """The problems of a unit, what stopped the search for them included, and its size."""
         n_bytes = 0
         try:
@@ -199,9 +199,9 @@ class _Checker:
         except Exception as error:  # noqa: BLE001  a damaged file may do anything to its reader; the others are checked
             problem = f"cannot be read: {type(error).__name__}: {error}"
         # another program may have removed it meanwhile, which is no damage
-        return [problem] if path.is_symlink() or path.exists() else [], n_bytes
+        return [problem] if (isinstance(path, Path) and path.is_symlink()) or path.exists() else [], n_bytes
 
-    def _finding(self, slide_id: str, entry: str | None, problem: str | OSError, path: Path) -> Finding:
+    def _finding(self, slide_id: str, entry: str | None, problem: str | OSError, path: StorePath) -> Finding:
         if isinstance(problem, OSError):
             at = problem.filename or path
             fix = f"let it be read: chmod -R u+rwX {path}"
@@ -216,7 +216,7 @@ class _Checker:
             # found where the tiles are checked
             return None
 
-    def _tiles_problems(self, slide_id: str, path: Path) -> list[str]:
+    def _tiles_problems(self, slide_id: str, path: StorePath) -> list[str]:
         store = self._store
         if store.tiles_path(slide_id) != path:
             return [_misnamed(path)]
@@ -240,7 +240,7 @@ class _Checker:
         return problems + fit_problems(arrays, record, store.tile_recipe)
 
     def _features_problems(
-        self, slide_id: str, entry: str, path: Path, recipe: FeatureRecipe, tiles: Mapping[str, Any] | None
+        self, slide_id: str, entry: str, path: StorePath, recipe: FeatureRecipe, tiles: Mapping[str, Any] | None
     ) -> list[str]:
         store = self._store
         if store.feature_path(slide_id, entry) != path:
@@ -254,7 +254,7 @@ class _Checker:
             problems += features_form_problems(path, record, matrix)
         return problems
 
-    def _link_problems(self, slide_id: str, entry: str, path: Path, tiles: Mapping[str, Any]) -> list[str]:
+    def _link_problems(self, slide_id: str, entry: str, path: StorePath, tiles: Mapping[str, Any]) -> list[str]:
         if self._store._read_record(path)["tiles_sha256"] != fingerprint(tiles):
             return ["these features are of other tiles than the slide has now: one of the two was changed"]
         if not self._quick:
@@ -311,7 +311,7 @@ def _stray_folders(store: Store) -> list[Finding]:
     ]
 
 
-def _misnamed(path: Path) -> str:
+def _misnamed(path: StorePath) -> str:
     return f"no slide's unit is called {path.name!r}: it was renamed or copied by hand"
 
 
@@ -334,7 +334,7 @@ def _read_file(path: Path) -> int:
     return n_bytes
 
 
-def _shorten(error: Exception, path: Path | None = None) -> str:
+def _shorten(error: Exception, path: StorePath | None = None) -> str:
     """What an error says is wrong: without its advice, which is about one file, and the path of the unit."""
     parts = str(error).removeprefix("got ").split(" → ")
     text = ": ".join(parts[:-1] if len(parts) > 2 else parts)

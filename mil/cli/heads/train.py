@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from extract.store.core.remote_path import StorePath
 from mil.cli.console import TargetOption, TaskOption, counted, say, say_start
 from mil.cli.slides import extract as cli_extract
 
@@ -133,12 +134,12 @@ def _print_run(console: Console, run: Any, cautions: Sequence[str]) -> None:
     )
 
 
-def _report(console: Console, folder: Path, store: Path | None) -> None:
+def _report(console: Console, folder: Path, store: StorePath | None) -> None:
     """Write the report and say where."""
     say(console, _write_report(folder, store))
 
 
-def _try_report(folder: Path, store: Path | None) -> str:
+def _try_report(folder: Path, store: StorePath | None) -> str:
     """As `_write_report`; no fault of a page may cost the training behind it."""
     try:
         return _write_report(folder, store)
@@ -146,7 +147,7 @@ def _try_report(folder: Path, store: Path | None) -> str:
         return f"no report: {error}; mil report writes it again"
 
 
-def _write_report(folder: Path, store: Path | None) -> str:
+def _write_report(folder: Path, store: StorePath | None) -> str:
     """Write the report; returns where, or what is missing for it."""
     from extract.errors import ExtractError
     from extract.store import open_store

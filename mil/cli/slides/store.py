@@ -213,8 +213,8 @@ def _verify(
     from extract.store.core.remote_path import store_path
     from extract.store.upkeep.verify import verify_store
 
-    path = store_path(path)
-    store = _open(path)
+    at = store_path(path)
+    store = _open(at)
     if not isinstance(store, Store):
         return [store]
     files = None if slides is None else _slide_files(console, store, slides)
@@ -231,15 +231,15 @@ def _verify(
 
         findings = verify_store(store, entries, workers, report, quick, files)
     with suppress(ExtractError):
-        open_store(path, "r+").write_index(anew=True)
+        open_store(at, "r+").write_index(anew=True)
     seconds = time.monotonic() - started
     read = "records and sizes" if quick else f"{size_text(n_bytes)} ({size_text(n_bytes / max(seconds, 1e-9))}/s)"
     wrong = f"{counted(len(findings), 'problem')}" if findings else "nothing is wrong"
-    say(console, f"{path}: {counted(units, 'unit')}, {read} in {seconds:.1f} s: {wrong}")
+    say(console, f"{at}: {counted(units, 'unit')}, {read} in {seconds:.1f} s: {wrong}")
     return findings
 
 
-def _open(path: Path) -> Any:
+def _open(path: Any) -> Any:
     from extract.store.upkeep.verify import open_or_find
 
     return open_or_find(path)

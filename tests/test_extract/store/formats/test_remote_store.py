@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,7 +13,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import fsspec
 import numpy as np
@@ -20,8 +22,9 @@ import zarr
 
 from extract.errors import StoreError, StoreUnreachableError, UnitCorruptError
 from extract.store import Store, ZarrStore, convert_store, create_store, open_store
-from extract.store.core.remote_path import RemotePath, store_path
+from extract.store.core.remote_path import RemotePath, local_path, store_path
 from extract.store.formats import remote_store as module
+from extract.store.formats.nodes import map_array
 from extract.store.formats.remote_store import RemoteStore
 from extract.store.upkeep.repair import find_garbage
 from extract.store.upkeep.summary import summarise
@@ -344,7 +347,7 @@ def fill(store: Store, n: int) -> None:
     }
     for i in range(1, n):
         for path, text in records.items():
-            path.with_name(str(i)).joinpath("zarr.json").write_text(text)
+            (path.with_name(str(i)) / "zarr.json").write_text(text)
 
 
 def test_a_store_is_listed_by_its_index_and_a_few_lists(store: RemoteStore, monkeypatch: pytest.MonkeyPatch):
@@ -415,7 +418,10 @@ def test_paths_of_urls_are_told_from_paths_of_disks():
         assert path == store_path(text)
         assert copy.deepcopy(path) == path
         assert str(path / "tiles" / "a") == f"{text}/tiles/a"
-        assert (path / "tiles").relative_to(path) == RemotePath("tiles")
+        assert (path / "tiles" / "a").relative_to(path) == PurePosixPath("tiles/a")
+        assert pickle.loads(pickle.dumps(path)) == path  # noqa: S301
+        assert hash(path) == hash(store_path(text))
+        assert sorted([path / "b", path / "a"]) == [path / "a", path / "b"]
     for text in ("cohort.zarr", "/data/c.zarr", "C:/data", "a:b", "s3"):
         assert type(store_path(text)) is type(Path())
         assert str(store_path(text)) == text
@@ -434,9 +440,16 @@ def test_a_file_url_is_a_folder(tmp_path: Path):
 
 def test_a_url_is_never_taken_for_a_file_of_this_machine(store: RemoteStore, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for use in (os.stat, open, os.listdir, lambda path: path.rename("x"), lambda path: path.stat(), os.makedirs):
-        with pytest.raises(StoreError, match=r"got memory://.* where a file of this machine .* mil store convert"):
+    for use in (os.stat, open, os.listdir, os.makedirs, os.fspath, Path, shutil.rmtree):
+        with pytest.raises(TypeError, match="RemotePath"):
             use(store.path)
+    assert not isinstance(store.path, Path | os.PathLike)
+    assert not hasattr(store.path, "rename")
+    assert not hasattr(store.path, "stat")
+    add(store, "s")
+    for need in (local_path, lambda path: map_array(path / "tiles/s/coords")):
+        with pytest.raises(StoreError, match=r"got memory://.* where a file of this machine .* mil store convert"):
+            need(store.path)
     assert list(tmp_path.iterdir()) == []
 
 
