@@ -185,7 +185,7 @@ class Store(ReadableStore):
         final = self.tiles_path(slide_id)
         # a folder that has lost its record is no unit, and would be in the way of one; a record that may not be read is
         # there, and this raises
-        self._make_way(final, lambda: self._age(str(final)[len(self._prefix) :]) is not None)
+        self._make_way(final, lambda: self._age(self._below(final)) is not None)
         self._commit(final, build, sum(array.nbytes for array in arrays.values()))
 
     def commit_features(self, entry: str, record: Mapping[str, Any], matrix: np.ndarray) -> None:
@@ -255,11 +255,7 @@ class Store(ReadableStore):
         self._check_writable()
         if anew:
             self._index.clear()
-        units = [
-            "/".join(unit.parts[len(self.path.parts) :])
-            for entry in (None, *self.entries())
-            for unit in self.unit_paths(entry).values()
-        ]
+        units = [self._below(unit) for entry in (None, *self.entries()) for unit in self.unit_paths(entry).values()]
         # a unit that may not be read is for others to tell
         with suppress(OSError):
             self._index.write([unit for unit in units if self._line(unit) is not None])
@@ -270,6 +266,10 @@ class Store(ReadableStore):
         return RunLog(self.path / "runs")
 
     # ---------------------------------------------------------------- within
+
+    def _below(self, unit: StorePath) -> str:
+        """The path of a unit below the store; the parts of ``.`` are none."""
+        return "/".join(unit.parts[len(self.path.parts) :])
 
     @classmethod
     def _root_record(cls, recipe: TileRecipe) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extract.errors import StoreError, UnitCorruptError
-from extract.store import Store, ZarrStore, open_store
+from extract.store import Store, ZarrStore, create_store, open_store
 from extract.store.core.unit import decode_id, encode_id
 from tests.test_extract.small import feature_recipe, tiles_unit, tree
 from tests.test_extract.store_conformance import RECIPE, StoreConformance, add
@@ -149,3 +149,14 @@ def test_what_is_no_store_is_told_by_what_it_is(tmp_path: Path):
     for name, told in (("slide.tif", "it is a file"), ("absent", "there is nothing"), (".", "mil store import")):
         with pytest.raises(StoreError, match=told):
             open_store(tmp_path / name)
+
+
+def test_a_store_that_is_the_working_folder_keeps_its_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    store = create_store(".", RECIPE)
+    store.write_tiles(tiles_unit("a"))
+    there = store.tiles_path("a").stat().st_mtime_ns
+    store.write_tiles(tiles_unit("a"))
+    assert store.tiles_path("a").stat().st_mtime_ns == there
+    store.write_index()
+    assert list(json.loads(Path("index.json").read_text())["tessera"]["units"]) == ["tiles/a"]
