@@ -7,7 +7,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from extract.store.core.remote_path import RemotePath, local_path, store_path
+from extract.store.core.remote_path import RemotePath, store_path
 from mil.config.options import option_keys
 from mil.errors import ConfigError, did_you_mean, nearest
 
@@ -97,7 +97,7 @@ def coerce(where: str, value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is Path and isinstance(value, str | Path):
-        return local_path(store_path(value).expanduser().absolute())
+        return _local_file(where, value)
     wanted = Mapping if get_origin(kind) is Mapping else kind
     if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
         names = {int: "a whole number", float: "a number", str: "text", Path: "a path", bool: "true or false"}
@@ -106,6 +106,15 @@ def coerce(where: str, value: Any, kind: Any) -> Any:
         fix = f"quote it: {where}='\"{value}\"'" if quote else f"write {where}=<{expected}>"
         raise ConfigError(f"got {where}={value!r} → expected {expected} → {fix}")
     return value
+
+
+def _local_file(where: str, value: str | Path) -> Path:
+    path = store_path(value).expanduser().absolute()
+    if isinstance(path, RemotePath):
+        raise ConfigError(
+            f"got {where}={path} → expected a file of this machine → download it, and name the copy: {where}=<path>"
+        )
+    return path
 
 
 def _coerce_union(where: str, value: Any, kinds: Sequence[Any]) -> Any:

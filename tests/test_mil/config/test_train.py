@@ -311,3 +311,10 @@ def test_a_recipe_is_beneath_its_own_source_and_above_earlier_ones(tmp_path: Pat
 
 def test_quotes_are_not_part_of_what_they_quote() -> None:
     assert take_overrides(["heads=['a b',c]"], ["heads"])[0] == {"heads": ["a b", "c"]}
+
+
+@pytest.mark.parametrize("name", ["labels", "split_file", "init"])
+def test_a_file_at_a_url_is_refused_by_its_setting_and_a_store_is_taken(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"got {name}=s3://bucket/file → expected a file of this machine → download"):
+        compose_config(values={name: "s3://bucket/file"})
+    assert str(compose_config(values={"store": "s3://bucket/c.zarr"}).store) == "s3://bucket/c.zarr"
