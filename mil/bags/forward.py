@@ -17,7 +17,7 @@ MAX_INSTANCES = 16_384
 
 
 @torch.inference_mode()
-def evaluate_packs(
+def forward_packs(
     heads: Sequence[Aggregator],
     bags: Bags,
     indices: npt.NDArray[np.int64],
@@ -46,15 +46,15 @@ def fitting_packs(
     device: torch.device,
     bound: int = MAX_INSTANCES,
 ) -> Iterator[tuple[Pack, list[BagOutput]]]:
-    """As `evaluate_packs`, with half as many instances at once whenever memory does not hold a pack.
+    """As `forward_packs`, with half as many instances at once whenever memory does not hold a pack.
 
     Raises:
-        BagError: a slide that memory does not hold even alone, or as in `evaluate_packs`.
+        BagError: a slide that memory does not hold even alone, or as in `forward_packs`.
     """
     left = indices
     while len(left):
         try:
-            for pack, outputs in evaluate_packs(heads, bags, left, device, bound):
+            for pack, outputs in forward_packs(heads, bags, left, device, bound):
                 left = left[len(pack.bags) :]
                 yield pack, outputs
         except torch.OutOfMemoryError as error:

@@ -142,10 +142,10 @@ class Cohort:
 
     def digest(self) -> str:
         """SHA-256 of target, slides, patients and labels, whatever their order; numbers to nine digits, as tables."""
-        said = [self.class_names[label] for label in self.labels.tolist()]
+        truths = [self.class_names[label] for label in self.labels.tolist()]
         if self.values is not None:
-            said = [repr([float(f"{value:.9g}") for value in row]) for row in self.values.tolist()]
-        rows = sorted(zip(self.slide_ids, self.patient_ids, said, strict=True))
+            truths = [repr([float(f"{value:.9g}") for value in row]) for row in self.values.tolist()]
+        rows = sorted(zip(self.slide_ids, self.patient_ids, truths, strict=True))
         what = self.target if self.values is None else [self.task, self.target]
         return sha256(json.dumps([what, rows]).encode()).hexdigest()
 

@@ -55,11 +55,11 @@ def _opening(record: Mapping[str, Any]) -> Iterator[str]:
         yield SYNTHETIC
         yield ""
     task = _task(record)
-    said = f"the mean {NOUNS.get(task, 'probability')} of {len(record['replicas'])} replicas"
+    average = f"the mean {NOUNS.get(task, 'probability')} of {len(record['replicas'])} replicas"
     if "members" in record:
         average = _AVERAGES[record["average"]] if task == CLASSIFICATION else target_card.average_in_words(record)
-        said = f"{average} of {len(record['members'])} members, each the mean of its replicas"
-    yield f"{_predicted(record)}, from embeddings of its tissue tiles. The prediction is {said}."
+        average = f"{average} of {len(record['members'])} members, each the mean of its replicas"
+    yield f"{_predicted(record)}, from embeddings of its tissue tiles. The prediction is {average}."
     yield ""
     yield NOT_A_DEVICE
 

@@ -25,19 +25,19 @@ def check_values(
     Raises:
         EvaluationError: they are not of one shape, there is no slide, or a prediction is not finite.
     """
-    values, said = (np.asarray(each, dtype=np.float64) for each in (truth, predicted))
-    if values.shape != (len(patient_ids), len(columns)) or said.shape != values.shape or not len(values):
+    values, predictions = (np.asarray(each, dtype=np.float64) for each in (truth, predicted))
+    if values.shape != (len(patient_ids), len(columns)) or predictions.shape != values.shape or not len(values):
         raise EvaluationError(
-            f"got values {values.shape} and predictions {said.shape} for {len(patient_ids)} patients and "
+            f"got values {values.shape} and predictions {predictions.shape} for {len(patient_ids)} patients and "
             f"{len(columns)} {what} → expected [n, {what}] of one n, above 0 → give what one run predicted"
         )
-    if not np.isfinite(said).all():
-        at = int(np.flatnonzero(~np.isfinite(said).all(axis=1))[0])
+    if not np.isfinite(predictions).all():
+        at = int(np.flatnonzero(~np.isfinite(predictions).all(axis=1))[0])
         raise EvaluationError(
-            f"got predictions {said[at].tolist()} in row {at} → expected finite numbers → find out what the head gave "
-            f"for this slide"
+            f"got predictions {predictions[at].tolist()} in row {at} → expected finite numbers → find out what "
+            f"the head gave for this slide"
         )
-    return values, said
+    return values, predictions
 
 
 # Below this many patients the percentile interval of a class rests on a handful of different resamples.

@@ -55,8 +55,8 @@ def score(truth: FloatArray, chances: FloatArray, weights: npt.ArrayLike | None 
     found: dict[str, list[FloatArray]] = {name: [] for name in LABEL_METRICS if name != "auroc"}
     for at in range(truth.shape[1]):
         known = np.isfinite(truth[:, at])
-        answers, said = truth[known, at].astype(np.int64), (chances[known, at] >= 0.5).astype(np.int64)
-        counts = one_vs_all(confusion(answers, said, 2, every[:, known]))
+        answers, guesses = truth[known, at].astype(np.int64), (chances[known, at] >= 0.5).astype(np.int64)
+        counts = one_vs_all(confusion(answers, guesses, 2, every[:, known]))
         recalls = recall(counts)
         values = {"f1": f1(counts)[:, 1], "sensitivity": recalls[:, 1], "specificity": recalls[:, 0]}
         for name, each in (values | {"balanced_accuracy": recalls.mean(axis=1)}).items():
@@ -113,10 +113,10 @@ def evaluate_multi_label(
     Raises:
         EvaluationError: shapes that do not fit.
     """
-    values, said = check_values(truth, chances, patient_ids, columns, "labels")
+    values, scores = check_values(truth, chances, patient_ids, columns, "labels")
 
     def statistic(weights: FloatArray) -> dict[str, FloatArray]:
-        found = score(values, said, weights)
+        found = score(values, scores, weights)
         return _means(values, found) | {f"of_{name}": each for name, each in found.items()}
 
     strata, names = find_strata(MULTI_LABEL, columns, values, patient_ids)

@@ -133,12 +133,12 @@ def evaluate_regression(
     Raises:
         EvaluationError: shapes that do not fit, or values that are not finite.
     """
-    values, said = check_values(truth, predicted, patient_ids, columns, "targets")
+    values, numbers = check_values(truth, predicted, patient_ids, columns, "targets")
     if not np.isfinite(values).all():
         raise EvaluationError("got values that are not finite → expected numbers → leave out slides without a target")
 
     def statistic(weights: FloatArray) -> dict[str, FloatArray]:
-        found = score(values, said, weights)
+        found = score(values, numbers, weights)
         return _means(found) | {f"of_{name}": each for name, each in found.items()}
 
     strata, names = find_strata(REGRESSION, columns, values, patient_ids)

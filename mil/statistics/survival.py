@@ -186,13 +186,17 @@ def evaluate_survival(
     Raises:
         EvaluationError: shapes that do not fit, or a risk that is not finite.
     """
-    known, said = np.asarray(values, dtype=np.float64), np.asarray(risks, dtype=np.float64)
-    if known.shape != (len(patient_ids), 2) or said.shape != (len(patient_ids),) or not np.isfinite(said).all():
+    known, predicted = np.asarray(values, dtype=np.float64), np.asarray(risks, dtype=np.float64)
+    if (
+        known.shape != (len(patient_ids), 2)
+        or predicted.shape != (len(patient_ids),)
+        or not np.isfinite(predicted).all()
+    ):
         raise EvaluationError(
-            f"got times and events {known.shape} and risks {said.shape} for {len(patient_ids)} patients → expected "
-            f"[n, 2] and [n] finite numbers → give what one run predicted"
+            f"got times and events {known.shape} and risks {predicted.shape} for {len(patient_ids)} patients → "
+            f"expected [n, 2] and [n] finite numbers → give what one run predicted"
         )
-    patients = by_patient(known, said, patient_ids, groups)
+    patients = by_patient(known, predicted, patient_ids, groups)
 
     def statistic(weights: FloatArray) -> dict[str, FloatArray]:
         return {"concordance": concordance(patients.times, patients.events, patients.risks, weights, patients.groups)}

@@ -1,4 +1,4 @@
-"""How much each dimension of a sweep moves the validation score: its share of the variance between trials."""
+"""Hyper-parameter importance: the share of the variance of validation scores between trials that each explains."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Level:
 
 
 @dataclass(frozen=True, eq=False)
-class Sensitivity:
+class Importance:
     """One dimension.
 
     Attributes:
@@ -57,7 +57,7 @@ class Sensitivity:
     levels: tuple[Level, ...]
 
 
-def sensitivities(space: Sequence[Dimension], trials: Sequence[Trial], metric: str) -> list[Sensitivity]:
+def importances(space: Sequence[Dimension], trials: Sequence[Trial], metric: str) -> list[Importance]:
     """Every dimension, those that explain most first.
 
     The share is epsilon squared of a one-way analysis of variance (Kelley, An unbiased correlation ratio measure, PNAS
@@ -76,7 +76,7 @@ def sensitivities(space: Sequence[Dimension], trials: Sequence[Trial], metric: s
     for dimension in space:
         values = [trial.setting.values[dimension.key] for trial in scored]
         x, group = _places(dimension, values)
-        found.append(Sensitivity(dimension, _share(y, group), x, y, whole, _levels(dimension, x, y, group)))
+        found.append(Importance(dimension, _share(y, group), x, y, whole, _levels(dimension, x, y, group)))
     return sorted(found, key=lambda each: -1.0 if each.share is None else each.share, reverse=True)
 
 

@@ -32,7 +32,7 @@ from mil.runs.folders import check_sweep_folder
 from mil.splits.plan import split_cohort
 from mil.splits.splits import Splits
 from mil.tuning.choosing import average_settings, choose_trials, search_settings, train_listed, warn_of_edges
-from mil.tuning.importance import sensitivities
+from mil.tuning.importance import importances
 from mil.tuning.sweep_config import Setting, SweepConfig, compose_sweep
 from mil.tuning.sweep_folder import STUDY, UNFINISHED, Sweep, sweep_metrics, write_sweep
 from mil.tuning.tpe import require_optuna
@@ -137,7 +137,7 @@ def _sweep(store: Store, cohort: Cohort, config: SweepConfig, folder: Path, prog
         trials=tuple(trials),
         chosen=tuple(chosen),
         averages=tuple(averages),
-        sensitivities=tuple(sensitivities(config.space, trials, config.select)),
+        importances=tuple(importances(config.space, trials, config.select)),
         predictions=ReplicaPredictions(data.cohort, tuple(each.replica for each in tested), parts, values),
         metrics={},
         folder=folder,

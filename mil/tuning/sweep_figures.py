@@ -1,4 +1,4 @@
-"""The sensitivity of a sweep as a figure, in the style of `mil.visualization.plotting`."""
+"""The importance of hyper-parameters as a figure, in the style of `mil.visualization.plotting`."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mil.tuning.importance import Level, Sensitivity
+from mil.tuning.importance import Importance, Level
 from mil.tuning.search_space import Interval, value_name
 from mil.visualization.plotting import BLUE, INK, MUTED, RULE, VERMILLION, new_axes, new_figure, styled, wrap_label
 
@@ -19,7 +19,7 @@ _WIDTH_PX, _HEIGHT_PX = 360, 220
 
 
 @styled
-def sensitivity_plot(found: Sequence[Sensitivity], score: str) -> "Figure":
+def importance_plot(found: Sequence[Importance], score: str) -> "Figure":
     """Validation score against every dimension: a dot a trial (hollow if pruned), a bar at the median of a level.
 
     Args:
@@ -40,7 +40,7 @@ def sensitivity_plot(found: Sequence[Sensitivity], score: str) -> "Figure":
     return figure
 
 
-def _limits(found: Sequence[Sensitivity]) -> tuple[float, float]:
+def _limits(found: Sequence[Importance]) -> tuple[float, float]:
     """One score axis for all panels, so that they can be compared."""
     scores = found[0].y if found else np.zeros(0)
     if not scores.size:
@@ -49,7 +49,7 @@ def _limits(found: Sequence[Sensitivity]) -> tuple[float, float]:
     return float(scores.min()) - margin, float(scores.max()) + margin
 
 
-def _panel(axes: "Axes", each: Sensitivity) -> None:
+def _panel(axes: "Axes", each: Importance) -> None:
     interval = each.dimension.interval
     axes.grid(axis="y", color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
@@ -90,7 +90,7 @@ def _ends(level: Level, interval: Interval | None) -> list[float]:
     return [level.low - half, level.low + half]
 
 
-def _name_columns(axes: "Axes", each: Sensitivity) -> None:
+def _name_columns(axes: "Axes", each: Importance) -> None:
     """One column for each value of a list, tried or not."""
     values = each.dimension.values
     letters = max(4, 46 // max(1, len(values)))

@@ -20,7 +20,7 @@ from mil.splits.tables import write_splits
 from mil.training.checkpoint import package_versions
 from mil.training.resume import discard_unfinished
 from mil.tuning.choosing import SettingAverage
-from mil.tuning.importance import Sensitivity
+from mil.tuning.importance import Importance
 from mil.tuning.search_space import override_text
 from mil.tuning.sweep_config import CHOSEN, Setting, SweepConfig
 from mil.tuning.trials import PRUNED, Trial
@@ -43,7 +43,7 @@ class Sweep:
         trials: every setting in every fold that tried it.
         chosen: one trial a fold.
         averages: settings that were trained in all folds, the best first.
-        sensitivities: the dimensions, those that explain most of the validation score first.
+        importances: the dimensions, those that explain most of the validation score first.
         predictions: of the chosen settings' replicas alone.
         metrics: the content of ``metrics.json``.
         folder: where it was written, or None.
@@ -60,7 +60,7 @@ class Sweep:
     trials: tuple[Trial, ...]
     chosen: tuple[Trial, ...]
     averages: tuple[SettingAverage, ...]
-    sensitivities: tuple[Sensitivity, ...]
+    importances: tuple[Importance, ...]
     predictions: ReplicaPredictions
     metrics: dict[str, Any]
     folder: Path | None = None
@@ -89,7 +89,7 @@ def sweep_metrics(found: Sweep, entry: str, warnings: Sequence[str]) -> dict[str
         "chosen_validation": float(np.mean([score for score in validation if score is not None])),
         "best": dict(found.best.values),
         "best_validation": found.averages[0].score,
-        "explained": {each.dimension.key: each.share for each in found.sensitivities},
+        "explained": {each.dimension.key: each.share for each in found.importances},
         "note": PROCEDURE,
     }
     return {

@@ -6,7 +6,7 @@ from pathlib import Path
 from mil.evaluation.headlines import HEADLINES, selection_name, tie_breaker
 from mil.files import write_atomically
 from mil.tuning.search_space import value_name
-from mil.tuning.sweep_figures import sensitivity_plot
+from mil.tuning.sweep_figures import importance_plot
 from mil.tuning.sweep_folder import PROCEDURE, Sweep
 from mil.visualization.html_page import load_template
 from mil.visualization.plotting import write_figure
@@ -25,7 +25,7 @@ def write_sweep_page(folder: Path, found: Sweep) -> Path:
     note = "synthetic data" if found.metrics["synthetic"] else ""
     task = found.cohort.task
     score = selection_name(task, found.config.select)
-    figure = sensitivity_plot(found.sensitivities, score)
+    figure = importance_plot(found.importances, score)
     (folder / "figures").mkdir(exist_ok=True)
     svg = write_figure(folder / "figures", "sensitivity", figure, note)
     page = template.render(

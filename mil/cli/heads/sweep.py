@@ -104,7 +104,7 @@ def _print(console: Console, found: Any, out: Path) -> None:
         print_target_metrics(console, title, metrics["task"], metrics["out_of_fold"])
     for warning in metrics["warnings"]:
         say(console, f"warning: {warning}", style="yellow")
-    for each in found.sensitivities:
+    for each in found.importances:
         share = "too few trials to say" if each.share is None else f"{100 * each.share:.0f} %"
         say(console, f"of the variance between trials, {each.dimension.key} explains: {share}")
     looks = counted(metrics["looks"], "time")

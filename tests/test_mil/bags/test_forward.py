@@ -7,7 +7,7 @@ import torch
 from aggregators import create_aggregator
 from mil.bags.bags import Bags
 from mil.bags.devices import resolve_device
-from mil.bags.forward import bag_logits, evaluate_packs
+from mil.bags.forward import bag_logits, forward_packs
 from mil.errors import BagError, ConfigError
 from tests.test_mil.small import DIM, make_features
 
@@ -29,7 +29,7 @@ def test_every_bag_is_seen_whole_and_packing_changes_nothing() -> None:
         alone = torch.cat([head.eval()(torch.from_numpy(matrices[bag])).logits for bag in order]).detach()
         torch.testing.assert_close(row, alone, rtol=1e-5, atol=1e-6)
     for bound in (1, 10):
-        packs = [outputs[0].logits for _, outputs in evaluate_packs(heads, bags, order, CPU, bound)]
+        packs = [outputs[0].logits for _, outputs in forward_packs(heads, bags, order, CPU, bound)]
         torch.testing.assert_close(torch.cat(packs), logits[0], rtol=1e-5, atol=1e-6)
 
 

@@ -24,12 +24,12 @@ from mil.runs.saved_outcomes import read_outcomes
 from mil.splits.plan import split_cohort
 from mil.training import resume as unfinished
 from mil.tuning import sweep as module
-from mil.tuning.importance import sensitivities
+from mil.tuning.importance import importances
 from mil.tuning.score_ledger import SeedScore
 from mil.tuning.search_space import draw_settings, override_text, parse_space
 from mil.tuning.sweep import sweep
 from mil.tuning.sweep_config import Setting, compose_sweep
-from mil.tuning.sweep_figures import sensitivity_plot
+from mil.tuning.sweep_figures import importance_plot
 from mil.tuning.sweep_folder import PROCEDURE, Sweep
 from mil.tuning.sweep_page import write_sweep_page
 from mil.tuning.trials import SweepProgress, Trial, best_trial, validation_metrics
@@ -487,7 +487,7 @@ def test_the_share_of_variance_is_that_of_a_one_way_analysis() -> None:
         ["head=a,b,c", "l1=interval(1e-5,1e-1)", "ema=0.5,0.9"],
         lambda values, rng: 0.5 + 0.02 * "abc".index(values["head"]) + 0.02 * rng.normal(),
     )
-    found = sensitivities(space, trials, "auroc")
+    found = importances(space, trials, "auroc")
     assert found[0].dimension.key == "head"
     for each in found:
         groups = [each.y[(each.x >= level.low) & (each.x <= level.high)] for level in each.levels]
@@ -503,17 +503,17 @@ def test_the_share_of_variance_is_that_of_a_one_way_analysis() -> None:
 
 def test_a_dimension_that_decides_all_explains_all() -> None:
     space, trials = _trials(["head=a,b", "ema=0.5,0.9"], lambda values, _: 0.2 * (values["head"] == "b"), n=200)
-    by_key = {each.dimension.key: each.share for each in sensitivities(space, trials, "auroc")}
+    by_key = {each.dimension.key: each.share for each in importances(space, trials, "auroc")}
     assert by_key["head"] == pytest.approx(1, abs=0.02)
     assert by_key["ema"] == pytest.approx(0, abs=0.02)
     space, trials = _trials(["head=a,b"], lambda *_: 0.5, n=8)
-    assert sensitivities(space, trials, "auroc")[0].share is None
+    assert importances(space, trials, "auroc")[0].share is None
 
 
 def test_the_figure_is_drawn_with_odd_names() -> None:
     texts = ["head='<a&b>',\"$x_1$\"", "l1=interval(1e-5,1e-1)", "epochs=int(interval(3,4))", "ema=interval(0.2,0.3)"]
     space, trials = _trials(texts, lambda _, rng: rng.uniform(), n=20)
-    svg = to_svg(sensitivity_plot(sensitivities(space, trials, "auroc"), "AUROC"))
+    svg = to_svg(importance_plot(importances(space, trials, "auroc"), "AUROC"))
     words = " ".join(ElementTree.fromstring(svg).itertext())
     for word in ("<a&b>", "$x_1$", "explains", "0.001", "validation AUROC"):
         assert word in words
