@@ -60,6 +60,11 @@ class _Classes:
 
 
 def read_classes(folder: Path, metrics: dict[str, Any]) -> _Classes:
+    """Truth and predictions of a run of classes.
+
+    Raises:
+        RunError: a table lacks a column or holds something else than numbers.
+    """
     run = read_run(folder, metrics, ("target", "predicted"))
     classes = _Classes(run, _operating_points(folder))
     _check_classes(classes)

@@ -16,6 +16,7 @@ LABEL_METRICS = {"auroc": "AUROC", "f1": "F1", "sensitivity": "Sensitivity", "sp
 
 
 def label_figures(answers: Answers) -> Iterator[tuple[str, Any]]:
+    """Names and figures of the page of labels."""
     evaluation = answers.run.evaluation
     yield "metrics", forest_rows(MULTI_LABEL, evaluation)
     rows = [
@@ -37,6 +38,7 @@ def _curved_labels(answers: Answers) -> list[int]:
 
 
 def label_view(answers: Answers) -> dict[str, Any]:
+    """What the template shows of labels alone."""
     targets, truth = answers.run.evaluation["targets"], answers.outcomes.truth
     wrong = np.isfinite(truth) & ((answers.outcomes.predicted >= 0.5) != (truth == 1))
     return {

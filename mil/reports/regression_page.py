@@ -13,12 +13,14 @@ from mil.visualization import target_figures
 
 
 def number_figures(answers: Answers) -> Iterator[tuple[str, Any]]:
+    """Names and figures of the page of numbers."""
     truth, predicted = answers.outcomes.truth, answers.outcomes.predicted
     for at in range(len(answers.columns)):
         yield f"scatter-{at}", target_figures.scatter_plot(truth[:, at], predicted[:, at])
 
 
 def number_view(answers: Answers) -> dict[str, Any]:
+    """What the template shows of numbers alone."""
     targets, truth = answers.run.evaluation["targets"], answers.outcomes.truth
     means, deviations = truth.mean(axis=0).tolist(), truth.std(axis=0).tolist()
     folds = answers.run.rows_by_fold

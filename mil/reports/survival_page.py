@@ -11,6 +11,7 @@ from mil.visualization import target_figures
 
 
 def survival_figures(answers: Answers) -> Iterator[tuple[str, Any]]:
+    """Names and figures of the page of survival."""
     yield "metrics", forest_rows(SURVIVAL, answers.run.evaluation)
     patients = answers.patients
     groups = {name: (patients.times[own], patients.events[own]) for name, own in _risk_groups(answers).items()}
@@ -23,6 +24,7 @@ def _risk_groups(answers: Answers) -> dict[str, BoolArray]:
 
 
 def survival_view(answers: Answers) -> dict[str, Any]:
+    """What the template shows of survival alone."""
     patients = answers.patients
     of_patient = dict(zip(patients.ids, answers.high.tolist(), strict=True))
     risks = rank_values(answers.outcomes.predicted)[:, 0].tolist()

@@ -103,4 +103,5 @@ def rank_values(values: FloatArray) -> npt.NDArray[np.int64]:
 
 
 def patients_of(answers: Answers, rows: Sequence[int]) -> int:
+    """How many patients these rows are of."""
     return len({answers.run.patient_ids[at] for at in rows})
