@@ -141,3 +141,12 @@ def test_no_export_is_hidden_by_a_module_of_its_name():
     assert not {path.stem for path in folder.iterdir()} & set(mil.__all__)
     for name in mil.__all__:
         assert getattr(mil, name) is getattr(mil, name)
+
+
+def test_the_sweeps_older_name_for_importances_warns() -> None:
+    from mil.tuning.sweep_folder import Sweep
+
+    found = Sweep.__new__(Sweep)
+    object.__setattr__(found, "importances", ("one",))
+    with pytest.warns(DeprecationWarning, match="importances"):
+        assert found.sensitivities == ("one",)

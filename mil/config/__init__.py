@@ -6,6 +6,11 @@ Names are resolved on first use, so that importing one file of the room does not
 from extract.exports import lazy_exports
 
 _HOME = {
+    "AugmentConfig": "mil.config.sections",
+    "HeadConfig": "mil.config.sections",
+    "LossConfig": "mil.config.sections",
+    "OptimizerConfig": "mil.config.sections",
+    "SchedulerConfig": "mil.config.sections",
     "TrainConfig": "mil.config.train",
     "compose_config": "mil.config.compose",
     "parse_overrides": "mil.config.overrides",

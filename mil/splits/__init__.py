@@ -10,6 +10,7 @@ _HOME = {
     "make_splits": "mil.splits.folds",
     "read_splits": "mil.splits.tables",
     "verify_splits": "mil.splits.verification",
+    "write_splits": "mil.splits.tables",
 }
 
 __all__ = list(_HOME)

@@ -1,5 +1,6 @@
 """The folder of a sweep: what is written, and in which words."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -69,6 +70,12 @@ class Sweep:
     def best(self) -> Setting:
         """The setting with the best mean over the validation parts of all folds: the one to train for new slides."""
         return self.averages[0].setting
+
+    @property
+    def sensitivities(self) -> tuple[Importance, ...]:
+        """The name that `importances` had in 0.1."""
+        warnings.warn("Sweep.sensitivities is Sweep.importances now", DeprecationWarning, stacklevel=2)
+        return self.importances
 
 
 def sweep_metrics(found: Sweep, entry: str, warnings: Sequence[str]) -> dict[str, Any]:
