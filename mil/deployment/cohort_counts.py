@@ -1,13 +1,18 @@
 """What a cohort is made of, by the kind of its target: counts that a model carries in the place of its slides."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from mil.arrays import FloatArray
 from mil.cohort.cohort import Cohort
-from mil.cohort.targets import MULTI_LABEL, REGRESSION
+from mil.cohort.targets import MULTI_LABEL, REGRESSION, SURVIVAL
 from mil.statistics.survival import kaplan_meier
+
+Described = dict[str, dict[str, Any]]
 
 
 def count_classes(cohort: Cohort) -> dict[str, dict[str, int]]:
@@ -17,7 +22,7 @@ def count_classes(cohort: Cohort) -> dict[str, dict[str, int]]:
     return {name: {"slides": slides[at], "patients": patients[at]} for at, name in enumerate(cohort.class_names)}
 
 
-def describe_targets(cohort: Cohort) -> dict[str, dict[str, Any]]:
+def describe_targets(cohort: Cohort) -> Described:
     """Other targets than classes by name.
 
     Returns:
@@ -25,26 +30,33 @@ def describe_targets(cohort: Cohort) -> dict[str, dict[str, Any]]:
         the `mean`, `deviation`, `lowest` and `highest`; of survival, by the event, its `patients`, `events`, the
         `longest` time and the `median`, at which half of the patients are without the event (None if they never are).
     """
-    values, patients = np.asarray(cohort.values), np.array(cohort.patient_ids)
-    if cohort.task == MULTI_LABEL:
-        return {
-            column: {
-                "known": int(np.isfinite(known).sum()),
-                "positive": int((known == 1).sum()),
-                "patients": len(np.unique(patients[known == 1])),
-            }
-            for column, known in zip(cohort.columns, values.T, strict=True)
+    return _DESCRIBED[cohort.task](cohort.columns, np.asarray(cohort.values), np.array(cohort.patient_ids))
+
+
+def _describe_labels(columns: Sequence[str], values: FloatArray, patients: npt.NDArray[np.str_]) -> Described:
+    return {
+        column: {
+            "known": int(np.isfinite(known).sum()),
+            "positive": int((known == 1).sum()),
+            "patients": len(np.unique(patients[known == 1])),
         }
-    if cohort.task == REGRESSION:
-        return {
-            column: {
-                "mean": float(known.mean()),
-                "deviation": float(known.std()),
-                "lowest": float(known.min()),
-                "highest": float(known.max()),
-            }
-            for column, known in zip(cohort.columns, values.T, strict=True)
+        for column, known in zip(columns, values.T, strict=True)
+    }
+
+
+def _describe_numbers(columns: Sequence[str], values: FloatArray, patients: npt.NDArray[np.str_]) -> Described:
+    return {
+        column: {
+            "mean": float(known.mean()),
+            "deviation": float(known.std()),
+            "lowest": float(known.min()),
+            "highest": float(known.max()),
         }
+        for column, known in zip(columns, values.T, strict=True)
+    }
+
+
+def _describe_survival(columns: Sequence[str], values: FloatArray, patients: npt.NDArray[np.str_]) -> Described:
     _, first = np.unique(patients, return_index=True)
     times, events = values[first, 0], values[first, 1] == 1
     curve = kaplan_meier(times, events)
@@ -52,4 +64,7 @@ def describe_targets(cohort: Cohort) -> dict[str, dict[str, Any]]:
     reached = curve.times[curve.alive <= 0.5 + 1e-9]
     median = float(reached[0]) if len(reached) else None
     facts = {"patients": len(times), "events": int(events.sum()), "longest": float(times.max()), "median": median}
-    return {cohort.columns[1]: facts}
+    return {columns[1]: facts}
+
+
+_DESCRIBED = {MULTI_LABEL: _describe_labels, REGRESSION: _describe_numbers, SURVIVAL: _describe_survival}

@@ -14,7 +14,7 @@ from mil.arrays import BoolArray
 from mil.bags.stored import is_synthetic
 from mil.cohort.cohort import Cohort, read_cohort
 from mil.cohort.joining import join_store
-from mil.cohort.targets import CLASSIFICATION, SURVIVAL, check_times, target_columns
+from mil.cohort.targets import KINDS, check_times, target_columns
 from mil.deployment.inference import available_slides, predict
 from mil.deployment.model import model_folders, model_records
 from mil.deployment.predictions import Predictions
@@ -138,10 +138,10 @@ def evaluate_external(
     task = first.task["task"]
     table = read_cohort(labels, wanted, slide_column, patient_column, classes, for_training=False, task=task)
     joined = join_store(table, available_slides(reader, records, entry), for_training=False)
-    if task == CLASSIFICATION:
+    if joined.has_classes:
         _refuse_unknown_classes(table, first, labels)
         joined = _in_order_of(first.class_names, joined)
-    elif task == SURVIVAL:
+    elif not joined.kind.has_scale:
         check_times(str(labels), joined.columns, np.asarray(joined.values), np.array(joined.patient_ids))
     lineages = [read_lineage(each) for each in model_folders(folder)]
     trainings = [each for lineage in lineages for each in lineage.cohorts]
@@ -168,11 +168,11 @@ def _own_columns(record: CheckpointRecord, target: str | None) -> tuple[str, lis
         CohortError: not as many as the model has, or one of the model's names in another's place.
     """
     task = record.task["task"]
-    if target is None or task == CLASSIFICATION:
+    if target is None or KINDS[task].has_classes:
         return target or record.target, []
     own, given = target_columns(task, record.target), target_columns(task, target)
     # time and event have an order; others are matched by name
-    if task != SURVIVAL and set(given) == set(own):
+    if KINDS[task].has_scale and set(given) == set(own):
         return record.target, []
     moved = [name for name, here in zip(given, own, strict=False) if name in own and name != here]
     if len(given) != len(own) or moved:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from extract.store import difference, fingerprint
-from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL, SURVIVAL
+from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL
 from mil.deployment.artefact import ENSEMBLE, MEMBERS, Artefact, seal, write_artefact
 from mil.deployment.cohort_counts import count_classes, describe_targets
 from mil.deployment.model import load_model
@@ -205,7 +205,7 @@ def _members(
             | {key: part.record[key] for key in copied}
             | {key: part.record["out_of_fold"][key] for key in brief_metrics(calibrated.cohort.task)}
             | gain
-            | ({"scale": asdict(part.calibrated.scale())} if calibrated.cohort.task == SURVIVAL else {})
+            | ({} if calibrated.cohort.kind.has_scale else {"scale": asdict(part.calibrated.scale())})
         )
     return found
 

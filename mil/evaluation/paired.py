@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mil.arrays import FloatArray
-from mil.cohort.targets import CLASSIFICATION
 from mil.evaluation.headlines import first_headline
 from mil.evaluation.outcomes import Outcomes
 from mil.statistics.bootstrap import USUAL_RESAMPLING, Resampling, Spread
@@ -73,7 +72,7 @@ class Pair:
 
     @property
     def _classes(self) -> bool:
-        return self.one.cohort.task == CLASSIFICATION
+        return self.one.cohort.has_classes
 
     @property
     def _arguments(self) -> tuple[npt.NDArray[np.int64], FloatArray, FloatArray, tuple[str, ...], str]:

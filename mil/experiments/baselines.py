@@ -74,7 +74,7 @@ def _cross_predict(
         test, learnt = np.flatnonzero(found == "test"), (found == "train") | (found == "validation")
         learner = make(int(learnt.sum()), len(cohort.class_names)).fit(means[learnt], cohort.targets[learnt])
         parts.append((test, learner.predict(means[test])))
-    if cohort.task == SURVIVAL:
+    if not cohort.kind.has_scale:
         outcomes = Outcomes.of_folds(Outcomes(cohort.subset(test), predicted) for test, predicted in parts)
     else:
         outcomes = _mean(cohort, parts)

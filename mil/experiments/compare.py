@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mil.cohort.targets import CLASSIFICATION, MULTI_LABEL
+from mil.cohort.targets import MULTI_LABEL
 from mil.errors import EvaluationError, RunError, did_you_mean, listed
 from mil.evaluation.alignment import aligned
 from mil.evaluation.fold_scores import FoldScore, differing_folds, fold_scores, mean_over_seeds, mean_test_to_train
@@ -223,7 +223,7 @@ def _judged(row: ComparedRun, metric: str) -> ComparedRun:
 def _delong(found: Outcomes, reference: Outcomes) -> float | None:
     """DeLong's p value, where there are two classes, or a single label, and two patients of each answer."""
     cohort = found.cohort
-    if cohort.task == CLASSIFICATION and len(cohort.class_names) == 2:
+    if cohort.has_classes and len(cohort.class_names) == 2:
         labels, rows = cohort.labels, np.arange(len(cohort))
     elif cohort.task == MULTI_LABEL and len(cohort.columns) == 1:
         rows = np.flatnonzero(np.isfinite(found.truth[:, 0]))

@@ -14,7 +14,7 @@ from mil.bags.devices import resolve_device
 from mil.bags.stored import choose_entry, is_synthetic, needs_coords, open_bags
 from mil.cohort.cohort import Cohort, read_cohort
 from mil.cohort.joining import join_store
-from mil.cohort.targets import CLASSIFICATION, target_columns
+from mil.cohort.targets import target_columns
 from mil.config.compose import compose_config
 from mil.config.preflight import missing_inputs
 from mil.config.train import TrainConfig
@@ -199,7 +199,7 @@ def check_target(config: TrainConfig, cohort: Cohort) -> None:
         ConfigError: as said.
     """
     named = target_columns(config.task, config.target or "")
-    if config.task != cohort.task or (config.task != CLASSIFICATION and named != cohort.columns):
+    if config.task != cohort.task or (not cohort.has_classes and named != cohort.columns):
         raise ConfigError(
             f"got task={config.task} target={config.target} for a cohort of task {cohort.task}, target {cohort.target} "
             f"→ expected the same → read the cohort with task={config.task!r}, or set task={cohort.task}"

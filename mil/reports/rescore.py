@@ -220,7 +220,7 @@ def _score(
 def _of_classes(outcomes: Outcomes, resampling: Resampling) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Calibration and abstention, which only classes have."""
     cohort = outcomes.cohort
-    if cohort.task != CLASSIFICATION:
+    if not cohort.has_classes:
         return None, None
     slides = (cohort.labels, outcomes.predicted, cohort.patient_ids, cohort.class_names)
     return evaluate_calibration(*slides, resampling=resampling), evaluate_abstention(*slides, resampling)

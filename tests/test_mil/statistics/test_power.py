@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from mil.errors import EvaluationError
 from mil.statistics.bootstrap import Resampling
@@ -48,10 +49,11 @@ def test_it_shrinks_with_the_root_of_the_cohort_and_grows_with_power():
     assert detectable(0.05, power=0.9) > detectable(0.05) > detectable(0.05, significance=0.2)
 
 
-def test_detectable_is_that_of_statsmodels():
-    power = pytest.importorskip("statsmodels.stats.power")
-    expected = power.NormalIndPower().solve_power(nobs1=100, alpha=0.05, power=0.8, ratio=0)
-    assert detectable(1 / np.sqrt(100)) == pytest.approx(expected, rel=1e-4)
+@pytest.mark.parametrize(("significance", "power"), [(0.05, 0.8), (0.01, 0.9)])
+def test_a_two_sided_z_test_has_the_power_that_was_asked_for(significance: float, power: float):
+    shift = detectable(0.1, significance=significance, power=power) / 0.1
+    limit = stats.norm.isf(significance / 2)
+    assert stats.norm.sf(limit - shift) + stats.norm.cdf(-limit - shift) == pytest.approx(power, rel=1e-3)
 
 
 def test_nothing_is_told_from_equal_heads_or_one_patient():
