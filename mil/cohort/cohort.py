@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mil.arrays import FloatArray
+from mil.cohort.identities import composed, refuse_alike
 from mil.cohort.table import PATIENT_COLUMNS, SLIDE_COLUMNS, find_column, read_table
 from mil.cohort.targets import (
     CLASSIFICATION,
@@ -32,6 +33,7 @@ MISSING_LABELS = frozenset({"na", "n/a", "#n/a", "nan", "<na>", "null"})
 class Attrition:
     """What became of every row of the table and of every slide of the store.
 
+    `respelled` are patients whose id the table writes in several forms that Unicode calls the same; they are one here.
     `no_slide` (rows whose slide is not in the store) and `no_row` (slides of the store that no row names) are None
     until `join_store` has looked.
     """
@@ -39,6 +41,7 @@ class Attrition:
     n_rows: int
     n_kept: int
     no_slide_id: tuple[str, ...] = ()
+    respelled: tuple[str, ...] = ()
     no_label: tuple[str, ...] = ()
     missing_label: tuple[str, ...] = ()
     other_class: tuple[str, ...] = ()
@@ -56,6 +59,10 @@ class Attrition:
             ("slides in the store without a row", self.no_row),
         ]
         body = [(reason, len(ids), ids) for reason, ids in lost if ids is not None]
+        if self.respelled:
+            body.append(
+                ("patients written in several Unicode forms (each is one)", len(self.respelled), self.respelled)
+            )
         return [("rows in the table", self.n_rows, ()), *body, ("slides kept", self.n_kept, ())]
 
 
@@ -184,6 +191,7 @@ def read_cohort(
     classes: Sequence[str] | None = None,
     for_training: bool = True,
     task: str = CLASSIFICATION,
+    distinct_patients: bool = False,
 ) -> Cohort:
     """Read a label table: CSV, UTF-8 with or without byte-order mark, separated by comma, semicolon or tab.
 
@@ -200,10 +208,13 @@ def read_cohort(
         classes: the labels to keep; by default all. Rows of other classes are listed in the attrition.
         for_training: require what folds need, two classes of two patients each.
         task: what the target is: a class, several labels, numbers, or survival.
+        distinct_patients: patients whose ids look like two spellings of one (see `mil.cohort.identities`) are
+            different people. Forms that Unicode calls the same are one patient always.
 
     Raises:
-        CohortError: no such file, not a table, a column that is absent, an empty patient id, a slide that occurs
-            twice, fewer than two classes, a class with fewer than two patients, or what `mil.cohort.targets` refuses.
+        CohortError: no such file, not a table, a column that is absent, an empty patient id, patient ids that look like
+            two spellings of one, a slide that occurs twice, fewer than two classes, a class with fewer than two
+            patients, or what `mil.cohort.targets` refuses.
 
     Example:
         >>> read_cohort("labels.csv", target="months,died", task="survival")      # doctest: +SKIP
@@ -222,11 +233,14 @@ def read_cohort(
             f"from {listed(name for name in header if name)}"
         )
     rows = [
-        _Row(line, cells[slide_at], cells[patient_at], tuple(cells[at] for at in targets_at)) for line, cells in records
+        _Row(line, cells[slide_at], composed(cells[patient_at]), tuple(cells[at] for at in targets_at))
+        for line, cells in records
     ]
     named = [row for row in rows if row.slide_id]
     _refuse_duplicates(path, named)
     _refuse_empty_patients(path, named, header[patient_at])
+    if not distinct_patients and patient_at != slide_at:
+        refuse_alike(f"{path}, column {header[patient_at]!r}", _slides_of_patients(named))
     if task == CLASSIFICATION:
         kept, attrition = _keep_labelled(path, named, target, classes)
         values, class_names = None, tuple(sorted({row.label for row in kept}))
@@ -236,13 +250,14 @@ def read_cohort(
         values = _values(path, kept, task, columns)
         labels, class_names = find_strata(task, columns, values, [row.patient_id for row in kept])
     nameless = tuple(f"row {row.line} (patient {row.patient_id!r})" for row in rows if not row.slide_id)
+    respelled = _several_forms(cells[patient_at] for _, cells in records)
     cohort = Cohort(
         slide_ids=tuple(row.slide_id for row in kept),
         patient_ids=tuple(row.patient_id for row in kept),
         labels=labels,
         class_names=class_names,
         target=",".join(columns),
-        attrition=replace(attrition, n_rows=len(rows), no_slide_id=nameless),
+        attrition=replace(attrition, n_rows=len(rows), no_slide_id=nameless, respelled=respelled),
         task=task,
         values=values,
     )
@@ -269,6 +284,21 @@ def _refuse_duplicates(path: Path, rows: list[_Row]) -> None:
         f"{path}: got {len(twice)} slide id(s) more than once: {'; '.join(details)}{more} → expected one row per slide "
         f"→ delete the rows that do not hold"
     )
+
+
+def _slides_of_patients(rows: list[_Row]) -> dict[str, list[str]]:
+    slides: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        slides[row.patient_id].append(f"{row.slide_id}, row {row.line}")
+    return slides
+
+
+def _several_forms(written: Iterable[str]) -> tuple[str, ...]:
+    """Patients that are written in more than one form."""
+    forms: dict[str, set[str]] = defaultdict(set)
+    for each in written:
+        forms[composed(each)].add(each)
+    return tuple(sorted(name for name, those in forms.items() if len(those) > 1))
 
 
 def _refuse_empty_patients(path: Path, rows: list[_Row], column: str) -> None:

@@ -2,14 +2,16 @@
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
 from mil.cohort.cohort import Cohort, refuse_unlearnable
+from mil.cohort.identities import slide_key
 from mil.cohort.targets import find_strata
 from mil.errors import CohortError, listed
 
+_MOST_PAIRS = 5
 # Endings that tables add to ids. Anything else after a dot belongs to the name ("S1.A1", "TCGA-A1.0a7f").
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".czi", ".dcm")
 OTHER_SUFFIXES = (".jpg", ".jpeg", ".png", ".h5", ".hdf5", ".pt", ".npy", ".zarr")
@@ -22,7 +24,8 @@ def join_store(cohort: Cohort, available_slide_ids: Iterable[str], for_training:
     (`x.svs` joins `siteA/x`). Folders that both sides name must agree: `siteB/x` never joins `siteA/x`.
 
     Raises:
-        CohortError: a row fits several slides, two rows fit one, nothing fits, or a class is left with fewer than
+        CohortError: a row fits several slides, two rows fit one, nothing fits, a row would fit a slide if case, blanks
+            or the form of a number did not count, or a class is left with fewer than
             two patients although it is ``for_training``.
     """
     available = tuple(dict.fromkeys(available_slide_ids))
@@ -35,6 +38,7 @@ def join_store(cohort: Cohort, available_slide_ids: Iterable[str], for_training:
             f"got no slide in common: table ids such as {listed(cohort.slide_ids, 3)}, store ids such as "
             f"{listed(available, 3)} → expected the same names → choose the table's slide column with slide_column="
         )
+    _refuse_respelled(cohort.slide_ids, joined, available)
     old = cohort.attrition
     unlabelled = (*old.no_label, *old.missing_label, *old.other_class)
     has_row = set(joined.values()).union(*(index.find(slide_id) for slide_id in unlabelled))
@@ -99,6 +103,25 @@ def _path_parts(slide_id: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def _one_ends_with_other(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
     shared = min(len(one), len(other))
     return one[-shared:] == other[-shared:]
+
+
+def _refuse_respelled(slide_ids: Sequence[str], joined: Mapping[int, str], available: Sequence[str]) -> None:
+    """Refuse to leave out a row whose slide lies in the store under another spelling."""
+    free = {_respelled(each): each for each in sorted(set(available) - set(joined.values()))}
+    index = SlideIndex(free)
+    unmatched = [each for at, each in enumerate(slide_ids) if at not in joined]
+    meant = {each: index.find(_respelled(each)) for each in unmatched}
+    pairs = [f"{each!r} for {free[found[0]]!r}" for each, found in meant.items() if found]
+    if pairs:
+        raise CohortError(
+            f"got {len(pairs)} table ids that the store spells otherwise: {', '.join(pairs[:_MOST_PAIRS])} → expected "
+            f"the store's ids → write them so in the table, or empty the label of a row that is to be left out"
+        )
+
+
+def _respelled(slide_id: str) -> str:
+    """An id whose folders and name are the same for all spellings of them."""
+    return "/".join(map(slide_key, _path_parts(slide_id)[0]))
 
 
 def _refuse_ambiguous(slide_ids: tuple[str, ...], found: list[list[str]]) -> None:

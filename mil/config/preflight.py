@@ -6,15 +6,16 @@ from typing import Any
 
 from extract.store import open_store
 from extract.store.core.remote_path import RemotePath, store_path
-from mil.cohort.cohort import read_cohort
+from mil.cohort.cohort import Cohort, read_cohort
 from mil.cohort.table import read_table
 from mil.cohort.targets import CLASSIFICATION, TASKS
 from mil.config.checks import check_option
 from mil.config.compose import check_given, read_config_file
 from mil.config.overrides import take_overrides
+from mil.config.train import TrainConfig
 from mil.errors import ConfigError
 
-_INPUTS = ("store", "stores", "labels", "target", "task", "slide_column", "patient_column")
+_INPUTS = ("store", "stores", "labels", "target", "task", "slide_column", "patient_column", "distinct_patients")
 _OF_A_BOARD = ("heads", "backbones", "stores")
 
 
@@ -56,6 +57,25 @@ def check_inputs(what: str, overrides: Sequence[str], file: Path | None, given: 
             open_store(path.expanduser())
 
 
+def read_labels(config: TrainConfig) -> Cohort:
+    """The cohort of the label table and the columns that a configuration names.
+
+    Raises:
+        ConfigError: it names no table or no target.
+        CohortError: as in `mil.cohort.cohort.read_cohort`.
+    """
+    if config.labels is None or config.target is None:
+        raise missing_inputs(config.to_dict(), "reading labels")
+    return read_cohort(
+        config.labels,
+        config.target,
+        config.slide_column,
+        config.patient_column,
+        task=config.task,
+        distinct_patients=config.distinct_patients,
+    )
+
+
 def check_board_names(overrides: Sequence[str], file: Path | None) -> None:
     """Refuse settings and heads of a benchmark that do not exist.
 
@@ -77,7 +97,8 @@ def _check_labels(path: Path, values: Mapping[str, Any]) -> None:
     plain = isinstance(target, str) and all(each is None or isinstance(each, str) for each in (slides, patients))
     task = str(values.get("task", CLASSIFICATION))
     if plain and task in TASKS:
-        read_cohort(path, str(target), slides, patients, task=task)
+        distinct = values.get("distinct_patients") is True
+        read_cohort(path, str(target), slides, patients, task=task, distinct_patients=distinct)
     else:
         # what these columns mean is told where the whole configuration is known
         read_table(path)

@@ -40,6 +40,8 @@ class TrainConfig(Checked):
         backbone: the store's features entry; None if the store has one only.
         slide_column: column of the slide ids, when it is not called ``slide_id``.
         patient_column: column of the patient ids, when it is not called ``patient_id``.
+        distinct_patients: patients whose ids look like two spellings of one, such as ``100`` and ``100.0``, are
+            different people; else they are refused.
         split: how slides are split, always by patient: ``kfold``, ``site_preserved`` (every site in one fold only),
             ``leave_one_site_out`` (a fold per site) or ``fixed`` (as `split_column` or `split_file` say).
         folds: number of folds, of ``kfold`` and ``site_preserved``.
@@ -93,6 +95,7 @@ class TrainConfig(Checked):
     backbone: str | None = None
     slide_column: str | None = None
     patient_column: str | None = None
+    distinct_patients: bool = False
     split: Literal["kfold", "site_preserved", "leave_one_site_out", "fixed"] = "kfold"
     folds: int = number_field(5, 2)
     repeats: int = number_field(1, 1)

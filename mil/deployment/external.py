@@ -105,6 +105,7 @@ def evaluate_external(
     patient_column: str | None = None,
     classes: Sequence[str] | None = None,
     overlap: Overlap = "refuse",
+    distinct_patients: bool = False,
 ) -> ExternalEvaluation:
     """Apply a run, a packed model or an ensemble to labelled slides and score it, with intervals over patients.
 
@@ -122,6 +123,7 @@ def evaluate_external(
         overlap: what becomes of slides that were trained on, or whose patient was: ``refuse``, ``drop`` leaves them
             out, ``mark`` keeps them and says so with the result. Slides are known by their file's name, patients by
             their id. Trainings that the weights started from count too.
+        distinct_patients: see `mil.read_cohort`.
 
     Raises:
         CohortError: a label table that cannot be used or lacks a column, labels that the model does not know, or
@@ -136,7 +138,9 @@ def evaluate_external(
     first = records[0]
     wanted, renamed = _own_columns(first, target)
     task = first.task["task"]
-    table = read_cohort(labels, wanted, slide_column, patient_column, classes, for_training=False, task=task)
+    table = read_cohort(
+        labels, wanted, slide_column, patient_column, classes, False, task, distinct_patients=distinct_patients
+    )
     joined = join_store(table, available_slides(reader, records, entry), for_training=False)
     if joined.has_classes:
         _refuse_unknown_classes(table, first, labels)

@@ -20,9 +20,9 @@ from extract.store import Store, open_store
 from mil.bags.bags import Bags, place_bags
 from mil.bags.devices import resolve_device
 from mil.bags.stored import VIEW, choose_entry, is_synthetic, needs_coords, open_bags
-from mil.cohort.cohort import Cohort, read_cohort
+from mil.cohort.cohort import Cohort
 from mil.cohort.joining import join_store
-from mil.config.preflight import missing_inputs
+from mil.config.preflight import missing_inputs, read_labels
 from mil.config.sections import HeadConfig
 from mil.config.train import TrainConfig
 from mil.errors import ConfigError, MilError, MissingExtraError, RunError, listed
@@ -142,7 +142,7 @@ def run_benchmark(
     train = config.train
     if not config.stores or train.labels is None or train.target is None:
         raise missing_inputs({**vars(train), "store": config.stores}, "a benchmark")
-    cohort = read_cohort(train.labels, train.target, train.slide_column, train.patient_column, task=train.task)
+    cohort = read_labels(train)
     stores = [open_store(path) for path in config.stores]
     return _benchmark(stores, cohort, config, Path(out).absolute(), progress, overwrite)
 

@@ -12,11 +12,11 @@ from extract.store import Store, open_store, to_dict
 from mil.bags.bags import Bags, place_bags
 from mil.bags.devices import resolve_device
 from mil.bags.stored import choose_entry, is_synthetic, needs_coords, open_bags
-from mil.cohort.cohort import Cohort, read_cohort
+from mil.cohort.cohort import Cohort
 from mil.cohort.joining import join_store
 from mil.cohort.targets import target_columns
 from mil.config.compose import compose_config
-from mil.config.preflight import missing_inputs
+from mil.config.preflight import missing_inputs, read_labels
 from mil.config.train import TrainConfig
 from mil.errors import ConfigError
 from mil.evaluation.replica_predictions import ReplicaPredictions
@@ -101,8 +101,7 @@ def run_training(
     folder = Path(out).absolute()
     check_folder(folder, overwrite)
     unfinished = unfinished_folder(folder)
-    columns = config.slide_column, config.patient_column
-    cohort = read_cohort(config.labels, config.target, *columns, task=config.task)
+    cohort = read_labels(config)
     with _tracked(config, folder.name, folder.parent) as tracking:
         run = cross_validate(open_store(config.store), cohort, config, _told(tracking, progress), unfinished)
         run = run.save(folder, overwrite, complete)

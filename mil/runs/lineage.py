@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from mil.arrays import BoolArray
+from mil.cohort.identities import possible_names, recorded_names
 from mil.cohort.joining import OTHER_SUFFIXES, SLIDE_SUFFIXES
 from mil.errors import RunError
 from mil.files import read_json
@@ -35,7 +36,7 @@ class TrainingCohort:
     Attributes:
         salt: goes into every hash.
         slides: of file names, without folders and endings: another store may have found them elsewhere.
-        patients: of patient ids.
+        patients: of patient ids, and of what other spellings of them have in common.
 
     Example:
         >>> cohort = TrainingCohort.of(["a/x.svs"], ["p1"], salt="s")
@@ -51,15 +52,16 @@ class TrainingCohort:
     def of(cls, slide_ids: Iterable[str], patient_ids: Iterable[str], salt: str) -> "TrainingCohort":
         """Hash these."""
         slides = frozenset(_hash(salt, _name(slide_id)) for slide_id in slide_ids)
-        return cls(salt, slides, frozenset(_hash(salt, patient_id.strip()) for patient_id in patient_ids))
+        names = frozenset(name for patient_id in set(patient_ids) for name in recorded_names(patient_id))
+        return cls(salt, slides, frozenset(_hash(salt, name) for name in names))
 
     def knows_slide(self, slide_id: str) -> bool:
         """Whether a slide of this file name was among them."""
         return _hash(self.salt, _name(slide_id)) in self.slides
 
     def knows_patient(self, patient_id: str) -> bool:
-        """Whether a patient of this id was among them."""
-        return _hash(self.salt, patient_id.strip()) in self.patients
+        """Whether a patient of this id, or of another spelling of it, was among them."""
+        return any(_hash(self.salt, name) in self.patients for name in possible_names(patient_id))
 
     def to_plain(self) -> dict[str, Any]:
         """As values for JSON."""

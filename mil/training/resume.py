@@ -27,7 +27,7 @@ from mil.training.checkpoint import package_versions
 from mil.training.replica import EpochRecord, Replica, TrainedReplica
 
 SAVE_EVERY_S = 30.0
-UNESSENTIAL = ("store", "labels", "memory", "slide_column", "patient_column", "track")
+UNESSENTIAL = ("store", "labels", "memory", "slide_column", "patient_column", "distinct_patients", "track")
 """Where a config may differ and its result may not."""
 
 

@@ -20,7 +20,8 @@ NEAR_END = 0.02
 """Part of a scale within which a value counts as at its end."""
 
 FIXED = (
-    *("store", "labels", "target", "task", "backbone", "slide_column", "patient_column", "device", "memory", "track"),
+    *("store", "labels", "target", "task", "backbone", "slide_column", "patient_column"),
+    *("distinct_patients", "device", "memory", "track"),
     *("split", "folds", "repeats", "sites", "split_column", "split_file", "seeds", "split_seed", "validation_fraction"),
 )
 """What all settings of a sweep share: the data, the parts they are judged on, and where they run."""

@@ -19,10 +19,10 @@ from mil.arrays import FloatArray
 from mil.bags.bags import place_bags
 from mil.bags.devices import resolve_device
 from mil.bags.stored import choose_entry, is_synthetic, needs_coords, open_bags
-from mil.cohort.cohort import Cohort, read_cohort
+from mil.cohort.cohort import Cohort
 from mil.cohort.joining import join_store
 from mil.cohort.targets import CLASSIFICATION, SURVIVAL
-from mil.config.preflight import missing_inputs
+from mil.config.preflight import missing_inputs, read_labels
 from mil.errors import SplitError
 from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.replica_predictions import ReplicaPredictions
@@ -101,7 +101,7 @@ def run_sweep(config: SweepConfig, out: str | Path, progress: OnSweepProgress | 
     train = config.train
     if train.store is None or train.labels is None or train.target is None:
         raise missing_inputs(train.to_dict(), "a sweep")
-    cohort = read_cohort(train.labels, train.target, train.slide_column, train.patient_column, task=train.task)
+    cohort = read_labels(train)
     return _sweep(open_store(train.store), cohort, config, Path(out).absolute(), progress)
 
 

@@ -216,6 +216,9 @@ def evaluate(
         Literal["refuse", "drop", "mark"],
         typer.Option(help="Slides that were trained on, or whose patient was: drop leaves them out, mark keeps them."),
     ] = "refuse",
+    distinct_patients: Annotated[
+        bool, typer.Option("--distinct-patients", help="Ids that look like two spellings of a patient are two people.")
+    ] = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Score a model on an external labelled cohort, with intervals over patients.
@@ -237,6 +240,7 @@ def evaluate(
         patient_column=patient_column,
         classes=classes or None,
         overlap=overlap,
+        distinct_patients=distinct_patients,
     ).save(out)
     console, metrics = Console(), found.metrics
     print_banner(console, metrics["synthetic"])

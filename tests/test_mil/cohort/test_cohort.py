@@ -182,11 +182,33 @@ def joined(write, table_id: str, *store_ids: str) -> str | None:
         ("S1.A1", ["S1"], None),
         ("x.svs", ["x.tif"], None),
         ("x", ["y"], None),
-        ("X", ["x"], None),
     ],
 )
 def test_rows_join_the_slide_they_mean(write, table_id, store_ids, expected):
     assert joined(write, table_id, *store_ids) == expected
+
+
+@pytest.mark.parametrize(
+    ("table_id", "store_id"),
+    [
+        ("X", "x"),
+        ("X.svs", "siteA/x"),
+        ("100.0", "100"),
+        ("0100", "100.svs"),
+        ("slide 1", "slide1"),
+        ("A/x", "a/X.svs"),
+    ],
+)
+def test_a_row_that_the_store_spells_otherwise_is_not_left_out(write, table_id, store_id):
+    with pytest.raises(CohortError, match="spells otherwise") as error:
+        joined(write, table_id, store_id)
+    assert repr(table_id) in str(error.value)
+    assert repr(store_id) in str(error.value)
+
+
+def test_a_row_beside_the_one_that_the_slide_belongs_to_is_left_out_as_before(write):
+    result = join_store(cohort_of(write, "X", "x"), ["x", "f1", "f2", "f3", "f4"])
+    assert lost(result, "rows whose slide is not in the store") == ("X",)
 
 
 def test_join_lists_what_is_left_on_both_sides(write):
