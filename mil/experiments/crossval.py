@@ -11,6 +11,7 @@ import numpy as np
 from extract.store import Store, open_store, to_dict
 from mil.bags.bags import Bags, place_bags
 from mil.bags.devices import resolve_device
+from mil.bags.duplicates import warn_of_duplicates
 from mil.bags.stored import choose_entry, is_synthetic, needs_coords, open_bags
 from mil.cohort.cohort import Cohort
 from mil.cohort.joining import join_store
@@ -169,6 +170,7 @@ def cross_validate(
         positions, views = needs_coords(config.head.keywords), config.views == "sample"
         bags = open_bags(store, cohort.slide_ids, entry, config.memory, positions, views)
     bags = place_bags(bags, device) if config.memory == "auto" else bags
+    cautions = [*cautions, *warn_of_duplicates(bags.moments, cohort.slide_ids, cohort.patient_ids)]
     replicas = [Replica(fold, seed, config) for fold in range(splits.n_folds) for seed in config.seeds]
     parts = np.stack([splits.parts(replica.fold, replica.seed) for replica in replicas])
     key = training_key(config, cohort, splits, bags, device)

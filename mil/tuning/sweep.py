@@ -18,6 +18,7 @@ from extract.store import Store, open_store
 from mil.arrays import FloatArray
 from mil.bags.bags import place_bags
 from mil.bags.devices import resolve_device
+from mil.bags.duplicates import warn_of_duplicates
 from mil.bags.stored import choose_entry, is_synthetic, needs_coords, open_bags
 from mil.cohort.cohort import Cohort
 from mil.cohort.joining import join_store
@@ -116,7 +117,8 @@ def _sweep(store: Store, cohort: Cohort, config: SweepConfig, folder: Path, prog
     folder.mkdir(parents=True, exist_ok=True)
     entry = choose_entry(store, config.train.backbone)
     data = _open(store, cohort, config, entry)
-    warnings = _check_select(data, config.select)
+    same = warn_of_duplicates(data.bags.moments, data.cohort.slide_ids, data.cohort.patient_ids)
+    warnings = [*same, *_check_select(data, config.select)]
     with tell_full_disk(folder):
         write_atomically(folder / "config.yaml", config.to_yaml().encode())
     n_replicas = _count(config, settings, data.splits)
