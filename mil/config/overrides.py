@@ -1,5 +1,6 @@
 """Overrides as they are typed: ``group=option``, ``a.b=value``."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,8 +43,10 @@ def parse_overrides(overrides: Sequence[str]) -> Any:
     import hydra.errors
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    # how a part of `track` would be named; it is no group
+    written = [re.sub(r"^track\.files\b", "track_files", text) for text in overrides]
     try:
-        return OverridesParser.create().parse_overrides(list(overrides))
+        return OverridesParser.create().parse_overrides(written)
     except hydra.errors.HydraException as error:
         raise ConfigError(
             f"got {' '.join(overrides)} → expected group=option or a.b=value → write it so, and quote "

@@ -86,6 +86,8 @@ class TrainConfig(Checked):
         augment: what is done to training bags.
         track: tools that are told of the run, see `mil.experiments.tracking`: some of ``wandb``, ``mlflow``,
             ``tensorboard``.
+        track_files: what they are given beside curves, metrics and settings: ``none``, or ``all``, which sends tables,
+            report and paths, and with them ids and labels. Also written ``track.files``.
     """
 
     store: StorePath | None = None
@@ -131,6 +133,7 @@ class TrainConfig(Checked):
     loss: LossConfig = field(default_factory=lambda: LossConfig("auto"))
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     track: tuple[Literal["wandb", "mlflow", "tensorboard"], ...] = ()
+    track_files: Literal["none", "all"] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -115,7 +115,7 @@ def run_training(
 @contextmanager
 def _tracked(config: TrainConfig, name: str, folder: Path) -> Iterator[Tracking]:
     """The trackers of a training, told of its end however it ends."""
-    tracking = Tracking(config.track, name, config.to_dict(), folder)
+    tracking = Tracking(config.track, name, config.to_dict(), folder, config.track_files)
     try:
         yield tracking
     except BaseException:

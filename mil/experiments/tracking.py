@@ -1,17 +1,23 @@
 """Telling other tools about a run: Weights & Biases, MLflow, TensorBoard. The plain files of the run come first.
 
-A tracker is given the resolved configuration at the start, every epoch of every replica while it trains, and metrics
-and report at the end. None of it can change a result, and a tracker that fails is told once and then left alone: hours
-of training are not lost to a server. Where it sends things is up to the tool's own settings (`WANDB_MODE=offline`,
-`MLFLOW_TRACKING_URI`).
+A tracker is given the settings at the start, every epoch of every replica while it trains, and the metrics at the end.
+Tables and report hold the ids of slides and patients, and settings the paths of a hospital's disks: these stay where
+they are unless the configuration says ``track.files=all``. What the tools would gather by themselves (host name,
+command line, what is printed, repository) they are told to leave.
+
+None of it can change a result, and a tracker that fails is told once and then left alone: hours of training are not
+lost to a server. Where it sends things is up to the tool's own settings (`WANDB_MODE=offline`, `MLFLOW_TRACKING_URI`).
 """
 
+import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
+from mil.config.train import TrainConfig
 from mil.errors import ConfigError, MissingExtraError, did_you_mean, listed
 from mil.evaluation.headlines import HEADLINES
 from mil.training.replica import EpochRecord
@@ -31,7 +37,7 @@ class Tracker(Protocol):
         ...
 
     def log_files(self, folder: Path) -> None:
-        """The run folder is written, its report included."""
+        """The run folder is written, its report included; only called where files may leave."""
         ...
 
     def close(self, failed: bool = False) -> None:
@@ -53,7 +59,18 @@ class WandbTracker:
 
     def __init__(self, name: str, config: Mapping[str, Any], folder: Path) -> None:
         wandb = _import("wandb")
-        self._run = wandb.init(project="tessera", name=name, config=dict(config), dir=str(folder), reinit="create_new")
+        # whatever it would find out about the machine, the command line and what is printed stays here
+        settings = wandb.Settings(
+            console="off",
+            disable_code=True,
+            disable_git=True,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            host="",
+        )
+        self._run = wandb.init(
+            project="tessera", name=name, config=dict(config), dir=str(folder), reinit="create_new", settings=settings
+        )
         self._run.define_metric("*", step_metric="epoch")
         self._artifact = wandb.Artifact
 
@@ -144,7 +161,7 @@ class TensorboardTracker:
 
     def log_files(self, folder: Path) -> None:
         """It names the folder; event files hold no others."""
-        self._writer.add_text("run", str(folder))
+        self._writer.add_text("run", folder.name)
 
     def close(self, failed: bool = False) -> None:
         """Write what is left; event files know no end of a run, so that a failure is one more text."""
@@ -159,8 +176,9 @@ class Tracking:
     Args:
         names: some of `TRACKERS`.
         name: of the run.
-        config: the resolved configuration as plain values.
+        config: the resolved configuration as plain values; with its paths only where ``files`` is ``all``.
         folder: where tools keep local files.
+        files: ``none``, or ``all``: tables, report and paths are given too.
 
     Raises:
         ConfigError: an unknown tracker, or one that cannot start: nobody is logged in, or its server is away.
@@ -171,7 +189,14 @@ class Tracking:
         >>> tracking.close()
     """
 
-    def __init__(self, names: Sequence[str], name: str, config: Mapping[str, Any], folder: Path) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        name: str,
+        config: Mapping[str, Any],
+        folder: Path,
+        files: Literal["none", "all"] = "none",
+    ) -> None:
         unknown = [each for each in names if each not in _KINDS]
         if unknown:
             raise ConfigError(
@@ -180,10 +205,12 @@ class Tracking:
             )
         if names:
             folder.mkdir(parents=True, exist_ok=True)
+        self._sends_files = files == "all"
+        settings = config if self._sends_files else without_paths(config)
         self._trackers: list[Tracker] = []
         for each in dict.fromkeys(names):
             try:
-                self._trackers.append(_start(each, name, config, folder))
+                self._trackers.append(_start(each, name, settings, folder))
             except BaseException:
                 self.close(failed=True)
                 raise
@@ -199,8 +226,9 @@ class Tracking:
         self._tell("log_metrics", {f"out_of_fold/{key}": value for key, value in values.items() if value is not None})
 
     def log_files(self, folder: Path) -> None:
-        """The run folder is written."""
-        self._tell("log_files", folder)
+        """The run folder is written; its files leave only where that was asked for."""
+        if self._sends_files:
+            self._tell("log_files", folder)
 
     def close(self, failed: bool = False) -> None:
         """Nothing more will come; safe to call twice.
@@ -226,12 +254,36 @@ class Tracking:
 _KINDS: dict[str, Any] = {"wandb": WandbTracker, "mlflow": MlflowTracker, "tensorboard": TensorboardTracker}
 
 
+def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as plain values, without those that name files.
+
+    >>> without_paths({"store": "/mnt/hospital/c.zarr", "init": None, "epochs": 3})
+    {'epochs': 3}
+    """
+    return {key: value for key, value in config.items() if key not in _PATHS}
+
+
+def what_leaves(names: Sequence[str], files: Literal["none", "all"]) -> str:
+    """A line that says what trackers will be given, to be read before they are."""
+    where = ", ".join(_DESTINATIONS[each]() for each in dict.fromkeys(names))
+    what = "curves, metrics and settings without paths; tables and report stay here (track.files=all gives them too)"
+    if files == "all":
+        what = "curves, metrics, settings with paths, tables and report, which hold slide ids, patient ids and labels"
+    return f"told of this training: {where}; they are given {what}"
+
+
 def tracker_places(names: Sequence[str], run_folder: Path) -> list[str]:
     """A line for each tracker of a run that says where it wrote; none for one that wrote nothing there."""
     found = {each: _KINDS[each].place(run_folder.name, run_folder.parent) for each in dict.fromkeys(names)}
     return [f"{each}: {place}" for each, place in found.items() if place is not None]
 
 
+_PATHS = frozenset(item.name for item in fields(TrainConfig) if Path in (item.type, *get_args(item.type)))
+_DESTINATIONS: dict[str, Callable[[], str]] = {
+    "wandb": lambda: f"wandb ({os.environ.get('WANDB_MODE') or 'online'})",
+    "mlflow": lambda: f"mlflow ({_import('mlflow').get_tracking_uri()})",
+    "tensorboard": lambda: "tensorboard (files beside the run)",
+}
 _REMEDIES = {
     "wandb": "run wandb login, set WANDB_MODE=offline to send the run later, or leave wandb out of track",
     "mlflow": "check MLFLOW_TRACKING_URI and its server, unset it to write beside the work, or leave mlflow out of "

@@ -27,7 +27,16 @@ from mil.training.checkpoint import package_versions
 from mil.training.replica import EpochRecord, Replica, TrainedReplica
 
 SAVE_EVERY_S = 30.0
-UNESSENTIAL = ("store", "labels", "memory", "slide_column", "patient_column", "distinct_patients", "track")
+UNESSENTIAL = (
+    "store",
+    "labels",
+    "memory",
+    "slide_column",
+    "patient_column",
+    "distinct_patients",
+    "track",
+    "track_files",
+)
 """Where a config may differ and its result may not."""
 
 

@@ -21,7 +21,7 @@ _ANY_VALUE = frozenset((
     "store", "labels", "target", "backbone", "slide_column", "patient_column", "split", "folds", "repeats", "sites",
     "split_column", "split_file", "seeds", "split_seed", "validation_fraction", "epochs", "patience", "min_epochs",
     "batch_bags", "instance_budget", "class_weights", "standardize", "grad_clip", "device", "memory", "head",
-    "optimizer", "scheduler", "track", "distinct_patients",
+    "optimizer", "scheduler", "track", "track_files", "distinct_patients",
 ))
 # fmt: on
 _SCHEDULERS = ("cosine", "constant", "onecycle", "step")

@@ -21,7 +21,7 @@ NEAR_END = 0.02
 
 FIXED = (
     *("store", "labels", "target", "task", "backbone", "slide_column", "patient_column"),
-    *("distinct_patients", "device", "memory", "track"),
+    *("distinct_patients", "device", "memory", "track", "track_files"),
     *("split", "folds", "repeats", "sites", "split_column", "split_file", "seeds", "split_seed", "validation_fraction"),
 )
 """What all settings of a sweep share: the data, the parts they are judged on, and where they run."""

@@ -54,10 +54,12 @@ def train(
     settings = compose_config(overrides or [], config, given)
     # torch and all that needs it, once nothing is left to be mistyped
     from mil.experiments.crossval import run_training
-    from mil.experiments.tracking import tracker_places
+    from mil.experiments.tracking import tracker_places, what_leaves
     from mil.tuning.sweep_config import cautions_of
 
     console, lines = Console(), list[str]()
+    if settings.track:
+        say(console, what_leaves(settings.track, settings.track_files))
     try:
         with _replica_progress(console, f"replicas of {settings.head.name}") as progress:
             run = run_training(

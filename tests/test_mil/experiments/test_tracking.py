@@ -1,19 +1,36 @@
 """Trackers, with the real packages, offline."""
 
 import json
+import socket
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
+from mil.config.compose import compose_config
+from mil.config.train import TrainConfig
 from mil.errors import ConfigError, MissingExtraError
-from mil.experiments.tracking import TRACKERS, Tracking, WandbTracker, tracker_places
+from mil.experiments.tracking import (
+    TRACKERS,
+    Tracking,
+    WandbTracker,
+    tracker_places,
+    what_leaves,
+    without_paths,
+)
 from mil.training.replica import EpochRecord
 
 RECORDS = [EpochRecord(epoch, 0.01 / epoch, 1.0 / epoch, 1.1 / epoch, 0.5, 0.1) for epoch in (1, 2, 3)]
-CONFIG = {"head": {"name": "abmil", "dropout": 0.5}, "folds": 3, "target": "subtype"}
+CONFIG = {
+    "head": {"name": "abmil", "dropout": 0.5},
+    "folds": 3,
+    "target": "subtype",
+    "store": "/hospital-disk/cohort.zarr",
+    "labels": "/hospital-disk/labels.csv",
+    "init": None,
+}
 METRICS = {
     "task": "classification",
     "out_of_fold": {
@@ -26,16 +43,18 @@ METRICS = {
 def _run_folder(folder: Path) -> Path:
     folder.mkdir()
     (folder / "metrics.json").write_text(json.dumps(METRICS))
+    (folder / "oof.csv").write_text("slide_id,patient_id\nS-DOE,PATIENT-DOE\n")
     (folder / "report.html").write_text("<p>report")
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "fold0-seed0.safetensors").write_bytes(b"weights")
     return folder
 
 
-def _track(names: list[str], tmp_path: Path) -> None:
-    tracking = Tracking(names, "abmil on subtype", CONFIG, tmp_path / "track")
+def _track(names: list[str], tmp_path: Path, files: Literal["none", "all"] = "none") -> None:
+    tracking = Tracking(names, "abmil on subtype", CONFIG, tmp_path / "track", files)
     for record in RECORDS:
         tracking.log_epoch("fold0-seed0", record)
+    sys.stdout.write("PRINTED-DOE\n")
     tracking.log_metrics(METRICS)
     tracking.log_files(_run_folder(tmp_path / "run"))
     tracking.close()
@@ -60,12 +79,15 @@ def test_tensorboard_holds_curves_figures_and_settings(tmp_path: Path) -> None:
     assert "out_of_fold/auroc" not in events.Tags()["scalars"]
 
 
-def test_mlflow_holds_parameters_curves_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("files", ["none", "all"])
+def test_mlflow_holds_parameters_and_curves_and_what_else_may_leave(
+    files: Literal["none", "all"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
-    _track(["mlflow"], tmp_path)
+    _track(["mlflow"], tmp_path, files)
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("tessera")
     (run,) = client.search_runs([experiment.experiment_id])
@@ -74,18 +96,21 @@ def test_mlflow_holds_parameters_curves_and_files(tmp_path: Path, monkeypatch: p
     assert run.data.metrics["out_of_fold/macro_f1"] == 0.7
     history = client.get_metric_history(run.info.run_id, "fold0-seed0/validation_loss")
     assert [point.value for point in history] == [record.validation_loss for record in RECORDS]
-    files = {item.path for item in client.list_artifacts(run.info.run_id)}
-    assert files == {"metrics.json", "report.html"}
+    sent = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert sent == ({"metrics.json", "oof.csv", "report.html"} if files == "all" else set())
+    assert ("store" in run.data.params) == (files == "all")
+    assert "init" not in run.data.params or files == "all"
     (line,) = tracker_places(["mlflow"], tmp_path / "run")
     assert line == f"mlflow: run run of experiment tessera in {(tmp_path / 'mlruns').as_uri()}"
 
 
-def test_wandb_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("files", ["none", "all"])
+def test_wandb_works_offline(files: Literal["none", "all"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_SILENT", "true"), ("WANDB_DATA_DIR", str(tmp_path / "d"))):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "c"))
-    _track(["wandb"], tmp_path)
+    _track(["wandb"], tmp_path, files)
     (run,) = (tmp_path / "track" / "wandb").glob("offline-run-*")
     (line,) = tracker_places(["wandb"], tmp_path / "track" / "run")
     assert line == f"wandb: offline run in {run}; wandb sync {run} sends it"
@@ -96,6 +121,34 @@ def test_wandb_works_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         time.sleep(0.2)
     for text in wanted:
         assert text in log.read_bytes()
+    written = b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
+    assert (b"oof.csv" in written) == (files == "all")
+    assert (b"/hospital-disk" in written) == (files == "all")
+    for private in (socket.gethostname().encode(), sys.argv[0].encode(), b"PRINTED-DOE"):
+        assert private not in log.read_bytes()
+    assert not (run / "files" / "output.log").exists()
+    assert not (run / "files" / "wandb-metadata.json").exists()
+
+
+def test_a_line_says_what_leaves_and_where_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    line = what_leaves(["wandb", "tensorboard"], "none")
+    assert "wandb (online), tensorboard (files beside the run)" in line
+    assert "without paths" in line
+    assert "track.files=all" in line
+    assert "patient ids" in what_leaves(["wandb"], "all")
+
+
+def test_every_setting_that_names_a_file_stays(tmp_path: Path) -> None:
+    config = TrainConfig(store=tmp_path / "a", labels=tmp_path / "b", init=tmp_path / "c", track=("wandb",))
+    assert str(tmp_path) not in json.dumps(without_paths(config.to_dict()))
+    assert str(tmp_path) in json.dumps(config.to_dict())
+
+
+@pytest.mark.parametrize("text", ["track.files=all", "track_files=all"])
+def test_files_are_sent_where_it_is_said_so(text: str) -> None:
+    assert compose_config([text, "track=[wandb]"]).track_files == "all"
+    assert compose_config(["track=[wandb]"]).track_files == "none"
 
 
 def test_no_tracker_is_no_work(tmp_path: Path) -> None:
