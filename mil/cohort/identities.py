@@ -143,7 +143,8 @@ def _of_suffixes(ids: list[str]) -> Iterator[Alike]:
             if beginning in by_key:
                 known = _patient_of_barcode(each) is not None
                 kind = "barcode, of the patient and of a sample" if known else "id without and with a suffix"
-                yield Alike(*sorted((by_key[beginning], each)), f"are one {kind}")
+                first, second = sorted((by_key[beginning], each))
+                yield Alike(first, second, f"are one {kind}")
 
 
 def slide_key(name: str) -> str:

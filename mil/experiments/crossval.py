@@ -170,7 +170,7 @@ def cross_validate(
         positions, views = needs_coords(config.head.keywords), config.views == "sample"
         bags = open_bags(store, cohort.slide_ids, entry, config.memory, positions, views)
     bags = place_bags(bags, device) if config.memory == "auto" else bags
-    cautions = [*cautions, *warn_of_duplicates(bags.moments, cohort.slide_ids, cohort.patient_ids)]
+    cautions += tuple(warn_of_duplicates(bags.moments, cohort.slide_ids, cohort.patient_ids))
     replicas = [Replica(fold, seed, config) for fold in range(splits.n_folds) for seed in config.seeds]
     parts = np.stack([splits.parts(replica.fold, replica.seed) for replica in replicas])
     key = training_key(config, cohort, splits, bags, device)
