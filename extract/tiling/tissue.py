@@ -6,6 +6,15 @@ from extract.errors import MaskError
 from extract.store import TissueRecipe
 from extract.tiling.pen import Colours, find_colours
 
+_GLASS_DARKEST = 180
+"""A pixel with a darker channel is not taken for glass, however it is tinted."""
+_GLASS_WIDTH = 6
+"""Grey levels, in each channel, by which glass differs from its most frequent colour."""
+_GLASS_TINT = 40
+"""Largest channel range that is a tint of glass."""
+_GLASS_SHARE, _GLASS_WHOLE = 0.1, 0.5
+"""Least part of a picture that is glass, and least part of the glass whose neighbours all are."""
+
 
 def tissue_mask(
     thumbnail: np.ndarray, recipe: TissueRecipe, tile_area_px: float, given: np.ndarray | None = None
@@ -16,7 +25,8 @@ def tissue_mask(
     with ``saturation``, divided by the largest) is thresholded with Otsu's method on its 256-bin histogram, the
     threshold being kept within the recipe's limits so that a field without background is not split into pale and dark
     tissue. Closing and opening with a disk, then small holes and small objects are removed. Pen marks are left out of
-    the histogram and of the mask; see `extract.tiling.pen.find_colours` for the rule.
+    the histogram and of the mask; see `extract.tiling.pen.find_colours` for the rule. Where the glass itself has a
+    colour (a channel range above the recipe's lower limit), every pixel is first divided by it.
 
     Args:
         thumbnail: uint8 [h, w, 3].
@@ -42,12 +52,36 @@ def tissue_mask(
             "got no mask → tissue method 'mask' needs one for every slide → name it in the mask column of --slides "
             "TABLE, or use --tissue default"
         )
-    colours = find_colours(thumbnail, recipe.pen)
+    colours = find_colours(_on_white_glass(thumbnail, recipe), recipe.pen)
     pen = _pen_marks(colours, recipe, tile_area_px)
     stain = _stain(colours, recipe)
     glass_and_tissue = stain if pen is None else stain[~pen]
     threshold = float(np.clip(_otsu(glass_and_tissue), recipe.threshold_low, recipe.threshold_high))
     return _clean(stain > threshold, pen, recipe, tile_area_px), threshold
+
+
+def _on_white_glass(thumbnail: np.ndarray, recipe: TissueRecipe) -> np.ndarray:
+    """The thumbnail as it would be on glass without a tint; the same array where the glass has none, or none is seen.
+
+    Glass is what is bright, of one colour and in one piece: the most frequent bright colour, if enough of the picture
+    has it and most of these pixels have only such neighbours. Pale tissue is neither.
+    """
+    bright = thumbnail.min(axis=2) >= _GLASS_DARKEST
+    if not bright.any():
+        return thumbnail
+    packed = (thumbnail[bright].astype(np.int64) // 4) @ np.array([4096, 64, 1])
+    colour = 4 * np.array(np.unravel_index(np.bincount(packed).argmax(), (64, 64, 64))) + 2
+    distance = np.abs(thumbnail.astype(np.int16) - colour.astype(np.int16))
+    like: np.ndarray = np.max(distance, axis=2) <= _GLASS_WIDTH
+    if like.mean() < _GLASS_SHARE or _erode(like, 1).sum() < _GLASS_WHOLE * like.sum():
+        return thumbnail
+    glass = np.median(thumbnail[like], axis=0)
+    # pale pink is what eosin leaves of tissue: of that colour glass is believed to be a little only
+    most = recipe.threshold_high if glass.argmin() == 1 else _GLASS_TINT
+    if not recipe.threshold_low < np.ptp(glass) <= most:
+        return thumbnail
+    white: np.ndarray = np.minimum(np.rint(thumbnail * (glass.max() / glass)), 255).astype(np.uint8)
+    return white
 
 
 def _stain(colours: Colours, recipe: TissueRecipe) -> np.ndarray:

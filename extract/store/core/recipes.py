@@ -76,9 +76,9 @@ class TissueRecipe:
     """How tissue is told from background, on a thumbnail whose pixel is ``tile / pixels_per_tile`` wide.
 
     Attributes:
-        method: ``default`` (channel range, Otsu, morphology), ``saturation`` (the same with HSV saturation), ``mask``
-            (every slide comes with one) or ``none`` (everything is tissue). A mask given for a slide is used whatever
-            the method, as an mpp from the slide table is.
+        method: ``default`` (channel range, Otsu, morphology; tinted glass is made white first), ``saturation`` (the
+            same with HSV saturation), ``mask`` (every slide comes with one) or ``none`` (everything is tissue). A mask
+            given for a slide is used whatever the method, as an mpp from the slide table is.
         pixels_per_tile: thumbnail pixels along a tile's side, at least.
         thumbnail_px: thumbnail pixels along the slide's longer side, at least.
         threshold_low: smallest channel range, or saturation times 255, that Otsu may choose as threshold, 0 to 255.

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy import ndimage
 
 from extract.errors import MaskError
 from extract.slides.slide import Slide
 from extract.store import TissueRecipe
+from extract.tiling import tissue
 from extract.tiling.pen import find_colours
 from extract.tiling.tissue import _dilate, _erode, tissue_fraction, tissue_mask
 from tests.test_extract.small import tissue_image
@@ -296,3 +298,43 @@ def test_real_immunostain_is_no_ink():
     colours = find_colours(picture, RECIPE.pen)
     assert colours.pen.mean() < 0.001
     assert colours.black.mean() < 0.001
+
+
+def _section(glass: tuple[int, int, int], noise: float = 1.0) -> np.ndarray:
+    """A third of pink, textured tissue on glass of this colour; light is what glass lets through."""
+    rng = np.random.default_rng(0)
+    stain = np.ones((120, 150, 3))
+    stain[20:100, 30:85] = np.array([0.85, 0.6, 0.75]) + rng.normal(0, 0.05, (80, 55, 1))
+    return np.clip(stain * np.array(glass) + rng.normal(0, noise, stain.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("method", ["default", "saturation"])
+@pytest.mark.parametrize("glass", [(243, 242, 226), (240, 240, 205), (225, 235, 245), (245, 228, 240)])
+def test_tinted_glass_is_no_tissue(glass, method):
+    expected, _ = tissue_mask(_section((243, 243, 243)), TissueRecipe(method=method), TILE_AREA)
+    mask, _ = tissue_mask(_section(glass), TissueRecipe(method=method), TILE_AREA)
+    assert 0.2 < expected.mean() < 0.3
+    assert (mask != expected).mean() < 0.01
+
+
+@given(st.tuples(*[st.integers(232, 241)] * 3), st.floats(0, 3))
+@settings(max_examples=20, deadline=None)
+def test_glass_without_a_tint_is_taken_as_it_is(glass, noise):
+    picture = _section(glass, noise)
+    assert tissue._on_white_glass(picture, RECIPE) is picture
+
+
+@pytest.mark.parametrize("deviation", [6.0, 12.0])
+def test_a_field_of_pale_tissue_has_no_glass(deviation):
+    rng = np.random.default_rng(0)
+    pale = np.array([240, 205, 225]) + rng.normal(0, deviation, (150, 150, 1)) + rng.normal(0, 2, (150, 150, 3))
+    mask, _ = tissue_mask(np.clip(pale, 0, 255).astype(np.uint8), RECIPE, TILE_AREA)
+    assert mask.all()
+
+
+@pytest.mark.data
+def test_fields_of_real_tissue_have_no_glass(data_folder):
+    for path in sorted((data_folder / "glas").rglob("*.tif"))[:40]:
+        with Image.open(path) as image:
+            picture = np.asarray(image.convert("RGB").reduce(2))
+        assert tissue._on_white_glass(picture, RECIPE) is picture, path
