@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from extract.backbones.architectures import create_architecture
+from extract.backbones.checkpoints import load_own
 from extract.backbones.hub import fetch, offline_if_unreachable
 from extract.backbones.presets import PRESETS, Preset, find_preset
 from extract.backbones.runtimes import CheckedForward, choose_runtime, compile_model
 from extract.backbones.transformers_models import PREFIX, load_remote
+from extract.backbones.transforms import describe_transform, own_transform
 from extract.backbones.weights import adapt_state, hash_state, load_state, read_weights, read_wheel_weights
 from extract.errors import BackboneError, FeatureRangeError
 from extract.store import Execution, FeatureRecipe, TransformRecipe
@@ -67,6 +69,7 @@ class Backbone:
         compiled: whether the model is compiled.
         runtime: what computes: ``torch``, ``torch.compile`` or ``openvino``.
         module: the model with its pooling, images [n, 3, s, s] to [n, dim].
+        notes: lines on own weights, for who prints: what was taken from the file, how tiles are normalised.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Backbone:
         compile: bool = False,
     ) -> None:
         self.recipe = recipe
+        self.notes: tuple[str, ...] = ()
         self.device = device
         self.precision = choose_precision(precision, device)
         self.compiled = compile and device.type == "cuda"
@@ -237,20 +241,23 @@ def load_backbone(
     if preset is not None:
         pooling = preset.pooling if pooling == "model" else pooling
         precision = preset.precision if precision == "auto" and chosen.type == "cuda" else precision
-        model, revision = _load_preset(preset, weights)
+        model, revision, note = _load_preset(preset, weights)
         transform = TransformRecipe(preset.input_px or tile_px, preset.interpolation, preset.mean, preset.std)
         name, architecture = preset.name, preset.architecture
     elif name.startswith(PREFIX):
         model, revision, transform = _load_transformers(name, weights, allow_remote_code)
-        architecture = name
+        architecture, note = name, ""
     else:
-        model, revision = _load_timm(name, weights)
-        transform, architecture = _transform(model, tile_px), name
+        model, revision, note = _load_timm(name, weights)
+        transform, architecture = own_transform(model, tile_px), name
     choose_precision(precision, chosen)
     # what takes tiles of any size has as many features for each
     dim = _probe_dim(model, pooling, min(transform.input_px, _PROBE_PX))
     recipe = FeatureRecipe(name, architecture, revision, hash_state(model), pooling, transform, dim, dtype)
-    return Backbone(model, recipe, chosen, precision, compile)
+    backbone = Backbone(model, recipe, chosen, precision, compile)
+    if weights is not None:
+        backbone.notes = tuple(filter(None, (note, f"weights {weights}: {describe_transform(transform)}")))
+    return backbone
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
@@ -288,29 +295,27 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def _load_preset(preset: Preset, weights: str | Path | None) -> tuple[nn.Module, str]:
-    """The preset's model, and the revision of its weights."""
-    file = Path(weights) if weights is not None else fetch(preset) if preset.hub_id else None
-    state = read_weights(file) if file is not None else None
+def _load_preset(preset: Preset, weights: str | Path | None) -> tuple[nn.Module, str, str]:
+    """The preset's model, the revision of its weights, and a word on which part of a file they are."""
+    file = fetch(preset) if preset.hub_id and weights is None else None
     model = create_architecture(preset)
-    if state is None:
-        state = read_wheel_weights(model.state_dict())
-    elif preset.hub_id:
-        state = adapt_state(state, model, preset.layout, preset.ignored)
-    load_state(model, state, str(weights or preset.source), preset.ignored)
     if weights is not None:
-        return model, "file"
+        return model, "file", load_own(model, Path(weights), preset.layout, preset.ignored)
+    if file is None:
+        state = read_wheel_weights(model.state_dict())
+    else:
+        state = adapt_state(read_weights(file), model, preset.layout, preset.ignored)
+    load_state(model, state, preset.source, preset.ignored)
     # an unpinned preset still names the commit that it got: the cache keeps files under it
-    return model, preset.revision if file is None or preset.pinned else file.parent.name
+    return model, preset.revision if file is None or preset.pinned else file.parent.name, ""
 
 
-def _load_timm(name: str, weights: str | Path | None) -> tuple[nn.Module, str]:
-    """Any model of timm, and the revision of its weights."""
+def _load_timm(name: str, weights: str | Path | None) -> tuple[nn.Module, str, str]:
+    """Any model of timm, the revision of its weights, and a word on which part of a file they are."""
     model = _create_model(name, pretrained=weights is None)
     if weights is None:
-        return model, _revision(model)
-    load_state(model, read_weights(Path(weights)), str(weights))
-    return model, "file"
+        return model, _revision(model), ""
+    return model, "file", load_own(model, Path(weights))
 
 
 def _load_transformers(
@@ -345,25 +350,9 @@ def _create_model(name: str, pretrained: bool) -> nn.Module:
     return model
 
 
-def _config(model: nn.Module) -> dict[str, Any]:
-    config: dict[str, Any] = dict(getattr(model, "pretrained_cfg", {}))
-    return config
-
-
 def _revision(model: nn.Module) -> str:
-    config = _config(model)
+    config = dict(getattr(model, "pretrained_cfg", {}))
     return str(config.get("hf_hub_id") or config.get("url") or config.get("tag") or "unknown")
-
-
-def _transform(model: nn.Module, tile_px: int) -> TransformRecipe:
-    """The model's own normalisation; the tile's size unless the model accepts one size only."""
-    import timm.data
-
-    config = timm.data.resolve_model_data_config(model)
-    fixed = _config(model).get("fixed_input_size") or hasattr(model, "pos_embed")
-    input_px = int(config["input_size"][-1]) if fixed else tile_px
-    interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
-    return TransformRecipe(input_px, interpolation, tuple(config["mean"]), tuple(config["std"]))
 
 
 def _pool(model: Any, images: Tensor, pooling: str) -> Tensor:

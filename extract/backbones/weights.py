@@ -1,5 +1,6 @@
 """Weights: read from a file without running code, renamed to timm's names, loaded strictly, hashed."""
 
+import argparse
 import hashlib
 import importlib
 import importlib.util
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,11 +23,11 @@ State = dict[str, Tensor]
 _WRAPPERS = ("state_dict", "model", "teacher")
 
 
-def read_weights(file: Path) -> State:
-    """Tensors by name from safetensors, or from a pickle that is read with ``weights_only=True``.
+def read_content(file: Path) -> Mapping[Any, Any]:
+    """What a file holds: safetensors, or a pickle that is read with ``weights_only=True``.
 
     Raises:
-        BackboneError: no such file, damaged, or not plain tensors by name.
+        BackboneError: no such file, damaged, or it holds what is neither tensors nor plain settings.
     """
     if not file.is_file():
         raise BackboneError(f"got weights {file} → there is no such file → check the path")
@@ -34,20 +36,42 @@ def read_weights(file: Path) -> State:
             from safetensors.torch import load_file
 
             return dict(load_file(file))
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_harmless()):
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, ValueError, EOFError, LookupError) as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds {found[1]}" if found else type(error).__name__
         raise BackboneError(
-            f"got weights {file} → they do not load as plain tensors ({type(error).__name__}) → save them as "
+            f"got weights {file} → they do not load as plain tensors ({reason}) → save the state dict alone, best as "
             f"safetensors; pickled code is never run"
         ) from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
         raise BackboneError(f"got weights {file} → a damaged safetensors file ({error}) → copy it again") from error
-    if not isinstance(state, Mapping):
-        raise BackboneError(f"got a {type(state).__name__} in {file} → expected tensors by name → save the state dict")
+    if not isinstance(content, Mapping):
+        raise BackboneError(
+            f"got a {type(content).__name__} in {file} → expected tensors by name → save the state dict"
+        )
+    return content
+
+
+def read_weights(file: Path) -> State:
+    """Tensors by name from a file as `read_content` reads it; out of the usual dictionary around them.
+
+    Raises:
+        BackboneError: no such file, damaged, or not plain tensors by name.
+    """
+    state = read_content(file)
     state = next((state[key] for key in _WRAPPERS if isinstance(state.get(key), dict)), state)
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _harmless() -> list[Any]:
+    """What trainers pickle beside tensors and what runs no code of theirs: arguments and numbers of NumPy."""
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
+    return [argparse.Namespace, np.dtype, *dtypes, scalar, (scalar, "numpy.core.multiarray.scalar")]
 
 
 def read_wheel_weights(expected: Mapping[str, Tensor]) -> State:

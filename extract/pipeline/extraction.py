@@ -70,7 +70,10 @@ def extract_slides(config: ExtractionConfig, store: str | StorePath, progress: P
     for text in check_device(config.compute.device):
         progress.warn(text)
     sources = config.slides.find()
-    columns = all_columns([config.load(each) for each in config.backbone.backbones], config.entries)
+    backbones = [config.load(each) for each in config.backbone.backbones]
+    for text in (note for backbone in backbones for note in backbone.notes):
+        progress.warn(text)
+    columns = all_columns(backbones, config.entries)
     path = store_path(store)
     # at a URL an empty store stays: it takes any recipe, and nobody can tell whether another run is at work in it
     is_new = not isinstance(path, RemotePath) and not path.exists()
