@@ -1,6 +1,6 @@
 """Frozen backbones: a preset or any timm model, its weights, and uint8 tiles in, embeddings out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -18,7 +18,7 @@ from extract.backbones.hub import fetch, offline_if_unreachable
 from extract.backbones.presets import PRESETS, Preset, find_preset
 from extract.backbones.runtimes import CheckedForward, choose_runtime, compile_model
 from extract.backbones.transformers_models import PREFIX, load_remote
-from extract.backbones.transforms import describe_transform, own_transform
+from extract.backbones.transforms import describe_transform, own_transform, with_statistics
 from extract.backbones.weights import adapt_state, hash_state, load_state, read_weights, read_wheel_weights
 from extract.errors import BackboneError, FeatureRangeError
 from extract.store import Execution, FeatureRecipe, TransformRecipe
@@ -210,6 +210,8 @@ def load_backbone(
     precision: str = "auto",
     compile: bool = False,
     allow_remote_code: bool = False,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Backbone:
     """Load a frozen backbone.
 
@@ -223,9 +225,12 @@ def load_backbone(
         precision: ``auto`` (``fp32`` on a CPU, the preset's on CUDA), ``fp32``, ``bf16`` or ``fp16``.
         compile: compile the model with ``torch.compile``; does nothing on a CPU.
         allow_remote_code: let a ``transformers:`` model at a pinned commit run its authors' code. No preset needs it.
+        mean: of the red, green and blue that own weights were trained with, from 0 to 1; by default the name's.
+        std: the same, of the spread.
 
     Raises:
-        BackboneError: unknown name, pooling or precision; weights absent, unreadable, or of another shape.
+        BackboneError: unknown name, pooling or precision; weights absent, unreadable, or of another shape; a mean or
+            std for a preset, or one without the other.
 
     Example:
         >>> backbone = load_backbone()
@@ -250,13 +255,18 @@ def load_backbone(
     else:
         model, revision, note = _load_timm(name, weights)
         transform, architecture = own_transform(model, tile_px), name
+    given = mean is not None or std is not None
+    if given:
+        transform = with_statistics(transform, mean, std, name if preset is not None or weights is None else None)
     choose_precision(precision, chosen)
     # what takes tiles of any size has as many features for each
     dim = _probe_dim(model, pooling, min(transform.input_px, _PROBE_PX))
     recipe = FeatureRecipe(name, architecture, revision, hash_state(model), pooling, transform, dim, dtype)
     backbone = Backbone(model, recipe, chosen, precision, compile)
     if weights is not None:
-        backbone.notes = tuple(filter(None, (note, f"weights {weights}: {describe_transform(transform)}")))
+        backbone.notes = tuple(
+            filter(None, (note, f"weights {weights}: {describe_transform(transform, given, preset is not None)}"))
+        )
     return backbone
 
 
@@ -329,7 +339,7 @@ def _load_transformers(
 def _create_model(name: str, pretrained: bool) -> nn.Module:
     import timm
 
-    if not name.startswith("hf-hub:") and name.split(".")[0] not in timm.list_models():
+    if not name.startswith(("hf-hub:", "local-dir:")) and name.split(".")[0] not in timm.list_models():
         near = dict.fromkeys(get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.3))
         near |= dict.fromkeys(get_close_matches(name.lower(), timm.list_models(), n=3))
         meant = f"did you mean {', '.join(near)}? " if near else ""

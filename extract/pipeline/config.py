@@ -34,6 +34,8 @@ class ExtractionSettings(TypedDict, total=False):
     pooling: str
     dtype: str
     allow_remote_code: bool
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
     device: str
     batch_size: int | None
     runtime: str
@@ -99,6 +101,8 @@ class BackboneConfig:
         pooling: see `load_backbone`.
         dtype: dtype of the stored embeddings.
         allow_remote_code: permit backbones that need their authors' code.
+        mean: of red, green and blue, for own weights.
+        std: the same.
     """
 
     backbones: tuple[str | Backbone, ...] = (DEFAULT_BACKBONE,)
@@ -106,6 +110,8 @@ class BackboneConfig:
     pooling: str = "model"
     dtype: str = "float16"
     allow_remote_code: bool = False
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +257,8 @@ class ExtractionConfig:
             precision=self.compute.precision,
             compile=self.compute.compile_model,
             allow_remote_code=self.backbone.allow_remote_code,
+            mean=self.backbone.mean,
+            std=self.backbone.std,
         )
 
     def _check_backbones(self) -> None:

@@ -123,6 +123,18 @@ class ExtractionFlags:
             help="Local weights of the backbone (safetensors or .pth).", show_default=False, rich_help_panel=_BACKBONE
         ),
     ] = None
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            help="Mean that own weights were trained with, R,G,B.", show_default=False, rich_help_panel=_BACKBONE
+        ),
+    ] = None
+    std: Annotated[
+        str | None,
+        typer.Option(
+            help="Std that own weights were trained with, R,G,B.", show_default=False, rich_help_panel=_BACKBONE
+        ),
+    ] = None
     pooling: Annotated[
         Literal["model", "avg", "cls", "cls+avg"],
         typer.Option(
@@ -270,11 +282,20 @@ class ExtractionFlags:
             "recipe": self.tile_recipe,
             "device": device,
             "shard_text": self.shard,
+            "mean": _numbers(self.mean, "--mean"),
+            "std": _numbers(self.std, "--std"),
             "augment": AugmentRecipe(self.augment, self.strength, self.augment_seed),
             "context_mpp": self.context_mpp or (),
             "isolation": not self.no_isolation,
             "limits": ReaderLimits(int(self.reader_memory * 1e9), read_s=self.reader_timeout),
         }
+
+
+def _numbers(text: str | None, flag: str) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"got {flag} {text} → expected R,G,B → such as 0.485,0.456,0.406") from None
 
 
 _SAME = (

@@ -38,6 +38,8 @@ CHANGED = {
     "pooling": "avg",
     "dtype": "float32",
     "allow_remote_code": True,
+    "mean": (0.7, 0.5, 0.6),
+    "std": (0.2, 0.25, 0.3),
     "device": "cpu",
     "batch_size": 8,
     "runtime": "torch",
@@ -114,6 +116,6 @@ def test_what_does_not_suit_is_refused(settings: dict[str, object], message: str
 def test_a_backbone_is_loaded_as_told(monkeypatch: pytest.MonkeyPatch):
     told: dict[str, object] = {}
     monkeypatch.setattr("extract.pipeline.config.load_backbone", lambda name, **keywords: told.update(keywords))
-    names = "weights", "pooling", "dtype", "device", "precision", "allow_remote_code"
+    names = "weights", "pooling", "dtype", "device", "precision", "allow_remote_code", "mean", "std"
     of(**{name: CHANGED[name] for name in (*names, "compile_model")}, tile_px=96).load("resnet18")
     assert told == {name: CHANGED[name] for name in names} | {"compile": True, "tile_px": 96}
