@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +16,10 @@ from uuid import uuid4
 from mil.errors import RunError
 
 Row = Sequence[object]
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_GUARDED = re.compile(r"'+[=+\-@\t\r]")
+_NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|nan|inf)")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -144,8 +149,47 @@ def _put_in_place(partial: Path, folder: Path) -> None:
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
     """Write rows, the first being the header, as UTF-8; a name that is not UTF-8 keeps its bytes."""
     buffer = io.StringIO(newline="")
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    csv.writer(buffer, lineterminator="\n").writerows(map(guarded, row) for row in rows)
     write_atomically(path, buffer.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def guarded(cell: object) -> object:
+    """A cell of a table; text that a spreadsheet would take for a formula stands behind an apostrophe.
+
+    Ids and names of classes come from strangers' tables, and CSV has no other way to say that a cell is text (OWASP,
+    CSV injection). Numbers stay numbers; `unguarded` gives the text back.
+
+    >>> [guarded(each) for each in ("=1+1", "-0.5", "a", -2)]
+    ["'=1+1", '-0.5', 'a', -2]
+    """
+    formula = isinstance(cell, str) and _FORMULA.match(cell) and not _NUMBER.fullmatch(cell)
+    return f"'{cell}" if formula else cell
+
+
+def unguarded(cell: str) -> str:
+    """The text that `guarded` was given."""
+    return cell[1:] if _GUARDED.match(cell) else cell
+
+
+def read_csv_rows(file: Iterable[str]) -> Iterator[list[str]]:
+    """The rows of a table that `write_csv` wrote, header included.
+
+    Raises:
+        csv.Error: it is no CSV.
+    """
+    for row in csv.reader(file):
+        yield [unguarded(cell) for cell in row]
+
+
+def read_csv_dicts(file: Iterable[str]) -> list[dict[str, str]]:
+    """The same by the names of the header; cells that a short row lacks are empty, and blank rows left out.
+
+    Raises:
+        csv.Error: it is no CSV.
+    """
+    rows = read_csv_rows(file)
+    header = next(rows, [])
+    return [dict(zip(header, [*row, *[""] * len(header)], strict=False)) for row in rows if row]
 
 
 def probability_text(value: float) -> str:

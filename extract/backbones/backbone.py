@@ -18,7 +18,7 @@ from extract.backbones.hub import fetch, offline_if_unreachable
 from extract.backbones.presets import PRESETS, Preset, find_preset
 from extract.backbones.runtimes import CheckedForward, choose_runtime, compile_model
 from extract.backbones.transformers_models import PREFIX, load_remote
-from extract.backbones.transforms import describe_transform, own_transform, with_statistics
+from extract.backbones.transforms import choose_statistics, describe_transform, own_transform
 from extract.backbones.weights import adapt_state, hash_state, load_state, read_weights, read_wheel_weights
 from extract.errors import BackboneError, FeatureRangeError
 from extract.store import Execution, FeatureRecipe, TransformRecipe
@@ -255,18 +255,14 @@ def load_backbone(
     else:
         model, revision, note = _load_timm(name, weights)
         transform, architecture = own_transform(model, tile_px), name
-    given = mean is not None or std is not None
-    if given:
-        transform = with_statistics(transform, mean, std, name if preset is not None or weights is None else None)
+    transform, source = choose_statistics(transform, mean, std, name, weights, preset is not None)
     choose_precision(precision, chosen)
     # what takes tiles of any size has as many features for each
     dim = _probe_dim(model, pooling, min(transform.input_px, _PROBE_PX))
     recipe = FeatureRecipe(name, architecture, revision, hash_state(model), pooling, transform, dim, dtype)
     backbone = Backbone(model, recipe, chosen, precision, compile)
     if weights is not None:
-        backbone.notes = tuple(
-            filter(None, (note, f"weights {weights}: {describe_transform(transform, given, preset is not None)}"))
-        )
+        backbone.notes = tuple(filter(None, (note, f"weights {weights}: {describe_transform(transform, source)}")))
     return backbone
 
 

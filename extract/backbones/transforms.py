@@ -1,12 +1,20 @@
 """How tiles become a model's input: size, interpolation, mean and std."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from torch import nn
 
 from extract.errors import BackboneError
 from extract.store import TransformRecipe
+
+_CONFIGS = (
+    ("config.json", "pretrained_cfg", ("mean", "std")),
+    ("preprocessor_config.json", "", ("image_mean", "image_std")),
+)
+"""Files beside downloaded weights, and where their statistics stand in them."""
 
 
 def own_transform(model: nn.Module, tile_px: int) -> TransformRecipe:
@@ -18,6 +26,30 @@ def own_transform(model: nn.Module, tile_px: int) -> TransformRecipe:
     input_px = int(config["input_size"][-1]) if fixed else tile_px
     interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
     return TransformRecipe(input_px, interpolation, tuple(config["mean"]), tuple(config["std"]))
+
+
+def choose_statistics(
+    transform: TransformRecipe,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    name: str,
+    weights: str | Path | None,
+    preset: bool,
+) -> tuple[TransformRecipe, str]:
+    """A transform with the statistics that belong to the weights, and where these come from, in words.
+
+    Those that are given; else those of a file beside own weights; else those of the backbone's name.
+
+    Raises:
+        BackboneError: as in `with_statistics`.
+    """
+    if mean is not None or std is not None:
+        owned = name if preset or weights is None else None
+        return with_statistics(transform, mean, std, owned), "as given"
+    if preset or weights is None:
+        return transform, "as its authors trained it"
+    found, file = beside_weights(transform, weights)
+    return found, f"of {file} beside them" if file else "of timm's name; --mean and --std give others"
 
 
 def with_statistics(
@@ -50,9 +82,28 @@ def with_statistics(
     return replace(transform, mean=of_mean, std=of_std)
 
 
-def describe_transform(transform: TransformRecipe, given: bool, preset: bool) -> str:
-    """A transform in words, and whether its statistics were given or are those of timm's name."""
+def beside_weights(transform: TransformRecipe, weights: str | Path) -> tuple[TransformRecipe, str]:
+    """A transform with the statistics that a downloaded hub folder says beside the weights, and the file that does.
+
+    timm's ``config.json`` (``pretrained_cfg``) and the ``preprocessor_config.json`` of transformers are known; without
+    one, or where it says no statistics, the transform is as it was and the name empty.
+
+    Raises:
+        BackboneError: they are not three sensible numbers each.
+    """
+    for name, section, keys in _CONFIGS:
+        path = Path(weights).parent / name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found = content.get(section, content) if section else content
+            mean, std = (found[key] for key in keys)
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            continue
+        return with_statistics(transform, mean, std, None), name
+    return transform, ""
+
+
+def describe_transform(transform: TransformRecipe, source: str) -> str:
+    """A transform in words, and where its statistics come from."""
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (transform.mean, transform.std))
-    named = "as the preset's authors trained it" if preset else "of timm's name; --mean and --std give others"
-    where = "as given" if given else named
-    return f"input {transform.input_px} px, {transform.interpolation}, mean ({mean}), std ({std}) {where}"
+    return f"input {transform.input_px} px, {transform.interpolation}, mean ({mean}), std ({std}) {source}"

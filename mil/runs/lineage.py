@@ -7,7 +7,6 @@ An artefact leaves the hospital that trained it, so that it holds salted hashes 
 out every id of a known form: they are a courtesy, not a secret.
 """
 
-import csv
 import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from mil.arrays import BoolArray
 from mil.cohort.identities import possible_names, recorded_names
 from mil.cohort.joining import OTHER_SUFFIXES, SLIDE_SUFFIXES
 from mil.errors import RunError
-from mil.files import read_json
+from mil.files import read_csv_dicts, read_json
 
 COHORT = "training_cohort.json"
 _DIGITS = 24
@@ -101,7 +100,7 @@ def read_training_cohort(run_folder: Path) -> TrainingCohort:
     path = run_folder / "splits.csv"
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            pairs = sorted({(row["slide_id"], row["patient_id"]) for row in csv.DictReader(file)})
+            pairs = sorted({(row["slide_id"], row["patient_id"]) for row in read_csv_dicts(file)})
     except (OSError, KeyError, ValueError) as error:
         raise RunError(
             f"got {path}, which cannot be read ({type(error).__name__} {error}) → it tells which slides and patients "

@@ -1,6 +1,5 @@
 """The folder of a finished run, sweep or ensemble, read back: the one reader of ``metrics.json``."""
 
-import csv
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from mil.cohort.targets import CLASSIFICATION
 from mil.errors import CohortError, RunError
 from mil.evaluation.replica_predictions import ReplicaPredictions
 from mil.evaluation.tables import stated_cohort, truth_names
-from mil.files import read_json
+from mil.files import read_csv_dicts, read_csv_rows, read_json
 from mil.training.replica import ReplicaId
 
 METRICS = "metrics.json"
@@ -185,7 +184,7 @@ def read_values(path: Path, names: Sequence[str]) -> tuple[list[str], FloatArray
     """
     try:
         with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            table = list(csv.DictReader(file))
+            table = read_csv_dicts(file)
         values = np.array([[float(row[name]) for name in names] for row in table])
         return [row["slide_id"] for row in table], values.reshape(len(table), len(names))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -200,7 +199,7 @@ def _read(path: Path, metrics: dict[str, Any], known: Cohort) -> tuple[Cohort, _
     table: _Table = defaultdict(dict)
     slides: dict[str, tuple[str, Sequence[str]]] = {}
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file)
+        rows = read_csv_rows(file)
         header = next(rows)
         slide, fold, seed, part = (header.index(name) for name in ("slide_id", "fold", "seed", "split"))
         patient, truth = header.index("patient_id"), [header.index(name) for name in truth_names(known)]

@@ -1,6 +1,5 @@
 """The plain files of a run folder, read back for its report and checked for their keys and columns."""
 
-import csv
 import io
 import math
 from collections import defaultdict
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mil.errors import RunError
+from mil.files import read_csv_dicts, read_csv_rows
 from mil.runs.run_folder import RunFolder
 
 METRICS_KEYS = (
@@ -147,11 +147,12 @@ def _read_text(folder: Path, name: str) -> str:
 
 
 def _read_table(folder: Path, name: str, columns: Sequence[str]) -> Table:
-    reader = csv.DictReader(io.StringIO(_read_text(folder, name), newline=""))
-    missing = [column for column in columns if column not in (reader.fieldnames or ())]
+    text = _read_text(folder, name)
+    header = next(read_csv_rows(io.StringIO(text, newline="")), [])
+    missing = [column for column in columns if column not in header]
     if missing:
         raise RunError(
-            f"got {folder / name} with the columns {', '.join(reader.fieldnames or ()) or 'none'} → expected "
+            f"got {folder / name} with the columns {', '.join(header) or 'none'} → expected "
             f"also {', '.join(missing)} → train again with this version of tessera-mil"
         )
-    return list(reader)
+    return read_csv_dicts(io.StringIO(text, newline=""))

@@ -1,12 +1,12 @@
 """What a run, a sweep or an ensemble predicts out of fold, read back from its folder, whatever the target."""
 
-import csv
 from pathlib import Path
 
 from mil.errors import RunError
 from mil.evaluation.alignment import join_runs
 from mil.evaluation.outcomes import Outcomes
 from mil.evaluation.tables import stated_outcomes
+from mil.files import read_csv_dicts
 from mil.runs.ensemble import read_ensemble
 from mil.runs.folders import is_ensemble
 from mil.runs.run_folder import RunFolder, read_predictions
@@ -23,7 +23,7 @@ def read_outcomes(run: RunFolder) -> Outcomes:
     run.require_target()
     try:
         with open(run.path / "oof.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            outcomes = stated_outcomes(list(csv.DictReader(file)), run.metrics)
+            outcomes = stated_outcomes(read_csv_dicts(file), run.metrics)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = error.strerror if isinstance(error, OSError) else f"{type(error).__name__} {error}"
         raise RunError(

@@ -4,6 +4,7 @@ Slide ids join by the rules of `join_store`: exactly, else by a unique file name
 """
 
 import csv
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from mil.cohort.cohort import MISSING_LABELS, Cohort
 from mil.cohort.joining import SlideIndex
 from mil.cohort.table import SLIDE_COLUMNS, find_column, read_table
 from mil.errors import SplitError, listed
+from mil.files import unguarded, write_csv
 from mil.splits.fixed import fixed_splits, part_name
 from mil.splits.record import SplitRecord, file_hash
 from mil.splits.splits import PART_NAMES, TEST_CODE, UNUSED, UNUSED_CODE, Splits, number_of_repeat
@@ -226,10 +228,7 @@ def split_rows(splits: Splits, cohort: Cohort) -> Iterator[tuple[int, int, str, 
 
 def write_splits(path: str | Path, splits: Splits, cohort: Cohort) -> None:
     """Write `splits.csv`, from which `read_splits` gives the same parts back."""
-    with Path(path).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(SPLIT_COLUMNS)
-        writer.writerows(split_rows(splits, cohort))
+    write_csv(Path(path), itertools.chain([SPLIT_COLUMNS], split_rows(splits, cohort)))
 
 
 def read_splits(path: str | Path, cohort: Cohort, fixed: bool = False) -> Splits:
@@ -285,8 +284,9 @@ def _read_parts(path: Path, cohort: Cohort) -> defaultdict[tuple[int, int], dict
                 f"{path}: got the columns {listed(reader.fieldnames or ())} → expected {listed(SPLIT_COLUMNS)} → pass "
                 f"the splits.csv of a run"
             )
-        for row in reader:
+        for cells in reader:
             where = f"{path}, row {reader.line_num}"
+            row = {name: unguarded(cells[name] or "") for name in SPLIT_COLUMNS}
             slide_id = _check_split_row(where, row, index, patient_of)
             parts = table[int(row["fold"]), int(row["seed"])]
             if slide_id in parts:

@@ -5,9 +5,22 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mil.errors import RunError
-from mil.files import new_folder, probability_text, require_writable, write_atomically, write_csv, write_json
+from mil.files import (
+    guarded,
+    new_folder,
+    probability_text,
+    read_csv_dicts,
+    read_csv_rows,
+    require_writable,
+    unguarded,
+    write_atomically,
+    write_csv,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,3 +110,25 @@ def test_a_place_that_takes_no_files_is_told_and_one_that_does_is_left_as_it_is(
         f"got store c.zarr → {tmp_path} cannot be written (Permission denied) → make it writable, or give another "
         f"folder with --store"
     )
+
+
+@given(st.text(max_size=12))
+def test_text_that_is_guarded_comes_back(text: str) -> None:
+    assert unguarded(str(guarded(text))) == text
+
+
+@pytest.mark.parametrize("text", ["=cmd|'/c calc'!A1", "+1+1", "@SUM(A1)", "-2+3", "\t=1", "\r=1"])
+def test_what_a_spreadsheet_would_run_is_text(text: str, tmp_path: Path) -> None:
+    write_csv(tmp_path / "t.csv", [("slide_id", text), (text, -0.5)])
+    with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert not any(cell[0] in "=+@\t\r" or cell == "-2+3" for cell in cells)
+    with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
+        assert list(read_csv_rows(file)) == [["slide_id", text], [text, "-0.5"]]
+    with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
+        assert read_csv_dicts(file) == [{"slide_id": text, text: "-0.5"}]
+
+
+@pytest.mark.parametrize("number", ["-0.5", "+1", "-1e-05", "-inf", "1.5", "-nan"])
+def test_numbers_stay_numbers(number: str) -> None:
+    assert guarded(number) == number

@@ -210,3 +210,31 @@ def test_a_downloaded_hub_folder_loads_with_its_own_statistics(tmp_path: Path):
     backbone = load_backbone(f"local-dir:{tmp_path}")
     assert_same(backbone.module.model, model)
     assert backbone.recipe.transform.mean == (0.7, 0.5, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        (
+            "config.json",
+            {"architecture": "resnet10t", "pretrained_cfg": {"mean": [0.7, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}},
+        ),
+        ("preprocessor_config.json", {"image_mean": [0.7, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}),
+    ],
+)
+def test_statistics_beside_the_weights_are_taken_and_said(tmp_path: Path, file: str, content: dict[str, Any]):
+    torch.save(timm.create_model("resnet10t", num_classes=0).state_dict(), tmp_path / "w.pth")
+    (tmp_path / file).write_text(json.dumps(content))
+    backbone = load_backbone("resnet10t", weights=tmp_path / "w.pth")
+    assert backbone.recipe.transform.mean == (0.7, 0.5, 0.6)
+    assert f"of {file} beside them" in backbone.notes[-1]
+    given = load_backbone("resnet10t", weights=tmp_path / "w.pth", mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert given.recipe.transform.mean == (0.5, 0.5, 0.5)
+    assert "as given" in given.notes[-1]
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"pretrained_cfg": 3}', '{"model_type": "vit"}'])
+def test_another_file_beside_the_weights_is_no_source(tmp_path: Path, content: str):
+    torch.save(timm.create_model("resnet10t", num_classes=0).state_dict(), tmp_path / "w.pth")
+    (tmp_path / "config.json").write_text(content)
+    assert "of timm's name" in load_backbone("resnet10t", weights=tmp_path / "w.pth").notes[-1]
