@@ -149,7 +149,12 @@ def _put_in_place(partial: Path, folder: Path) -> None:
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
     """Write rows, the first being the header, as UTF-8; a name that is not UTF-8 keeps its bytes."""
     buffer = io.StringIO(newline="")
-    csv.writer(buffer, lineterminator="\n").writerows(map(guarded, row) for row in rows)
+    plain = csv.writer(buffer, lineterminator="\n")
+    # a carriage return is no reason to quote for Python before 3.13, and ends a row for every reader
+    quoting = csv.writer(buffer, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    for row in rows:
+        writer = quoting if any("\r" in cell for cell in row if isinstance(cell, str)) else plain
+        writer.writerow([guarded(cell) for cell in row])
     write_atomically(path, buffer.getvalue().encode("utf-8", "surrogateescape"))
 
 
