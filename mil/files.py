@@ -1,11 +1,13 @@
 """The plain files of a run: written whole or not at all, and JSON read back."""
 
 import csv
+import errno
 import io
 import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -72,10 +74,45 @@ def read_json(path: Path) -> Any:
         OSError: it cannot be read.
         ValueError: it is no JSON, or nested deeper than anything that is written here.
     """
+    return parse_json(path.read_bytes())
+
+
+def parse_json(content: bytes) -> Any:
+    """The same of the content of a file.
+
+    Raises:
+        ValueError: as in `read_json`.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        return json.loads(content, parse_constant=lambda _: None)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
+
+
+def read_regular_file(folder: Path, name: str) -> bytes:
+    """A file of a stranger's folder: no link on the way to it, no device, no pipe.
+
+    Args:
+        folder: as somebody named it; it may itself be a link.
+        name: of the file in it, with slashes.
+
+    Raises:
+        OSError: it is not there, cannot be read, or is not a plain file of this folder.
+    """
+    at, flags = os.open(folder, os.O_RDONLY | os.O_DIRECTORY), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        *folders, last = name.split("/")
+        for each in folders:
+            inner = os.open(each, flags | os.O_DIRECTORY, dir_fd=at)
+            os.close(at)
+            at = inner
+        with open(os.open(last, flags, dir_fd=at), "rb") as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise OSError(errno.EINVAL, "it is no plain file", name)
+            return file.read(facts.st_size)
+    finally:
+        os.close(at)
 
 
 @contextmanager

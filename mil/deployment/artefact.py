@@ -15,6 +15,8 @@ MODEL/
 """
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -25,7 +27,7 @@ from extract.store import fingerprint
 from mil.cohort.targets import CLASSIFICATION
 from mil.errors import CheckpointError, RunError
 from mil.evaluation.averaging import Averaging, Scale
-from mil.files import new_folder, write_atomically
+from mil.files import new_folder, parse_json, read_regular_file, write_atomically
 from mil.runs.folders import MODEL
 
 FORMAT = 1
@@ -34,6 +36,7 @@ MEMBERS = "members"
 ENSEMBLE = "ensemble"
 """What ``kind`` says in the record of an ensemble; other models are of one run."""
 
+_NAME = re.compile(r"[^\\/:\0]+")
 _REQUIRED = ("format", "target", "class_names", "replicas", "abstention", "files", "sha256")
 
 
@@ -102,8 +105,10 @@ def read_artefact(folder: str | Path) -> Artefact:
             f"got {folder / MODEL}, which is not as it was packed → expected the content of its hash "
             f"{record['sha256'][:12]}... → copy the model again, or pack the run again with other settings"
         )
+    _check_names(folder, record)
     for name, expected in record["files"].items():
-        _check_file(folder / name, expected)
+        _check_file(folder, name, expected)
+    _check_numbers(folder, record)
     return Artefact(folder, record)
 
 
@@ -139,7 +144,7 @@ def seal(record: Mapping[str, Any], files: Mapping[str, bytes]) -> dict[str, byt
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / MODEL
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(read_regular_file(folder, MODEL))
     except OSError as error:
         raise RunError(
             f"got {folder} as model → its {MODEL} cannot be read ({error.strerror}) → give a folder that mil pack wrote"
@@ -157,9 +162,43 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def _check_file(path: Path, expected: str) -> None:
+def _check_names(folder: Path, record: Mapping[str, Any]) -> None:
+    """Refuse names that lead out of the folder, of whatever the record names."""
+    files, replicas, members = record["files"], record["replicas"], record.get("members", ())
     try:
-        found = sha256(path.read_bytes()).hexdigest()
+        names = [*files, *(each["name"] for each in replicas), *(each["name"] for each in members)]
+        plain = [each["name"] for each in members]
+    except (KeyError, TypeError) as error:
+        raise _foreign(folder, f"it names no files, replicas or members ({type(error).__name__} {error})") from error
+    for name in names:
+        parts = name.split("/") if isinstance(name, str) else [".."]
+        if not all(_NAME.fullmatch(part) and part.strip(".") for part in parts) or (name in plain and len(parts) > 1):
+            raise _foreign(folder, f"it names {name!r}, which is no file of this folder")
+
+
+def _check_numbers(folder: Path, record: Mapping[str, Any]) -> None:
+    """Refuse temperatures and thresholds that make no prediction."""
+    for each in record["replicas"]:
+        temperature = each.get("temperature")
+        if not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+            raise _foreign(folder, f"replica {each['name']} has the temperature {temperature!r}")
+    chosen = record["abstention"]
+    below = None if chosen is None else chosen.get("below") if isinstance(chosen, Mapping) else chosen
+    if chosen is not None and (not isinstance(below, int | float) or not math.isfinite(below)):
+        raise _foreign(folder, f"it abstains below {below!r}")
+
+
+def _foreign(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"got the model {folder}, whose {MODEL} is not what mil pack writes: {what} → expected names of its own files, "
+        f"temperatures above 0 and finite thresholds → take the model from whoever packed it"
+    )
+
+
+def _check_file(folder: Path, name: str, expected: str) -> None:
+    path = folder / name
+    try:
+        found = sha256(read_regular_file(folder, name)).hexdigest()
     except OSError as error:
         raise CheckpointError(
             f"got a model whose {path} cannot be read ({error.strerror}) → expected every file that was packed → copy "

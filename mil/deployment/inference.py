@@ -126,6 +126,7 @@ def _predict_model(
     bags = open_bags(store, slide_ids, entry, "mmap", needs_coords(model.record.keywords))
     with cpu_threads(min(int(bags.n_instances.sum()), MAX_INSTANCES) * bags.dim):
         mean, maps = _average(model, bags, torch.device(device), attention)
+    _refuse_nothing_said(bags.slide_ids, mean)
     return Predictions(
         slide_ids=bags.slide_ids,
         class_names=model.record.class_names,
@@ -136,6 +137,17 @@ def _predict_model(
         attention=maps,
         abstain_below=model.abstain_below,
     )
+
+
+def _refuse_nothing_said(slide_ids: Sequence[str], predicted: FloatArray) -> None:
+    """Refuse predictions that are no numbers: a class would be written beside them all the same."""
+    broken = [slide_ids[at] for at in np.flatnonzero(~np.isfinite(predicted).all(axis=1))]
+    if broken:
+        raise RunError(
+            f"got predictions that are not finite for {len(broken)} of {len(slide_ids)} slides: {listed(broken)} → "
+            f"expected finite numbers → the weights or the features are damaged: verify the store with mil store "
+            f"verify, and copy the model again"
+        )
 
 
 def _predict_ensemble(

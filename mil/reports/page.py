@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from mil.arrays import BoolArray, FloatArray
+from mil.errors import RunError
 from mil.files import write_atomically
 from mil.runs.run_tables import RunFiles, Table, finite
 from mil.statistics.curves import precision_recall_curve, roc_curve
@@ -58,6 +59,11 @@ def write_page(
     # All of them before the first is written: without matplotlib nothing is left behind.
     drawn = list(figures())
     folder = run.folder / "figures"
+    if folder.is_symlink():
+        raise RunError(
+            f"got {folder}, a link to {folder.resolve()} → expected a folder of the run → remove the link: figures are "
+            f"written into the run alone"
+        )
     folder.mkdir(exist_ok=True)
     sources = {}
     for name, figure in drawn:
