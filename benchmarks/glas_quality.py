@@ -30,8 +30,8 @@ from benchmarks.quality_curve import FloatArray, IntArray, Task
 from benchmarks.torchmil_peer import TorchmilPeer
 from extract.store import open_store
 from mil.bags.stored import choose_entry
-from mil.cohort.cohort import read_cohort
 from mil.cohort.joining import join_store
+from mil.cohort.reading import read_cohort
 from mil.errors import TrainingDivergedError
 from mil.splits.folds import make_splits
 from mil.statistics.bootstrap import Spread

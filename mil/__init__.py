@@ -22,7 +22,7 @@ _HOME = {
     "open_store": "extract.store",
     "pack": "mil.deployment.packing",
     "predict": "mil.deployment.inference",
-    "read_cohort": "mil.cohort.cohort",
+    "read_cohort": "mil.cohort.reading",
     "score_runs": "mil.reports.rescore",
     "sweep": "mil.tuning.sweep",
     "train": "mil.experiments.crossval",

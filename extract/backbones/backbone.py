@@ -341,7 +341,7 @@ def _create_model(name: str, pretrained: bool) -> nn.Module:
         meant = f"did you mean {', '.join(near)}? " if near else ""
         raise BackboneError(
             f"got backbone {name!r} → neither a preset nor a name that timm knows → {meant}mil models list shows the "
-            f"presets; hf-hub:owner/model works too"
+            f"presets; hf-hub:owner/model and local-dir:folder work too"
         )
     try:
         with offline_if_unreachable() if pretrained else nullcontext():

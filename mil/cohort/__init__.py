@@ -9,7 +9,7 @@ _HOME = {
     "Attrition": "mil.cohort.cohort",
     "Cohort": "mil.cohort.cohort",
     "join_store": "mil.cohort.joining",
-    "read_cohort": "mil.cohort.cohort",
+    "read_cohort": "mil.cohort.reading",
 }
 
 __all__ = list(_HOME)

@@ -6,7 +6,8 @@ from typing import Any
 
 from extract.store import open_store
 from extract.store.core.remote_path import RemotePath, store_path
-from mil.cohort.cohort import Cohort, read_cohort
+from mil.cohort.cohort import Cohort
+from mil.cohort.reading import read_cohort
 from mil.cohort.table import read_table
 from mil.cohort.targets import CLASSIFICATION, TASKS
 from mil.config.checks import check_option
@@ -62,7 +63,7 @@ def read_labels(config: TrainConfig) -> Cohort:
 
     Raises:
         ConfigError: it names no table or no target.
-        CohortError: as in `mil.cohort.cohort.read_cohort`.
+        CohortError: as in `mil.cohort.reading.read_cohort`.
     """
     if config.labels is None or config.target is None:
         raise missing_inputs(config.to_dict(), "reading labels")

@@ -12,8 +12,9 @@ from extract.store import Store, open_store
 from extract.store.core.remote_path import StorePath
 from mil.arrays import BoolArray
 from mil.bags.stored import is_synthetic
-from mil.cohort.cohort import Cohort, read_cohort
+from mil.cohort.cohort import Cohort
 from mil.cohort.joining import join_store
+from mil.cohort.reading import read_cohort
 from mil.cohort.targets import KINDS, check_times, target_columns
 from mil.deployment.inference import available_slides, predict
 from mil.deployment.model import model_folders, model_records

@@ -141,7 +141,7 @@ def _predict_model(
 
 def _refuse_nothing_said(slide_ids: Sequence[str], predicted: FloatArray) -> None:
     """Refuse predictions that are no numbers: a class would be written beside them all the same."""
-    broken = [slide_ids[at] for at in np.flatnonzero(~np.isfinite(predicted).all(axis=1))]
+    broken = [slide_ids[at] for at in np.flatnonzero(~np.isfinite(predicted).all(axis=1)).tolist()]
     if broken:
         raise RunError(
             f"got predictions that are not finite for {len(broken)} of {len(slide_ids)} slides: {listed(broken)} → "

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mil.cohort.cohort import Cohort, read_cohort
+from mil.cohort.cohort import Cohort
 from mil.cohort.joining import join_store
+from mil.cohort.reading import read_cohort
 from mil.errors import CohortError
 
 TABLE = """slide_id,patient_id,subtype

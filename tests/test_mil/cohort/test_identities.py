@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from mil.cohort.cohort import read_cohort
 from mil.cohort.identities import composed, find_alike, possible_names, recorded_names
+from mil.cohort.reading import read_cohort
 from mil.errors import CohortError
 from mil.runs.lineage import TrainingCohort
 

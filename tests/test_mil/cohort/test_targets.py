@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mil.cohort.cohort import read_cohort
 from mil.cohort.joining import join_store
+from mil.cohort.reading import read_cohort
 from mil.cohort.targets import find_strata
 from mil.errors import CohortError
 from mil.splits.folds import make_splits

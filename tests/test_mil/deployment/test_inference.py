@@ -15,7 +15,7 @@ from extract.pipeline.extraction import run_extraction
 from extract.store import FeatureRecipe, TileRecipe, open_store
 from mil.bags.bags import Bags
 from mil.bags.forward import fitting_packs
-from mil.cohort.cohort import read_cohort
+from mil.cohort.reading import read_cohort
 from mil.deployment.inference import NO_TILE, predict
 from mil.errors import BagError, CheckpointError, RunError
 from mil.experiments.crossval import train

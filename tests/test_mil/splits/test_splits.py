@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mil.cohort.cohort import Attrition, Cohort, read_cohort
+from mil.cohort.cohort import Attrition, Cohort
+from mil.cohort.reading import read_cohort
 from mil.errors import SplitError
 from mil.splits.folds import inner_splits, make_splits
 from mil.splits.record import USED_TEST_FOR_CHOICE

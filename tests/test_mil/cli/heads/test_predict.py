@@ -14,7 +14,7 @@ from extract.backbones.backbone import Backbone
 from extract.pipeline.extraction import run_extraction
 from extract.store import TilesUnit, create_store, open_store
 from mil.cli import main as cli
-from mil.cohort.cohort import read_cohort
+from mil.cohort.reading import read_cohort
 from mil.experiments.crossval import train
 from tests.test_extract.small import EXECUTION, TILES, tiny_backbone, write_slide
 
