@@ -45,7 +45,7 @@ ROOMS = {
         "cohort": "errors arrays",
         "statistics": "errors arrays cohort",
         "visualization": "errors arrays files statistics",
-        "splits": "errors arrays cohort",
+        "splits": "errors arrays files cohort",
         "config": "errors cohort",
         "bags": "errors arrays config",
         "training": "errors arrays files cohort statistics splits config bags",

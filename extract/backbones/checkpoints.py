@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from extract.backbones.weights import State, adapt_state, load_state, read_content
+from extract.backbones.weights import State, adapt_state, load_state, read_content, read_weights
 from extract.errors import BackboneError
 
 _INNER = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
@@ -74,7 +74,7 @@ def load_own(model: nn.Module, file: Path, layout: str = "timm", ignored: tuple[
         try:
             if layout == "timm":
                 raise unfit
-            load_state(model, adapt_state(dict(tensors), model, layout, ignored), source, ignored)
+            load_state(model, adapt_state(read_weights(file), model, layout, ignored), source, ignored)
         except BackboneError:
             raise unfit from None
         return ""
