@@ -34,7 +34,7 @@ from extract.memory import keep_freed_memory
 from extract.pipeline.batches import RUN_TILES
 from extract.pipeline.extraction import run_extraction
 from extract.pipeline.jobs import CPU_BATCH_SIZE, available_cores
-from extract.slides.image import open_slide
+from extract.slides.opening import open_slide
 from extract.slides.slide import Slide
 from extract.store import FeatureRecipe, TileRecipe, TissueRecipe, TransformRecipe
 from extract.tiling.tiles import cut_slide, plan_slide

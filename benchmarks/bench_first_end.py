@@ -24,9 +24,9 @@ from extract.backbones.backbone import Backbone, load_backbone
 from extract.memory import keep_freed_memory
 from extract.pipeline.extraction import run_extraction
 from extract.pipeline.jobs import CPU_BATCH_SIZE, GPU_BATCH_SIZE, available_cores
+from extract.slides.finding.source import SlideSource
+from extract.slides.finding.sources import find_slides
 from extract.slides.slide import Slide
-from extract.slides.source import SlideSource
-from extract.slides.sources import find_slides
 from extract.store import TileRecipe, TissueRecipe, open_store
 from extract.synthetic.cohort import make_large_slide
 from extract.tiling.tiles import cut_slide, plan_slide

@@ -27,7 +27,7 @@ import tifffile
 from benchmarks.machine import Result, print_results, write_results
 from extract.memory import keep_freed_memory
 from extract.slides.slide import Slide
-from extract.slides.tile_grid import TileGrid, find_grids
+from extract.slides.tiff.tile_grid import TileGrid, find_grids
 from extract.synthetic.cohort import make_large_slide
 
 TILE_PX = 256

@@ -21,9 +21,12 @@ __getattr__ = lazy_exports(__name__, _HOME)
 # what was imported from its own file in 0.1, for one version more
 MovedModules(
     {
+        "extract.image": ("extract.slides.image", "extract.slides.opening"),
+        "extract.pen": ("extract.tiling.pen",),
         "extract.plan": ("extract.planning.plan", "extract.planning.planned"),
         "extract.presets": ("extract.backbones.presets",),
         "extract.slide": ("extract.slides.slide",),
+        "extract.tiles": ("extract.tiling.tiles",),
         "extract.tissue": ("extract.tiling.tissue",),
     }
 ).install()

@@ -11,9 +11,10 @@ from typing import Any, Self, TypedDict, Unpack
 
 from extract.backbones.backbone import DEFAULT_BACKBONE, Backbone, load_backbone
 from extract.errors import RecipeError
+from extract.folders import NotTaken
 from extract.reading.isolation import ReaderLimits
-from extract.slides.source import SlideSource
-from extract.slides.sources import find_slides, shard
+from extract.slides.finding.source import SlideSource
+from extract.slides.finding.sources import find_slides, shard
 from extract.store import AugmentRecipe, QualityRecipe, TileRecipe, TissueRecipe
 
 Slides = str | Path | Sequence[str | Path]
@@ -69,8 +70,8 @@ class SlideSelection:
 
     Attributes:
         slides: files and folders.
-        table: the slide table, see `extract.slides.sources.find_slides`.
-        masks: where each slide's tissue mask is, see `extract.slides.sources.find_slides`.
+        table: the slide table, see `extract.slides.finding.sources.find_slides`.
+        masks: where each slide's tissue mask is, see `extract.slides.finding.sources.find_slides`.
         images: pattern of the files that are slides, such as ``img_{}.png``.
         shard_text: ``i/n`` for the i-th of n parts of the slides.
     """
@@ -81,13 +82,16 @@ class SlideSelection:
     images: str | None = None
     shard_text: str | None = None
 
-    def find(self) -> list[SlideSource]:
+    def find(self, not_taken: NotTaken | None = None) -> list[SlideSource]:
         """The slides that are there.
+
+        Args:
+            not_taken: counts the files of folders that are no slides.
 
         Raises:
             SlideTableError: there is no slide, or the table, a pattern or the shard is unusable.
         """
-        sources = find_slides(self.slides, self.table, self.masks, self.images)
+        sources = find_slides(self.slides, self.table, self.masks, self.images, not_taken)
         return sources if self.shard_text is None else shard(sources, self.shard_text)
 
 

@@ -1,10 +1,12 @@
 """The extraction stage: slides in, a store of embeddings out, and an account of every slide."""
 
+from dataclasses import replace
 from typing import Unpack
 
 from extract.backbones.backbone import DEFAULT_BACKBONE
 from extract.backbones.gpu import check_device
 from extract.backbones.runtimes import choose_runtime
+from extract.folders import NotTaken
 from extract.pipeline.columns import all_columns
 from extract.pipeline.config import Backbones, ExtractionConfig, ExtractionSettings, Slides
 from extract.pipeline.report import ExtractionReport, Progress, Silent
@@ -69,7 +71,8 @@ def extract_slides(config: ExtractionConfig, store: str | StorePath, progress: P
     choose_runtime(config.compute.runtime)
     for text in check_device(config.compute.device):
         progress.warn(text)
-    sources = config.slides.find()
+    not_taken = NotTaken()
+    sources = config.slides.find(not_taken)
     backbones = [config.load(each) for each in config.backbone.backbones]
     for text in (note for backbone in backbones for note in backbone.notes):
         progress.warn(text)
@@ -86,4 +89,4 @@ def extract_slides(config: ExtractionConfig, store: str | StorePath, progress: P
         run.remove_empty_store()
     else:
         run.write_index()
-    return report
+    return replace(report, not_taken=not_taken)

@@ -9,8 +9,8 @@ import numpy as np
 from extract.backbones.backbone import Backbone
 from extract.errors import SlideError, StoreError, TileDecodeError
 from extract.pipeline.jobs import Column
-from extract.slides.image import open_slide
-from extract.slides.source import SlideSource
+from extract.slides.finding.source import SlideSource
+from extract.slides.opening import open_slide
 from extract.store import Execution, SlideReader, Store, fingerprint
 from extract.tiling.sameness import check_same
 from extract.tiling.tiles import context_tiles, recorded_plan

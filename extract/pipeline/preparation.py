@@ -16,7 +16,7 @@ from extract.pipeline.jobs import Column, SlideJob
 from extract.reading.answers import rebuild_error
 from extract.reading.reader import cut_request
 from extract.reading.readers import Readers
-from extract.slides.source import SlideSource
+from extract.slides.finding.source import SlideSource
 from extract.store import SlideReader, Store, TileRecipe, TilesUnit
 from extract.store.core.draft import Draft
 from extract.tiling.pen import is_dark_field

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from extract.folders import NotTaken
 from extract.pipeline.jobs import StreamStats
 from extract.store.core.remote_path import StorePath
 
@@ -51,6 +52,7 @@ class ExtractionReport:
         stats: where the time went.
         seconds: wall time of the run.
         log: the run's JSON lines. It is gone with the store where no slide could be cut into a new one.
+        not_taken: the files of given folders that are no slides, counted by their reason.
     """
 
     store: StorePath
@@ -60,6 +62,7 @@ class ExtractionReport:
     stats: StreamStats
     seconds: float
     log: StorePath
+    not_taken: NotTaken = field(default_factory=NotTaken)
 
     @property
     def failed(self) -> tuple[SlideOutcome, ...]:

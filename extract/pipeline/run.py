@@ -45,7 +45,7 @@ from extract.pipeline.stream import Stream
 from extract.reading.isolation import ReaderProcess
 from extract.reading.readers import LocalReaders, Readers, reading_threads
 from extract.reading.ring import INVALID, Ring, RingShape
-from extract.slides.source import SlideSource
+from extract.slides.finding.source import SlideSource
 from extract.store import Store, difference, to_dict
 from extract.store.core.draft import LEASE_S
 from extract.store.core.remote_path import local_path

@@ -9,13 +9,14 @@ from typing import Unpack
 
 from extract.backbones.backbone import DEFAULT_BACKBONE
 from extract.errors import RecipeMismatchError, StoreError
+from extract.folders import NotTaken
 from extract.pipeline.columns import make_columns
 from extract.pipeline.config import Backbones, ExtractionConfig, ExtractionSettings, Slides
 from extract.planning.machine import nearest_folder
 from extract.planning.measure import PlanModel, find_model, measure_rates
 from extract.planning.planned import ExtractionPlan, PlanProgress, SilentPlan
 from extract.planning.planner import Planner
-from extract.slides.source import SlideSource
+from extract.slides.finding.source import SlideSource
 from extract.store import Store, TileRecipe, difference, find_format, open_store
 from extract.store.core.remote_path import RemotePath, StorePath, store_path
 from extract.store.formats.opening import check_format
@@ -61,11 +62,12 @@ def plan_extraction(
     config = ExtractionConfig.of(slides, backbone, entry, recipe, **settings)
     if store is not None:
         check_format(store, config.format)
-    sources, began = config.slides.find(), time.monotonic()
+    not_taken = NotTaken()
+    sources, began = config.slides.find(not_taken), time.monotonic()
     models = [find_model(each, config, measure) for each in config.backbone.backbones]
     loaded_s = time.monotonic() - began
     plan = _plan(sources, config, models, None if store is None else store_path(store), measure, measure_s, progress)
-    return replace(plan, start_seconds=plan.start_seconds + loaded_s)
+    return replace(plan, start_seconds=plan.start_seconds + loaded_s, not_taken=not_taken)
 
 
 def _plan(

@@ -1,12 +1,13 @@
 """What a plan says: slides, entries, rates, times and sizes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from extract.slides.source import SlideSource
+from extract.folders import NotTaken
+from extract.slides.finding.source import SlideSource
 from extract.store.core.remote_path import StorePath
 
 
@@ -106,6 +107,7 @@ class ExtractionPlan:
         start_seconds: how long it takes to load the backbones and to start the readers and the runtime, as measured;
             each run does it once.
         problems: what stands in the way of the whole run.
+        not_taken: the files of given folders that are no slides, counted by their reason.
     """
 
     slides: tuple[PlannedSlide, ...]
@@ -116,6 +118,7 @@ class ExtractionPlan:
     cut_seconds: float
     problems: tuple[str, ...]
     start_seconds: float = 0.0
+    not_taken: NotTaken = field(default_factory=NotTaken)
 
     @property
     def to_embed(self) -> tuple[PlannedSlide, ...]:

@@ -21,7 +21,7 @@ from extract.reading.isolation import ReaderProcess
 from extract.reading.reader import PREPARING_THREADS, cut_request, open_request
 from extract.reading.readers import LocalReaders, Readers
 from extract.reading.ring import Ring, RingShape
-from extract.slides.source import SlideSource
+from extract.slides.finding.source import SlideSource
 from extract.store import Store
 from extract.tiling.sameness import check_same
 from extract.tiling.tiles import context_tiles, recorded_plan

@@ -27,8 +27,9 @@ from extract.geometry import ReadPlan
 from extract.memory import keep_freed_memory
 from extract.reading.channel import Channel
 from extract.reading.ring import INVALID, Ring, RingShape
-from extract.slides.image import SlideLike, open_slide
-from extract.slides.source import SlideSource
+from extract.slides.finding.source import SlideSource
+from extract.slides.opening import open_slide
+from extract.slides.slide_like import SlideLike
 from extract.store import QualityRecipe, TileRecipe, from_dict
 from extract.tiling.quality import tile_flags
 from extract.tiling.tiles import cut_slide

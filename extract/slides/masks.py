@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from extract.errors import MaskError
-from extract.slides.image import DECODE_ERRORS, MAX_PIXELS
+from extract.slides.pictures import DECODE_ERRORS
 
 MASK_EXTENSIONS = (".png", ".bmp", ".tif", ".tiff", ".npy", ".geojson", ".json")
 """What a mask file may be. JPEG is not among them: it blurs labels."""
@@ -30,6 +30,7 @@ _OUTLINE_EXTENSIONS = (".geojson", ".json")
 _RASTER_MODES = frozenset({"1", "L", "LA", "RGB", "RGBA", "I", "I;16", "I;16B", "I;16L", "F"})
 _MAX_GEOJSON_BYTES = 2**28
 _MAX_CROSSINGS = 2**23
+_MAX_PIXELS = 2**27
 
 _OVERHANG = 0.1
 """An outline may reach beyond the slide by a tenth of its size, as hand-drawn ones do; more is another slide's."""
@@ -137,9 +138,9 @@ def _read_tiff(path: Path, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
+    if width * height > _MAX_PIXELS:
         raise ValueError(
-            f"its {width} x {height} px are more than {MAX_PIXELS / 1e6:.0f} million; any smaller size of the same "
+            f"its {width} x {height} px are more than {_MAX_PIXELS / 1e6:.0f} million; any smaller size of the same "
             f"aspect ratio will do"
         )
 

@@ -11,18 +11,19 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from PIL import Image
 
-from extract.errors import MissingMppError, RecipeError, ScaleError, SlideUnreadableError, TileDecodeError
+from extract.errors import MissingMppError, RecipeError, SlideUnreadableError, TileDecodeError
 from extract.geometry import ReadPlan, resample_area
-from extract.slides.direct import DirectReader
-from extract.slides.tile_grid import NotDirectError
+from extract.slides.levels import trusted_levels
+from extract.slides.parts import real_path
+from extract.slides.slide_like import PRINTING_MPP, square_mpp, thumbnail_in_blocks
+from extract.slides.tiff.direct import DirectReader
+from extract.slides.tiff.gate import WrongPixelsError, choose_reading
+from extract.slides.tiff.structure import TiffStructure, read_structure
+from extract.slides.tiff.tile_grid import NotDirectError
 
 SYNTHETIC_SOFTWARE = "Tessera synthetic slide"
 """Software tag of drawn slides, so that whatever is made of them can say so."""
-
-_PRINTING_MPP = 40.0
-"""A plain TIFF whose resolution tag says more than this (635 dpi or less) carries a printing default, not a scale."""
 
 _PROPERTIES = (
     "openslide.vendor",
@@ -32,8 +33,6 @@ _PROPERTIES = (
     "tiff.Software",
 )
 """All that is ever read of a slide's properties."""
-
-_BLOCK_PX = 1024
 
 READERS = ("auto", "direct", "openslide")
 """Ways to read tiles; ``auto`` reads directly where that was seen to give the same pixels as OpenSlide."""
@@ -65,17 +64,24 @@ class Slide:
         (46000, 32914) (0.499, 'openslide.mpp')
     """
 
-    def __init__(self, path: str | Path, name: str | None = None, reader: str = "auto") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        name: str | None = None,
+        reader: str = "auto",
+        structure: TiffStructure | None = None,
+    ) -> None:
         """Open ``path``.
 
         Args:
             path: the file.
             name: how messages call the slide; the file's name by default.
             reader: one of `READERS`. ``auto`` and ``direct`` compare a sample of tiles with OpenSlide's.
+            structure: what the directories of a TIFF say, where it was read before.
 
         Raises:
-            SlideUnreadableError: the file is absent, empty, not a slide, or damaged; or ``direct`` was asked for and
-                does not give OpenSlide's pixels.
+            SlideUnreadableError: the file is absent, empty, not a slide, or damaged; it is a TIFF that OpenSlide opens
+                and does not read rightly; or ``direct`` was asked for and does not give OpenSlide's pixels.
             RecipeError: there is no such reader.
         """
         if reader not in READERS:
@@ -86,14 +92,16 @@ class Slide:
         handle = self._open()
         # by name only: the rest is free text, and may tell who the patient is
         self._properties = {key: handle.properties[key] for key in _PROPERTIES if key in handle.properties}
-        self.size_l0: tuple[int, int] = handle.dimensions
-        self.downsamples: tuple[float, ...] = handle.level_downsamples
-        self.level_sizes: tuple[tuple[int, int], ...] = handle.level_dimensions
         self.vendor: str = self._properties.get("openslide.vendor", "unknown")
+        structure = structure or read_structure(self.path)
+        self._check_pixels(structure)
+        self._stated_mpp, self._mpp_source = _described_mpp(structure)
+        self.size_l0: tuple[int, int] = handle.dimensions
         self.synthetic = self._properties.get("tiff.Software") == SYNTHETIC_SOFTWARE
         self.bounds_l0 = self._bounds()
         self.background = _parse_colour(self._properties.get("openslide.background-color", "ffffff"))
         self._idle.put(handle)
+        self._find_levels(handle.level_dimensions, handle.level_downsamples)
         self._choice: tuple[DirectReader | None, str] | None = None
         self._choosing = Lock()
         self._same_levels: set[int] = set()
@@ -131,8 +139,8 @@ class Slide:
 
     @property
     def reader_note(self) -> str:
-        """Why tiles are not read directly; empty where they are."""
-        return self._choose()[1]
+        """Why tiles are not read directly, and which levels are not read; empty where there is nothing to say."""
+        return "; ".join(filter(None, (self._choose()[1], self._levels_note)))
 
     def native_mpp(self, override: float | None = None, default: float | None = None) -> tuple[float | None, str]:
         """µm/px of level 0 and where it comes from; (None, "missing") when nothing says it.
@@ -146,14 +154,11 @@ class Slide:
         """
         if override is not None:
             return override, "slide table"
+        if self._stated_mpp is not None:
+            return square_mpp(self._stated_mpp, self.name), self._mpp_source
         x, y = (_positive(self._properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
-        if x is not None and y is not None and not (self.vendor == "generic-tiff" and x >= _PRINTING_MPP):
-            if abs(x / y - 1) > 0.01:
-                raise ScaleError(
-                    f"got pixels of {x:g} x {y:g} µm in slide {self.name!r} → expected square ones → "
-                    f"state one mpp for it in the slide table"
-                )
-            return x, "openslide.mpp"
+        if x is not None and y is not None and not (self.vendor == "generic-tiff" and x >= PRINTING_MPP):
+            return square_mpp((x, y), self.name), "openslide.mpp"
         return (default, "--default-mpp") if default is not None else (None, "missing")
 
     def missing_mpp(self) -> MissingMppError:
@@ -212,7 +217,7 @@ class Slide:
 
         try:
             with self._borrow() as handle:
-                rgba = np.asarray(handle.read_region((int(x_l0), int(y_l0)), level, size))
+                rgba = np.asarray(handle.read_region((int(x_l0), int(y_l0)), self._levels[level], size))
         except OpenSlideError as error:
             raise TileDecodeError(f"slide {self.name!r} at ({x_l0}, {y_l0}) level {level}: {error}") from error
         if rgba[..., 3].min() == 255:
@@ -273,33 +278,32 @@ class Slide:
         Returns:
             uint8 [h, w, 3], and bool [h, w] that is False (and the picture white) where a block cannot be decoded.
         """
-        x0, y0, width_l0, height_l0 = self.bounds_l0
-        width, height = max(round(width_l0 / downsample), 1), max(round(height_l0 / downsample), 1)
-        level = max(i for i, level_ds in enumerate(self.downsamples) if i == 0 or level_ds <= downsample * 1.001)
-        block = max(int(_BLOCK_PX * self.downsamples[level] / downsample), 1)
-        picture = np.full((height, width, 3), 255, dtype=np.uint8)
-        readable = np.ones((height, width), dtype=bool)
-        scale_x, scale_y = width_l0 / width, height_l0 / height
-        for row in range(0, height, block):
-            for column in range(0, width, block):
-                rows, columns = min(block, height - row), min(block, width - column)
-                corner = self._on_grid(x0 + column * scale_x, level), self._on_grid(y0 + row * scale_y, level)
-                size = (columns * scale_x / self.downsamples[level], rows * scale_y / self.downsamples[level])
-                target = (slice(row, row + rows), slice(column, column + columns))
-                try:
-                    pixels = self.read_region(*corner, level, (max(round(size[0]), 1), max(round(size[1]), 1)))
-                except TileDecodeError:
-                    readable[target] = False
-                else:
-                    picture[target] = np.asarray(Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BOX))
-        return picture, readable
+        return thumbnail_in_blocks(self, downsample)
 
-    def _on_grid(self, position_l0: float, level: int) -> int:
-        """The nearest level-0 pixel that is a whole pixel of the level, where its downsample is a whole number."""
-        downsample = self.downsamples[level]
-        if not downsample.is_integer():
-            return round(position_l0)
-        return round(position_l0 / downsample) * int(downsample)
+    def _check_pixels(self, structure: TiffStructure | None) -> None:
+        """What OpenSlide opens is not always read rightly.
+
+        Raises:
+            SlideUnreadableError: it is not.
+        """
+        if structure is None:
+            return
+        try:
+            reading = choose_reading(structure, self.vendor)
+        except WrongPixelsError as error:
+            raise SlideUnreadableError(f"got {self.path} → {error}") from error
+        if reading != "openslide":
+            raise SlideUnreadableError(
+                f"got {self.path} → OpenSlide opens it, and would not show its pixels as they are stored → "
+                f"open it as mil extract does, which reads the pages of the TIFF themselves"
+            )
+
+    def _find_levels(self, sizes: tuple[tuple[int, int], ...], downsamples: tuple[float, ...]) -> None:
+        """Keep the levels that show the same as level 0."""
+        self._levels: tuple[int, ...] = tuple(range(len(sizes)))
+        self._levels, self._levels_note = trusted_levels(sizes, downsamples, self._read_openslide)
+        self.downsamples: tuple[float, ...] = tuple(downsamples[i] for i in self._levels)
+        self.level_sizes: tuple[tuple[int, int], ...] = tuple(sizes[i] for i in self._levels)
 
     def _open(self) -> Any:
         import openslide
@@ -309,7 +313,7 @@ class Slide:
         if self.path.is_file() and os.path.getsize(self.path) == 0:
             raise SlideUnreadableError(f"got {self.path} → the file is empty (0 bytes) → copy it again")
         try:
-            return openslide.OpenSlide(self.path)
+            return openslide.OpenSlide(real_path(self.path))
         except openslide.OpenSlideUnsupportedFormatError as error:
             raise SlideUnreadableError(
                 f"got {self.path} → no whole slide that OpenSlide reads: another kind of file, or cut "
@@ -343,6 +347,13 @@ class Slide:
             if width > 0 and height > 0:
                 return x, y, min(width, self.size_l0[0] - x), min(height, self.size_l0[1] - y)
         return 0, 0, *self.size_l0
+
+
+def _described_mpp(structure: TiffStructure | None) -> tuple[tuple[float, float] | None, str]:
+    """µm/px by a description in a TIFF; of resolution tags OpenSlide takes care."""
+    if structure is None or structure.stated_mpp is None or structure.mpp_source == "TIFF resolution":
+        return None, ""
+    return (structure.stated_mpp, structure.mpp_source) if structure.stated_mpp[0] < PRINTING_MPP else (None, "")
 
 
 def _positive(text: str | None) -> float | None:

@@ -1,13 +1,12 @@
 """Whether a slide that is in the store already is the one at hand."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from extract.errors import SlideChangedError
+from extract.slides.finding.source import SlideSource
 from extract.slides.masks import mask_sha256
-from extract.slides.source import SlideSource
-from extract.store import SlideFingerprint
+from extract.slides.parts import slide_fingerprint
 
 
 def check_same(source: SlideSource, record: Mapping[str, Any], default_mpp: float | None) -> None:
@@ -21,12 +20,14 @@ def check_same(source: SlideSource, record: Mapping[str, Any], default_mpp: floa
     Raises:
         SlideChangedError: they are not; the message says which.
     """
-    now, then = asdict(SlideFingerprint.of(source.path)), record["slide"]
-    if now != then:
+    now, then = slide_fingerprint(source.path), record["slide"]
+    if not now.matches(then):
+        what = "files" if now.parts else "a file"
         raise SlideChangedError(
-            f"got a file for slide {source.slide_id!r} ({now['size_bytes']} bytes) unlike the one that was cut before "
-            f"({then['size_bytes']} bytes) → one id is one file → bring the old file back, or give the new one another "
-            f"slide_id in the slide table"
+            f"got {what} for slide {source.slide_id!r} ({now.size_bytes} bytes) unlike the one that was cut before "
+            f"({then['size_bytes']} bytes) → one id is one slide → bring the old file back; or, if the new one is "
+            f"right, cut and embed it anew with --redo {source.slide_id!r}; or give it another slide_id in the slide "
+            f"table"
         )
     mpp = record["mpp"]
     stated = source.mpp or (default_mpp if mpp["source"] == "--default-mpp" else None)

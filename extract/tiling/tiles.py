@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,10 @@ import numpy as np
 
 from extract.errors import MaskError, NoTissueError, ScaleError
 from extract.geometry import Grid, ReadPlan, area_mm2, context_coords, plan_context, plan_read, tile_grid
-from extract.slides.image import SlideLike
 from extract.slides.masks import mask_sha256, read_mask
-from extract.store import SlideFingerprint, TileRecipe, TilesUnit
+from extract.slides.parts import slide_fingerprint
+from extract.slides.slide_like import SlideLike
+from extract.store import TileRecipe, TilesUnit
 from extract.store.core.fingerprint import sha256_of
 from extract.tiling.tissue import tissue_fraction, tissue_mask
 
@@ -186,7 +187,7 @@ def _slide_record(slide: SlideLike) -> dict[str, Any]:
         "downsamples": list(slide.downsamples),
         "vendor": slide.vendor,
         "synthetic": slide.synthetic,
-        "slide": asdict(SlideFingerprint.of(slide.path)),
+        "slide": slide_fingerprint(slide.path).to_record(),
     }
 
 

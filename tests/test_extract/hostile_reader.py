@@ -13,7 +13,7 @@ import time
 import numpy as np
 
 import extract.reading.reader
-import extract.slides.image
+import extract.slides.opening
 from extract.slides.slide import Slide
 
 
@@ -50,7 +50,7 @@ def open_hostile(path: object, name: object = None, reader: str = "auto") -> Sli
     """Open a slide by its name."""
     if str(path).rpartition("/")[2].split("-")[0] in ("segv", "hang", "greedy", "cut", "slow"):
         return HostileSlide(path, name)
-    return extract.slides.image.open_slide(path, name, reader)  # type: ignore[arg-type,return-value]
+    return extract.slides.opening.open_slide(path, name, reader)  # type: ignore[arg-type,return-value]
 
 
 if __name__ == "__main__":

@@ -60,10 +60,35 @@ class SlideFingerprint:
 
     This is a *sample* of the file, not a hash of all of it: gigabytes are not read twice. A change elsewhere in a file
     of the same size goes unseen.
+
+    Attributes:
+        size_bytes: size of the file; of a slide of several files, of the most important one.
+        sampled_sha256: SHA-256 (hex) of the sample.
+        parts: ``size:sha256`` of the other files of the slide, sorted; empty for slides of one file.
+        may_grow: whether further parts make no other slide of it, as smaller levels of a DICOM series.
     """
 
     size_bytes: int
     sampled_sha256: str
+    parts: tuple[str, ...] = ()
+    may_grow: bool = False
+
+    def matches(self, then: Mapping[str, Any]) -> bool:
+        """Whether these are the files of an earlier `to_record`.
+
+        Of a slide that was noted before all of its files were (version 0.1), it is enough that one of them is the
+        noted one.
+        """
+        noted, first = f"{then['size_bytes']}:{then['sampled_sha256']}", f"{self.size_bytes}:{self.sampled_sha256}"
+        if "parts" not in then:
+            return noted in (first, *self.parts)
+        known, parts = set(then["parts"]), set(self.parts)
+        return noted == first and (known <= parts if self.may_grow else known == parts)
+
+    def to_record(self) -> dict[str, Any]:
+        """Plain values for the record of a tiles unit; slides of one file have no ``parts``."""
+        record: dict[str, Any] = {"size_bytes": self.size_bytes, "sampled_sha256": self.sampled_sha256}
+        return record | ({"parts": list(self.parts)} if self.parts or self.may_grow else {})
 
     @classmethod
     def of(cls, path: Path) -> Self:

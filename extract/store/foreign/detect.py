@@ -1,12 +1,12 @@
 """Which layout a file has, judged by what is in it."""
 
-import os
 import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from extract.errors import AmbiguousError, ForeignFileError
+from extract.folders import NotTaken, files_below
 from extract.store.foreign.layouts.atlaspatch import AtlasPatch
 from extract.store.foreign.layouts.base import MAYBE, NO, SURE, Answers, ForeignFile, ForeignLayout
 from extract.store.foreign.layouts.clam import Clam, ClamTensor
@@ -55,12 +55,14 @@ class Survey:
         failures: reason by name, of files that cannot be taken.
         skipped: reason by name, of files that are none of ours.
         labels: label by slide id, where the source has any.
+        not_taken: files that are no features at all, counted by their reason.
     """
 
     bags: tuple[Found, ...]
     failures: dict[str, str]
     skipped: dict[str, str]
     labels: dict[str, str]
+    not_taken: NotTaken = field(default_factory=NotTaken)
 
 
 def survey(source: Path, answers: Answers) -> Survey:
@@ -78,7 +80,8 @@ def survey(source: Path, answers: Answers) -> Survey:
         raise ForeignFileError(
             f"got --layout {answers.layout} → expected one of {', '.join(LAYOUT_NAMES)} → choose one"
         )
-    files, failures, skipped = _collect(source)
+    not_taken = NotTaken()
+    files, failures, skipped = _collect(source, not_taken)
     chosen: dict[str, list[tuple[ForeignFile, ForeignLayout]]] = {}
     for file in files:
         try:
@@ -101,10 +104,10 @@ def survey(source: Path, answers: Answers) -> Survey:
             f"got {source} → there are no features in it that can be imported → expected files of "
             f"{', '.join(LAYOUT_NAMES)} → give the folder of the features"
         )
-    return Survey(tuple(bags), failures, skipped, labels)
+    return Survey(tuple(bags), failures, skipped, labels, not_taken)
 
 
-def _collect(source: Path) -> tuple[list[ForeignFile], dict[str, str], dict[str, str]]:
+def _collect(source: Path, not_taken: NotTaken) -> tuple[list[ForeignFile], dict[str, str], dict[str, str]]:
     """Files by kind, and the reasons of those that are not what their extension says."""
     if not source.exists():
         raise ForeignFileError(f"got {source} → there is no such file or folder → check the path")
@@ -112,7 +115,8 @@ def _collect(source: Path) -> tuple[list[ForeignFile], dict[str, str], dict[str,
         raise ForeignFileError(f"got {source} → it is a store of ours → use it as it is, or mil store convert")
     files: list[ForeignFile] = []
     failures: dict[str, str] = {}
-    for path in _walk(source):
+    alone = source.is_file() or _is_zarr(source)
+    for path in [source] if alone else files_below(source, not_taken, (".", "~"), _is_zarr):
         name = _name(path, source)
         kind = _kind(path)
         expected = _EXPECTED.get(path.suffix.lower())
@@ -123,20 +127,9 @@ def _collect(source: Path) -> tuple[list[ForeignFile], dict[str, str], dict[str,
                 f"got {path} → its bytes are not those of {path.suffix} → expected a file of features → it was cut "
                 f"short or is something else; copy it again"
             )
+        else:
+            not_taken.add(path, "no features")
     return files, failures, {}
-
-
-def _walk(source: Path) -> Iterator[Path]:
-    """Files, and folders that are Zarr groups, sorted; hidden ones are left out."""
-    if source.is_file() or _is_zarr(source):
-        yield source
-        return
-    for folder, folders, files in os.walk(source):
-        here = Path(folder)
-        groups = sorted(name for name in folders if _is_zarr(here / name))
-        folders[:] = sorted(name for name in folders if name not in groups and not name.startswith((".", "~")))
-        yield from (here / name for name in groups)
-        yield from (here / name for name in sorted(files) if not name.startswith((".", "~")))
 
 
 def _is_zarr(path: Path) -> bool:

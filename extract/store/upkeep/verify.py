@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ def verify_store(
     on_progress: Progress | None = None,
     quick: bool = False,
     slide_files: Mapping[str, Path] | None = None,
+    fingerprint_of: Callable[[Path], SlideFingerprint] = SlideFingerprint.of,
 ) -> list[Finding]:
     """Read every unit of a store again and compare it with its record, its recipe and the other units of its slide.
 
@@ -74,6 +75,7 @@ def verify_store(
         on_progress: called from this thread, after each unit.
         quick: read neither embeddings nor pictures: records, sizes, coordinates and links only.
         slide_files: slide id → file, whose fingerprints are compared with those that were cut; None compares none.
+        fingerprint_of: what a slide file is known by; by default its one file.
 
     Returns:
         Findings by slide and entry; none means that everything is as it was written.
@@ -92,7 +94,7 @@ def verify_store(
         findings += found
         if recipe is not None:
             recipes[name] = recipe
-    checker = _Checker(store, quick, slide_files or {})
+    checker = _Checker(store, quick, slide_files or {}, fingerprint_of)
     tiles = store.unit_paths()
     units = [(slide_id, name, path) for name in recipes for slide_id, path in store.unit_paths(name).items()]
     counter = _Counter(on_progress, len(tiles) + len(units))
@@ -155,8 +157,14 @@ class _Counter:
 class _Checker:
     """Checks one unit at a time, from any thread; whatever a damaged unit does ends in a finding about it."""
 
-    def __init__(self, store: Store, quick: bool, slide_files: Mapping[str, Path]) -> None:
-        self._store, self._quick, self._slide_files = store, quick, slide_files
+    def __init__(
+        self,
+        store: Store,
+        quick: bool,
+        slide_files: Mapping[str, Path],
+        fingerprint_of: Callable[[Path], SlideFingerprint],
+    ) -> None:
+        self._store, self._quick, self._slide_files, self._fingerprint_of = store, quick, slide_files, fingerprint_of
         self._fix = f"mil store repair {store.path}, then mil extract again"
 
     def check_tiles(self, slide_id: str, path: StorePath) -> tuple[list[Finding], int]:
@@ -267,14 +275,14 @@ class _Checker:
         if then is None:
             return []
         try:
-            now = asdict(SlideFingerprint.of(file))
+            now = self._fingerprint_of(file)
         except OSError as error:
             fix = "check the file; copy it again"
             return [Finding(slide_id, None, f"slide file: {error.strerror}", file, fix, movable=False)]
-        if now == then:
+        if now.matches(then):
             return []
-        what = f"slide file: {now['size_bytes']} bytes, not the file that was cut ({then['size_bytes']} bytes)"
-        fix = "bring the old file back, or extract the new one under another slide id"
+        what = f"slide file: {now.size_bytes} bytes, not the file that was cut ({then['size_bytes']} bytes)"
+        fix = f"bring the old file back, or cut and embed the new one with mil extract --redo {slide_id}"
         return [Finding(slide_id, None, what, file, fix, movable=False)]
 
 

@@ -95,6 +95,8 @@ def print_extraction(console: Console, report: Any) -> None:
     console.print(_counts_text(report), soft_wrap=True, highlight=False)
     _print_readers_and_tiles(console, report.outcomes)
     _print_slides_not_done(console, report)
+    for line in report.not_taken.lines():
+        console.print(line, markup=False, soft_wrap=True, highlight=False)
     where = (
         f"store {report.store}, {'entry' if len(report.entries) == 1 else 'entries'} {', '.join(report.entries)}, log "
         f"{report.log}"

@@ -129,7 +129,7 @@ def _print_plan(console: Console, planned: Any, csv_file: Path | None) -> None:
     if planned.failed:
         failed = [[slide.slide_id, plain_reason(slide.slide_id, slide.reason)] for slide in planned.failed]
         print_table(console, "slides that will fail", ["slide", "reason"], failed)
-    for line in (*_notes(planned.to_embed), *_totals(planned)):
+    for line in (*_notes(planned.to_embed), *planned.not_taken.lines(), *_totals(planned)):
         console.print(line, markup=False, soft_wrap=True, highlight=False)
     for problem in planned.problems:
         console.print(f"problem: {problem}", style="red", markup=False, soft_wrap=True, highlight=False)

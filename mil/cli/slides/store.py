@@ -209,6 +209,7 @@ def _verify(
 ) -> list[Any]:
     """Findings about a store, with progress and a line that says what was looked at."""
     from extract.errors import ExtractError
+    from extract.slides.parts import slide_fingerprint
     from extract.store import Store, open_store
     from extract.store.core.remote_path import store_path
     from extract.store.upkeep.verify import verify_store
@@ -229,7 +230,7 @@ def _verify(
             rate = n_bytes / max(time.monotonic() - started, 1e-9)
             count.add(done=1, note=f"{size_text(n_bytes)}  {size_text(rate)}/s")
 
-        findings = verify_store(store, entries, workers, report, quick, files)
+        findings = verify_store(store, entries, workers, report, quick, files, slide_fingerprint)
     with suppress(ExtractError):
         open_store(at, "r+").write_index(anew=True)
     seconds = time.monotonic() - started
@@ -256,7 +257,7 @@ def _progress(console: Console) -> Iterator[Any]:
 
 def _slide_files(console: Console, store: Any, slides: Path) -> dict[str, Path]:
     """The files of the store's slides, found as mil extract finds them."""
-    from extract.slides.sources import find_slides
+    from extract.slides.finding.sources import find_slides
 
     sources = find_slides([slides]) if slides.is_dir() else find_slides([], table=slides)
     ids = set(store.unit_paths())

@@ -27,9 +27,9 @@ from extract.pipeline.preparation import Preparation
 from extract.pipeline.report import Silent, SlideOutcome
 from extract.pipeline.run import ExtractionRun
 from extract.reading.isolation import ReaderLimits, ReaderProcess
+from extract.slides.finding.source import SlideSource
 from extract.slides.slide import Slide
-from extract.slides.source import SlideSource
-from extract.slides.tile_cache import TileCache
+from extract.slides.tiff.tile_cache import TileCache
 from extract.store import Store, TileRecipe, TissueRecipe, ZarrStore, open_store
 from extract.synthetic.pyramid import write_pyramid
 from extract.tiling.tiles import context_tiles

@@ -12,7 +12,7 @@ from extract.errors import StoreError
 from extract.pipeline.extraction import run_extraction
 from extract.pipeline.parity import measure_parity
 from extract.pipeline.report import Silent
-from extract.slides.source import SlideSource
+from extract.slides.finding.source import SlideSource
 from extract.store import open_store
 from tests.test_extract.small import TILES, TinyModel, break_tile, feature_recipe, tiny_backbone, write_slide
 

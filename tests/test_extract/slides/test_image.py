@@ -12,8 +12,9 @@ from PIL import Image
 
 from extract.errors import MissingMppError, SlideUnreadableError, TileDecodeError
 from extract.geometry import plan_read
-from extract.slides import image as image_module
-from extract.slides.image import PlainImage, open_slide
+from extract.slides import pictures as pictures_module
+from extract.slides.image import PlainImage
+from extract.slides.opening import open_slide
 from extract.slides.slide import Slide
 from tests.test_extract.small import tissue_image, write_slide
 
@@ -120,8 +121,8 @@ def test_an_orientation_is_not_applied_and_this_is_said(tmp_path: Path, pixels: 
 
 
 def test_threads_share_one_decoding(tmp_path: Path, pixels: np.ndarray, monkeypatch: pytest.MonkeyPatch):
-    decoded, decode = [], image_module._decode_picture
-    monkeypatch.setattr(image_module, "_decode_picture", lambda path: decoded.append(path) or decode(path))
+    decoded, decode = [], pictures_module._decode
+    monkeypatch.setattr(pictures_module, "_decode", lambda path, size: decoded.append(path) or decode(path, size))
     with PlainImage(save(tmp_path / "a.png", pixels)) as image, ThreadPoolExecutor(8) as pool:
         assert decoded == []
         regions = list(pool.map(lambda x: image.read_region(x, 0, 0, (32, 32)), range(64)))
@@ -133,15 +134,21 @@ def test_threads_share_one_decoding(tmp_path: Path, pixels: np.ndarray, monkeypa
 # ---------------------------------------------------------------- the scale
 
 
-def test_a_resolution_tag_is_no_scale(tmp_path: Path, pixels: np.ndarray):
-    for name in ("a.png", "a.tif"):
-        with open_slide(save(tmp_path / name, pixels, dpi=(50800, 50800))) as image:
-            assert image.native_mpp() == (None, "missing")
-            assert image.native_mpp(default=0.5) == (0.5, "--default-mpp")
-            assert image.native_mpp(override=0.25, default=0.5) == (0.25, "slide table")
-            error = image.missing_mpp()
-        assert isinstance(error, MissingMppError)
-        assert all(word in str(error) for word in (name, "--default-mpp", "--native", "mpp column"))
+@pytest.mark.parametrize(("name", "dpi"), [("a.png", 50_800), ("a.jpg", 50_800), ("a.tif", 300)])
+def test_what_printers_and_screens_want_is_no_scale(tmp_path: Path, pixels: np.ndarray, name: str, dpi: int):
+    with open_slide(save(tmp_path / name, pixels, dpi=(dpi, dpi))) as image:
+        assert image.native_mpp() == (None, "missing")
+        assert image.native_mpp(default=0.5) == (0.5, "--default-mpp")
+        assert image.native_mpp(override=0.25, default=0.5) == (0.25, "slide table")
+        error = image.missing_mpp()
+    assert isinstance(error, MissingMppError)
+    assert all(word in str(error) for word in (name, "--default-mpp", "--native", "mpp column"))
+
+
+def test_a_default_never_wins_over_what_a_tiff_in_strips_says(tmp_path: Path, pixels: np.ndarray):
+    with open_slide(save(tmp_path / "a.tif", pixels, dpi=(50_800, 50_800))) as image:
+        assert image.native_mpp(default=0.25) == (0.5, "TIFF resolution")
+        assert image.native_mpp(override=1.0) == (1.0, "slide table")
 
 
 # ---------------------------------------------------------------- what opens what
@@ -246,11 +253,10 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path, size: tup
 
 
 def test_the_limit_of_pixels_is_exact(tmp_path: Path, pixels: np.ndarray):
-    for name in ("a.png", "a.tif"):
-        file = save(tmp_path / name, pixels)
-        PlainImage(file, max_pixels=131 * 97).close()
-        with pytest.raises(SlideUnreadableError, match="131 x 97"):
-            PlainImage(file, max_pixels=131 * 97 - 1)
+    file = save(tmp_path / "a.png", pixels)
+    PlainImage(file, max_pixels=131 * 97).close()
+    with pytest.raises(SlideUnreadableError, match="131 x 97"):
+        PlainImage(file, max_pixels=131 * 97 - 1)
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif", "deflate.tif", "lzw.tif", "jpeg.tif", "a.bmp", "a.webp"])
@@ -297,9 +303,12 @@ def test_a_missing_strip_is_an_error_and_not_black(tmp_path: Path, pixels: np.nd
         open_slide(file)
 
 
-def test_a_tiled_file_is_left_to_openslide(tmp_path: Path):
-    with pytest.raises(SlideUnreadableError, match="tiled"):
-        PlainImage(write_slide(tmp_path / "a.tif", levels=1))
+def test_the_pages_of_a_tiled_file_are_what_openslide_shows(tmp_path: Path):
+    file = write_slide(tmp_path / "a.tif", levels=3)
+    with PlainImage(file, vendor="generic-tiff") as image, Slide(file, reader="openslide") as slide:
+        assert (image.level_sizes, image.downsamples) == (slide.level_sizes, slide.downsamples)
+        for level, size in enumerate(slide.level_sizes):
+            np.testing.assert_array_equal(image.read_region(0, 0, level, size), slide.read_region(0, 0, level, size))
 
 
 def test_a_broken_image_fails_once_and_then_at_once(
@@ -310,7 +319,7 @@ def test_a_broken_image_fails_once_and_then_at_once(
     image = open_slide(file)
     with pytest.raises(SlideUnreadableError):
         image.read_thumbnail(2.0)
-    monkeypatch.setattr(image_module, "_decode_picture", lambda path: pytest.fail("decoded again"))
+    monkeypatch.setattr(pictures_module, "_decode", lambda path, size: pytest.fail("decoded again"))
     with pytest.raises(SlideUnreadableError, match=r"a\.png"):
         image.read_region(0, 0, 0, (8, 8))
 

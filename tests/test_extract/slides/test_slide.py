@@ -11,8 +11,8 @@ import tifffile
 
 from extract.errors import MissingMppError, RecipeError, ScaleError, SlideUnreadableError, TileDecodeError
 from extract.geometry import plan_read, resample_area, tile_grid
-from extract.slides.direct import DirectReader
 from extract.slides.slide import Slide
+from extract.slides.tiff.direct import DirectReader
 from extract.synthetic.pyramid import write_pyramid
 from tests.test_extract.small import break_tile, tissue_image, write_slide
 
@@ -171,7 +171,7 @@ def test_a_thumbnail_read_in_blocks_is_the_one_read_at_once(tmp_path: Path, monk
     file = write_slide(tmp_path / "a.tif", 640, 448, levels=1)
     with Slide(file) as slide:
         at_once, _ = slide.read_thumbnail(4.0)
-        monkeypatch.setattr("extract.slides.slide._BLOCK_PX", 100)
+        monkeypatch.setattr("extract.slides.slide_like._BLOCK_PX", 100)
         in_blocks, _ = slide.read_thumbnail(4.0)
     # Pillow picks the order of its two passes, each rounded, by the shape of the block
     assert np.abs(at_once.astype(int) - in_blocks).max() <= 1
@@ -182,7 +182,7 @@ def test_a_broken_block_costs_only_itself_in_the_thumbnail(tmp_path: Path, monke
     with Slide(file) as slide:
         whole, _ = slide.read_thumbnail(2.0)
     break_tile(file, 320, 192)
-    monkeypatch.setattr("extract.slides.slide._BLOCK_PX", 128)
+    monkeypatch.setattr("extract.slides.slide_like._BLOCK_PX", 128)
     with Slide(file) as slide:
         picture, readable = slide.read_thumbnail(2.0)
     # blocks of 128 px: the broken tile spans x 320..384, y 192..256

@@ -104,7 +104,7 @@ def test_the_same_slide_at_another_scale_keeps_the_same_tissue(tmp_path: Path):
 def test_an_unreadable_block_of_the_thumbnail_counts_as_tissue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     file = write_slide(tmp_path / "a.tif", 640, 448, levels=1)
     break_tile(file, 0, 0)  # on glass
-    monkeypatch.setattr("extract.slides.slide._BLOCK_PX", 64)
+    monkeypatch.setattr("extract.slides.slide_like._BLOCK_PX", 64)
     unit = cut(file)
     assert [0, 0] in unit.coords.tolist()
     assert unit.record["thumbnail_unreadable"] > 0

@@ -18,8 +18,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from extract.errors import EntryNotFoundError, StoreError
-from extract.slides.image import open_slide
 from extract.slides.masks import read_mask
+from extract.slides.opening import open_slide
 from extract.store import Execution, TileRecipe, TilesUnit, ZarrStore
 from extract.store.core.unit import encode_id
 from extract.tiling.tiles import cut_slide

@@ -25,7 +25,7 @@ from extract.store.core.recipes import AugmentRecipe, PenRecipe, QualityRecipe
 from tests.test_extract.small import EXECUTION, feature_recipe
 
 AUGMENTED = feature_recipe(view="view-0", augment=AugmentRecipe())
-RECIPES = [TileRecipe(), feature_recipe(), AUGMENTED, EXECUTION, SlideFingerprint(10, "ab")]
+RECIPES = [TileRecipe(), feature_recipe(), AUGMENTED, EXECUTION, SlideFingerprint(10, "ab", ("1:cd",))]
 
 
 def leaves(recipe: Any, prefix: str = "") -> list[str]:

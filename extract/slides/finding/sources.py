@@ -1,21 +1,26 @@
 """Which slides a run is about: files, folders, masks and the slide table; the ids they get; shards of them."""
 
-import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from extract.errors import SlideTableError
-from extract.slides.image import PLAIN_EXTENSIONS
-from extract.slides.mask_rule import MaskRule, image_pattern
-from extract.slides.slide_table import from_row, override, read_table, resolved
-from extract.slides.source import SlideSource
+from extract.folders import BESIDE, KIND, PATTERN, NotTaken, files_below
+from extract.slides.finding.mask_rule import MaskRule, image_pattern
+from extract.slides.finding.series import merge_series
+from extract.slides.finding.slide_table import from_row, override, read_table, resolved
+from extract.slides.finding.source import SlideSource
+from extract.slides.parts import size_bytes, slide_parts
+from extract.slides.pictures import PLAIN_EXTENSIONS
 
 SLIDE_EXTENSIONS = frozenset(
-    {".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".vmu", ".dcm", ".czi"}
+    {
+        *(".svs", ".tif", ".tiff", ".btf", ".tf2", ".tf8", ".qptiff", ".ndpi", ".scn", ".bif", ".svslide"),
+        *(".mrxs", ".vms", ".vmu", ".dcm", ".czi"),
+    }
 )
 """What is taken from folders; files named one by one may have any extension."""
 
@@ -28,13 +33,15 @@ def find_slides(
     table: str | Path | None = None,
     masks: str | Path | None = None,
     images: str | None = None,
+    not_taken: NotTaken | None = None,
 ) -> list[SlideSource]:
     """Collect slides from files and folders, their masks, and what the slide table says of them.
 
-    A folder is searched for slides, subfolders included, and if it holds none for plain images: beside slides, images
-    are thumbnails, masks or parts of them. A slide's id is its path relative to the given folder without the extension;
-    for a file named directly, its stem. Where two ids are equal apart from case, the extension is kept, and then the
-    folder's name. The files of one DICOM series are one slide.
+    A folder is searched for slides, subfolders and links to folders included, and if it holds none for plain images:
+    beside slides, images are thumbnails, masks or parts of them. A slide's id is its path relative to the given folder
+    without the extension; for a file named directly, its stem. Where two ids are equal apart from case, the extension
+    is kept, and then the folder's name. The files of one DICOM series are one slide, whatever they are called: its id
+    is that of their folder, or where that holds other slides too its SeriesInstanceUID.
 
     ``images`` is a pattern of file names in which ``{}`` stands for any text: ``img_{}.png``; nothing else is taken
     from folders then. ``masks`` is one of two things:
@@ -53,6 +60,7 @@ def find_slides(
             slides, otherwise it overrides what it names.
         masks: where the masks are.
         images: which files of folders are slides.
+        not_taken: counts the files of folders that are no slides, with the reason.
 
     Returns:
         Slides sorted by id.
@@ -65,10 +73,11 @@ def find_slides(
     rule = MaskRule(masks, images) if masks is not None else None
     if inputs:
         table_masks = {resolved(row["mask"], table) for row in rows if row.get("mask")}
-        pairs = _merge_series(_walk(inputs, None if images is None else image_pattern(images), rule, table_masks))
+        pattern = None if images is None else image_pattern(images)
+        pairs, names = merge_series(_walk(inputs, pattern, rule, table_masks, not_taken))
         if rule is None and images is None:
             _check_no_masks(path for _, path in pairs if path.resolve() not in table_masks)
-        named = _name(pairs)
+        named = _name(pairs, names)
         if rule is not None:
             named = [replace(s, mask=rule.mask_of(*pair)) for s, pair in zip(named, pairs, strict=True)]
         sources = override(named, rows, table)
@@ -106,7 +115,7 @@ def shard(sources: Sequence[SlideSource], text: str) -> list[SlideSource]:
     if not 1 <= index <= count:
         raise SlideTableError(f"got shard {text!r} → expected i/n with i from 1 to n → write for instance 3/16")
     loads, mine = [0] * count, set()
-    sizes = {source.slide_id: _size_bytes(source.path) for source in sources}
+    sizes = {source.slide_id: size_bytes(source.path) for source in sources}
     for slide_id in sorted(sizes, key=lambda slide_id: (-sizes[slide_id], slide_id)):
         lightest = loads.index(min(loads))
         # one byte more, so that slides of unknown size are dealt out too
@@ -116,21 +125,12 @@ def shard(sources: Sequence[SlideSource], text: str) -> list[SlideSource]:
     return [source for source in sources if source.slide_id in mine]
 
 
-def _size_bytes(path: Path) -> int:
-    """Bytes of a slide; those of MIRAX lie in a folder beside the file. 0 where there is nothing."""
-    try:
-        folder = path.with_suffix("")
-        parts = list(folder.iterdir()) if path.suffix.lower() == ".mrxs" and folder.is_dir() else []
-        return sum(part.stat().st_size for part in [path, *parts])
-    except OSError:
-        return 0
-
-
 def _walk(
     inputs: Iterable[str | Path],
     images: re.Pattern[str] | None,
     rule: MaskRule | None,
     table_masks: Collection[Path],
+    not_taken: NotTaken | None,
 ) -> list[tuple[Path, Path]]:
     """(root, file) pairs, each file once, without masks."""
     pairs: dict[Path, tuple[Path, Path]] = {}
@@ -138,22 +138,16 @@ def _walk(
         if not given.is_dir():
             pairs.setdefault(given.absolute(), (given.parent, given))
             continue
-        files = (
-            [file for file in _visible(given) if file.resolve() not in table_masks] if table_masks else _visible(given)
-        )
+        files = list(files_below(given, not_taken))
+        if table_masks:
+            files = [file for file in files if file.resolve() not in table_masks]
         files = rule.without_masks(files) if rule else files
-        for path in _slides_among(files, images):
+        taken = _slides_among(files, images)
+        for path in taken:
             pairs.setdefault(path.absolute(), (given, path))
+        if not_taken is not None:
+            _count_others(files, taken, images is not None, not_taken)
     return list(pairs.values())
-
-
-def _visible(folder: Path) -> list[Path]:
-    """Every file below a folder that is not hidden."""
-    found = []
-    for parent, subfolders, files in os.walk(folder):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found += [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
-    return found
 
 
 def _slides_among(files: list[Path], images: re.Pattern[str] | None) -> list[Path]:
@@ -162,6 +156,20 @@ def _slides_among(files: list[Path], images: re.Pattern[str] | None) -> list[Pat
         return [file for file in files if images.fullmatch(file.name)]
     slides = [file for file in files if file.suffix.lower() in SLIDE_EXTENSIONS]
     return slides or [file for file in files if file.suffix.lower() in PLAIN_EXTENSIONS]
+
+
+def _count_others(files: list[Path], taken: list[Path], by_pattern: bool, not_taken: NotTaken) -> None:
+    """Note every file that is neither a slide nor a part of one."""
+    # the folder of a MIRAX slide, and what the index of a VMS or VMU slide names
+    with_parts = [path for path in taken if path.suffix.lower() in (".mrxs", ".vms", ".vmu")]
+    parts = {part for path in with_parts for part in slide_parts(path)} | set(taken)
+    for file in files:
+        if file in parts:
+            continue
+        if by_pattern:
+            not_taken.add(file, PATTERN)
+        else:
+            not_taken.add(file, BESIDE if file.suffix.lower() in PLAIN_EXTENSIONS else KIND)
 
 
 def _check_no_masks(files: Iterable[Path]) -> None:
@@ -188,36 +196,19 @@ def _check_no_masks(files: Iterable[Path]) -> None:
             )
 
 
-def _merge_series(pairs: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
-    """Keep one file of each DICOM series; OpenSlide finds the others beside it."""
-    import openslide
+def _name(pairs: list[tuple[Path, Path]], names: Mapping[Path, str]) -> list[SlideSource]:
+    """Give each file the shortest of its three possible ids that no other file has.
 
-    seen: set[tuple[Path, str]] = set()
-    kept = []
+    Args:
+        pairs: (root, file).
+        names: files → what stands for their path relative to the root, of series of files.
+    """
+    forms = []
     for root, path in pairs:
-        if path.suffix.lower() == ".dcm":
-            try:
-                with openslide.OpenSlide(path) as slide:
-                    series = slide.properties.get("dicom.SeriesInstanceUID", str(path))
-            except (openslide.OpenSlideError, OSError):
-                series = str(path)
-            if (path.parent, series) in seen:
-                continue
-            seen.add((path.parent, series))
-        kept.append((root, path))
-    return kept
-
-
-def _name(pairs: list[tuple[Path, Path]]) -> list[SlideSource]:
-    """Give each file the shortest of its three possible ids that no other file has."""
-    forms = [
-        [
-            path.relative_to(root).with_suffix("").as_posix(),
-            path.relative_to(root).as_posix(),
-            (Path(root.resolve().name) / path.relative_to(root)).as_posix(),
-        ]
-        for root, path in pairs
-    ]
+        below = path.relative_to(root)
+        short = names.get(path, below.with_suffix("").as_posix())
+        whole = names.get(path, below.as_posix())
+        forms.append([short, whole, (Path(root.resolve().name) / whole).as_posix()])
     ids = [form[0] for form in forms]
     for depth in (1, 2):
         groups = defaultdict(list)

@@ -1,7 +1,5 @@
 """Where the compressed tiles of a TIFF slide lie in its file, level by level."""
 
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -9,26 +7,14 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from extract.errors import ExtractError
+from extract.slides.tiff.structure import BROKEN_TIFF, main_pages
 
 START_OF_IMAGE = b"\xff\xd8"
 
 _MAX_TILE_PX = 4096
-_MAX_PAGES = 256
 _JPEG, _RGB, _YCBCR, _CONTIGUOUS = 7, 2, 6, 1  # values of TIFF tags
-_ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
-_ADOBE_YCBCR = _ADOBE_RGB[:-1] + b"\x01"
-_BROKEN_TIFF = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
-"""What tifffile raises on a damaged file."""
+ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
+ADOBE_YCBCR = ADOBE_RGB[:-1] + b"\x01"
 
 
 class NotDirectError(ExtractError, ValueError):
@@ -94,7 +80,7 @@ class TileGrid:
             raise NotDirectError(f"TIFF tiles of {tile[0]} x {tile[1]} px where up to {_MAX_TILE_PX} are read directly")
         offsets, counts = (np.array(v, dtype=np.uint64).reshape(shape) for v in (page.dataoffsets, page.databytecounts))
         # the TIFF says the colour space, not the stream: Aperio's RGB decoded as YCbCr is off by up to 254
-        colours = _ADOBE_RGB if int(page.photometric) == _RGB else _ADOBE_YCBCR
+        colours = ADOBE_RGB if int(page.photometric) == _RGB else ADOBE_YCBCR
         head = START_OF_IMAGE + colours + (page.jpegtables or b"")[2:-2]
         missing = np.asarray((offsets == 0) | (counts == 0))
         return cls(downsample, size, tile, offsets, counts, head, missing if missing.any() else None)
@@ -115,7 +101,7 @@ def find_grids(slide: SlideFacts) -> tuple[TileGrid, ...]:
 
     try:
         with tifffile.TiffFile(slide.path) as tiff:
-            tiled = [page for page in _pages(tiff) if page.is_tiled]
+            tiled = [page for page in main_pages(tiff) if page.is_tiled]
             grids = []
             for level, (size, downsample) in enumerate(zip(slide.level_sizes, slide.downsamples, strict=True)):
                 pages = [page for page in tiled if (page.imagewidth, page.imagelength) == size]
@@ -127,16 +113,6 @@ def find_grids(slide: SlideFacts) -> tuple[TileGrid, ...]:
                     grids[-1] = replace(grids[-1], missing=np.ones(grids[-1].counts.shape, dtype=bool))
     except NotDirectError:
         raise
-    except _BROKEN_TIFF as error:
+    except BROKEN_TIFF as error:
         raise NotDirectError(f"its TIFF structure cannot be read: {error}") from error
     return tuple(grids)
-
-
-def _pages(tiff: Any) -> Iterator[Any]:
-    """The first pages one by one: asking for their number would follow a chain that never ends."""
-    for i in range(_MAX_PAGES):
-        try:
-            yield tiff.pages[i]
-        except IndexError:
-            return
-    raise NotDirectError(f"more than {_MAX_PAGES} TIFF pages")

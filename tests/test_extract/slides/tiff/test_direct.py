@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from benchmarks.bench_reading import split_tables
 from extract.errors import ExtractError, SlideUnreadableError, TileDecodeError
-from extract.slides.direct import DirectReader
 from extract.slides.slide import Slide
-from extract.slides.tile_cache import TileCache
-from extract.slides.tile_grid import NotDirectError, find_grids
+from extract.slides.tiff.direct import DirectReader
+from extract.slides.tiff.tile_cache import TileCache
+from extract.slides.tiff.tile_grid import NotDirectError, find_grids
 from tests.test_extract.small import break_tile, tissue_image, write_slide
 
 APERIO = "Aperio Image Library v11.2.1\r\n{width}x{height} (256x256) JPEG/RGB Q=70|AppMag = 20|MPP = 0.4990"
@@ -281,7 +281,7 @@ def test_a_chain_of_pages_without_end_is_refused(slide_file: Path, monkeypatch: 
 
 
 def test_huge_source_tiles_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("extract.slides.tile_grid._MAX_TILE_PX", 63)
+    monkeypatch.setattr("extract.slides.tiff.tile_grid._MAX_TILE_PX", 63)
     with Slide(write_tiff(tmp_path / "a.tif", pyramid(200, 150, (1,)))) as slide:
         assert slide.reader == "openslide"
         assert "64 x 48" in slide.reader_note

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from extract.errors import SlideTableError
-from extract.slides.mask_rule import MaskRule
-from extract.slides.source import SlideSource
+from extract.slides.finding.mask_rule import MaskRule
+from extract.slides.finding.source import SlideSource
 
 _COLUMNS = ("path", "slide_id", "patient_id", "mpp", "mask")
 _DELIMITERS = (",", ";", "\t")

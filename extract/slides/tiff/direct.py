@@ -15,8 +15,8 @@ from typing import Self
 import numpy as np
 
 from extract.errors import SlideUnreadableError, TileDecodeError
-from extract.slides.tile_cache import TileCache
-from extract.slides.tile_grid import START_OF_IMAGE, NotDirectError, SlideFacts, TileGrid, find_grids
+from extract.slides.tiff.tile_cache import TileCache
+from extract.slides.tiff.tile_grid import START_OF_IMAGE, NotDirectError, SlideFacts, TileGrid, find_grids
 
 CACHE_BYTES = 128 << 20
 """Decoded source tiles kept per slide: two rows of 256 px tiles of a slide 80,000 px wide."""

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from extract.errors import MaskError, SlideTableError
-from extract.slides.image import open_slide
+from extract.folders import NotTaken
+from extract.slides.finding.source import SlideSource
+from extract.slides.finding.sources import SLIDE_EXTENSIONS, find_slides, shard
 from extract.slides.masks import read_mask
+from extract.slides.opening import open_slide
 from extract.slides.slide import Slide
-from extract.slides.source import SlideSource
-from extract.slides.sources import SLIDE_EXTENSIONS, find_slides, shard
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -108,8 +109,9 @@ def test_no_slide_at_all_is_an_error(tmp_path: Path):
 
 def test_the_files_of_a_dicom_series_are_one_slide(data_folder: Path):
     found = find_slides([data_folder / "slides" / "boxes"])
-    assert [source.slide_id for source in found] == ["boxes", "boxes_0", "small"]
-    assert len(found) < len(list((data_folder / "slides" / "boxes").iterdir()))
+    assert len(found) == 3 < len(list((data_folder / "slides" / "boxes").iterdir()))
+    # other slides lie in its folder: it is known by its UID, not by the name of a file
+    assert [source.slide_id[:8] for source in found] == ["1.3.6.1.", "boxes", "small"]
 
 
 def test_a_file_that_is_no_dicom_is_left_for_the_run_to_report(tmp_path: Path):
@@ -476,3 +478,44 @@ def test_a_mirax_slide_weighs_what_its_folder_does(tmp_path: Path):
 def test_a_shard_that_is_none_is_an_error(text: str):
     with pytest.raises(SlideTableError, match="i/n"):
         shard([SlideSource(Path("a.svs"), "a")], text)
+
+
+# ---------------------------------------------------------------- links, and what is not taken
+
+
+def test_linked_folders_are_searched_and_a_circle_of_links_ends(tmp_path: Path):
+    touch(tmp_path, "slides/a.tif", "nas/b.tif", "nas/deep/c.tif")
+    (tmp_path / "slides" / "tcga").symlink_to("../nas")
+    (tmp_path / "nas" / "deep" / "up").symlink_to("../..")
+    assert ids(tmp_path / "slides")[:3] == ["a", "tcga/b", "tcga/deep/c"]
+    only = tmp_path / "only"
+    only.mkdir()
+    (only / "x").symlink_to("../nas/deep")
+    assert "x/c" in ids(only)
+
+
+def test_pyramids_of_every_ending_are_taken(tmp_path: Path):
+    touch(tmp_path, "a.tif", "b.qptiff", "c.btf", "d.tf8", "e.tf2")
+    assert ids(tmp_path) == ["a", "b", "c", "d", "e"]
+
+
+def test_every_file_of_a_folder_is_taken_or_counted_with_its_reason(tmp_path: Path):
+    touch(tmp_path, "a.svs", "e.png", "f.sdpc", "g.jp2", "h.JP2", ".hidden", "sub/readme", "m.mrxs", "m/Data0000.dat")
+    not_taken = NotTaken()
+    found = find_slides([tmp_path], not_taken=not_taken)
+    assert [source.slide_id for source in found] == ["a", "m"]
+    assert len(not_taken) == 6
+    (line,) = not_taken.lines()
+    assert line.startswith("6 files not taken: ")
+    for part in ("1 .png (plain images beside slides", "2 .jp2", "1 .sdpc", "1 without ending", "(hidden)"):
+        assert part in line
+    not_taken = NotTaken()
+    find_slides([tmp_path], images="{}.png", not_taken=not_taken)
+    assert "not named like --images" in not_taken.lines()[0]
+
+
+def test_masks_and_files_of_a_series_are_not_counted(tmp_path: Path):
+    touch(tmp_path, "img_1.png", "mask_1.png")
+    not_taken = NotTaken()
+    find_slides([tmp_path], masks="mask_{}.png", images="img_{}.png", not_taken=not_taken)
+    assert not_taken.lines() == []
