@@ -36,8 +36,8 @@ ROOMS = {
         "tiling": "errors geometry store/core store slides slides/finding",
         "backbones": "errors exports store/core store",
         "reading": "errors memory geometry store slides slides/finding tiling",
-        "pipeline": "errors exports memory geometry folders store/core store/formats store slides slides/finding "
-        "tiling backbones reading",
+        "pipeline": "errors exports memory geometry folders store/core store/formats store/upkeep store slides "
+        "slides/finding tiling backbones reading",
         "planning": "errors memory geometry folders store/core store/formats store slides slides/finding synthetic "
         "tiling backbones reading pipeline",
         "__init__": "errors exports store slides tiling backbones pipeline planning",

@@ -49,6 +49,8 @@ class ExtractionSettings(TypedDict, total=False):
     reader: str
     isolation: bool
     limits: ReaderLimits | None
+    max_invalid: float
+    redo: Sequence[str]
     format: str | None
     mpp: float | None
     tile_px: int
@@ -166,14 +168,21 @@ class ReadingConfig:
         reader: ``auto``, ``direct`` or ``openslide``, see `extract.slides.slide.Slide`.
         isolation: read in a process of its own, so that a file that kills its decoder does not kill the run.
         limits: memory and time that the reading process may take.
+        max_invalid: a slide of which a larger part of the tiles cannot be decoded counts as failed.
+        redo: ids of slides that are cut and embedded anew; what the store holds of them goes into its quarantine.
     """
 
     default_mpp: float | None = None
     reader: str = "auto"
     isolation: bool = True
     limits: ReaderLimits = field(default_factory=ReaderLimits)
+    max_invalid: float = 0.05
+    redo: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "redo", (self.redo,) if isinstance(self.redo, str) else tuple(self.redo))
+        if not 0 <= self.max_invalid <= 1:
+            raise RecipeError(f"got max_invalid={self.max_invalid} → expected a part from 0 to 1 → such as 0.05")
         mpp = self.default_mpp
         if mpp is not None and not (math.isfinite(mpp) and mpp > 0):
             raise RecipeError(f"got a default mpp of {mpp} → expected µm per pixel, such as 0.25 → correct it")

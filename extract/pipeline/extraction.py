@@ -1,19 +1,23 @@
 """The extraction stage: slides in, a store of embeddings out, and an account of every slide."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Unpack
 
 from extract.backbones.backbone import DEFAULT_BACKBONE
 from extract.backbones.gpu import check_device
 from extract.backbones.runtimes import choose_runtime
+from extract.errors import SlideTableError
 from extract.folders import NotTaken
 from extract.pipeline.columns import all_columns
 from extract.pipeline.config import Backbones, ExtractionConfig, ExtractionSettings, Slides
 from extract.pipeline.report import ExtractionReport, Progress, Silent
 from extract.pipeline.run import ExtractionRun
-from extract.store import TileRecipe, create_store
+from extract.slides.finding.source import SlideSource
+from extract.store import Store, TileRecipe, create_store
 from extract.store.core.remote_path import RemotePath, StorePath, store_path
 from extract.store.formats.opening import check_format
+from extract.store.upkeep.repair import set_aside
 
 
 def run_extraction(
@@ -43,9 +47,9 @@ def run_extraction(
             `extract.pipeline.config.SlideSelection`; ``weights``, ``pooling``, ``dtype`` and ``allow_remote_code`` of
             `extract.pipeline.config.BackboneConfig`; ``device``, ``batch_size``, ``runtime``, ``precision`` and
             ``compile_model`` of `extract.pipeline.config.ComputeConfig`; ``views``, ``augment`` and ``context_mpp`` of
-            `extract.pipeline.config.EntryConfig`; ``default_mpp``, ``reader``, ``isolation`` and ``limits`` of
-            `extract.pipeline.config.ReadingConfig`; ``format`` of `extract.pipeline.config.ExtractionConfig`; and the
-            fields of `TileRecipe`, when no ``recipe`` is given.
+            `extract.pipeline.config.EntryConfig`; ``default_mpp``, ``reader``, ``isolation``, ``limits``,
+            ``max_invalid`` and ``redo`` of `extract.pipeline.config.ReadingConfig`; ``format`` of
+            `extract.pipeline.config.ExtractionConfig`; and the fields of `TileRecipe`, when no ``recipe`` is given.
 
     Raises:
         RecipeError: a setting is out of range.
@@ -65,6 +69,26 @@ def run_extraction(
     return extract_slides(config, store, progress or Silent())
 
 
+def redo(store: Store, config: ExtractionConfig, sources: Sequence[SlideSource]) -> None:
+    """Move the slides that are to be done again out of the store.
+
+    Raises:
+        SlideTableError: one of them is none of the slides that were given.
+        SlideClaimedError: another process is at work on one of them.
+        StoreError: the store lies at a URL.
+    """
+    given = {source.slide_id for source in sources}
+    strange = [slide_id for slide_id in config.reading.redo if slide_id not in given]
+    if strange and config.slides.shard_text is None:
+        raise SlideTableError(
+            f"got --redo {strange[0]} → none of the {len(given)} slides that were given has this id → ids are paths "
+            f"below the given folder without the extension, such as {min(given)!r}"
+        )
+    mine = [slide_id for slide_id in config.reading.redo if slide_id in given and slide_id in store]
+    if mine:
+        set_aside(store, mine)
+
+
 def extract_slides(config: ExtractionConfig, store: str | StorePath, progress: Progress) -> ExtractionReport:
     """Embed the slides of a configuration into a store; see `run_extraction`."""
     check_format(store, config.format)
@@ -80,7 +104,9 @@ def extract_slides(config: ExtractionConfig, store: str | StorePath, progress: P
     path = store_path(store)
     # at a URL an empty store stays: it takes any recipe, and nobody can tell whether another run is at work in it
     is_new = not isinstance(path, RemotePath) and not path.exists()
-    run = ExtractionRun(create_store(store, config.recipe, config.format), columns, config, progress)
+    made = create_store(store, config.recipe, config.format)
+    redo(made, config, sources)
+    run = ExtractionRun(made, columns, config, progress)
     try:
         report = run.embed(sources)
     finally:

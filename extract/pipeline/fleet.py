@@ -17,6 +17,8 @@ from extract.store.core.remote_path import RemotePath, StorePath
 LEFT_TO_OTHERS = 3
 """Exit code of a run that failed nowhere, but left slides to another process that is at work on them."""
 
+_OF_THE_PARENT = ("--device", "--redo")
+
 
 def devices_of(text: str) -> list[str]:
     """The devices that ``--device`` names: ``all`` is every GPU, a comma separates several.
@@ -117,14 +119,17 @@ def _start(command: Sequence[str]) -> "subprocess.Popen[str]":
 
 
 def with_device(arguments: Sequence[str], device: str) -> list[str]:
-    """The arguments with another ``--device``; what stands behind ``--`` are slides, whatever it looks like."""
+    """The arguments with another ``--device``; what stands behind ``--`` are slides, whatever it looks like.
+
+    ``--redo`` is left out: it is done once, before the processes start.
+    """
     end = list(arguments).index("--") if "--" in arguments else len(arguments)
     kept, skip = [], False
     for argument in arguments[:end]:
-        if skip or argument == "--device":
-            skip = argument == "--device" and not skip
+        if skip or argument in _OF_THE_PARENT:
+            skip = argument in _OF_THE_PARENT and not skip
             continue
-        if not argument.startswith("--device="):
+        if not argument.startswith(tuple(f"{flag}=" for flag in _OF_THE_PARENT)):
             kept.append(argument)
     return [*kept, "--device", device, *arguments[end:]]
 

@@ -63,6 +63,7 @@ class SlideJob:
         flags: uint8 [n]: `INVALID` and the bits of `extract.tiling.quality`.
         error: what ended the slide early, if anything did; the other slides go on.
         read_by: how its tiles were read, and why not directly.
+        damage: what the decoder says of a tile that it cannot decode.
         started: monotonic seconds.
     """
 
@@ -80,6 +81,7 @@ class SlideJob:
     flags: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
     error: Exception | None = None
     read_by: str = ""
+    damage: str = ""
     started: float = field(default_factory=time.monotonic)
     key: int = 0
     rows_left: int = 0

@@ -5,25 +5,31 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from extract.errors import ExtractError, ReaderError, SlideUnreadableError
+from extract.errors import ExtractError, ReaderError, SlideChangedError, SlideUnreadableError
 from extract.geometry import ReadPlan
 from extract.pipeline.claims import Claims
 from extract.pipeline.config import ReadingConfig
 from extract.pipeline.jobs import Column, SlideJob
 from extract.reading.answers import rebuild_error
-from extract.reading.reader import cut_request
+from extract.reading.channel import Message
+from extract.reading.reader import cut_request, probe_request
 from extract.reading.readers import Readers
 from extract.slides.finding.source import SlideSource
 from extract.store import SlideReader, Store, TileRecipe, TilesUnit
 from extract.store.core.draft import Draft
+from extract.store.core.remote_path import RemotePath
+from extract.store.upkeep.repair import set_aside
 from extract.tiling.pen import is_dark_field
 from extract.tiling.sameness import check_same
 from extract.tiling.tiles import context_tiles, recorded_plan
 
 _LOOK_S = 0.2
+_TILES_TRIED = 64
+"""Of tiles that could not be decoded, how many are tried again to see whether they can be now."""
 
 
 class StoppedError(Exception):
@@ -42,6 +48,7 @@ class PreparedSlide:
     dark: bool = False
     flags: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
     read_by: str = ""
+    damage: str = ""
     error: Exception | None = None
 
 
@@ -82,8 +89,9 @@ class Preparation:
         if not source.path.exists():
             raise SlideUnreadableError(f"got {source.path} → there is no such file → check the path")
         if source.slide_id in self._store:
-            check_same(source, self._store[source.slide_id].record, self._reading.default_mpp)
+            self._check_same(source)
         slide = PreparedSlide(source)
+        self._try_again(source)
         missing = [c for c in self._columns if not self._store.has_features(source.slide_id, c.entry)]
         if not missing:
             return slide, []
@@ -95,6 +103,44 @@ class Preparation:
         jobs = self._make_jobs(slide, tiles, missing)
         slide.jobs_left = len(jobs)
         return slide, jobs
+
+    def _check_same(self, source: SlideSource) -> None:
+        """A slide that was given is the one that was cut; of one that failed for its tiles, a better copy is taken.
+
+        Raises:
+            SlideChangedError: it is another.
+        """
+        tiles = self._store[source.slide_id]
+        try:
+            check_same(source, tiles.record, self._reading.default_mpp)
+        except SlideChangedError:
+            done = [entry for entry in self._store.entries() if self._store.has_features(source.slide_id, entry)]
+            parts = [invalid_part(tiles.feature_record(entry)) for entry in done]
+            if not parts or min(parts) <= self._reading.max_invalid or isinstance(self._store.path, RemotePath):
+                raise
+            set_aside(self._store, [source.slide_id])
+            self._warn(
+                f"slide {source.slide_id!r} is another file than the one of which {min(parts):.0%} of the tiles could "
+                f"not be decoded: it is cut and embedded anew, what was there is in quarantine"
+            )
+
+    def _try_again(self, source: SlideSource) -> None:
+        """Where tiles could not be decoded before and can be now, move the embeddings aside: they are made anew."""
+        if source.slide_id not in self._store or isinstance(self._store.path, RemotePath):
+            return
+        tiles, invalid = self._store[source.slide_id], set[int]()
+        for column in self._columns:
+            if self._store.has_features(source.slide_id, column.entry) and column.backbone.recipe.context_mpp is None:
+                invalid |= set(tiles.feature_record(column.entry)["invalid_rows"])
+        if not invalid or tiles.coords() is None:
+            return
+        rows = sorted(invalid)[:: -(-len(invalid) // _TILES_TRIED)]
+        corners = [(int(x), int(y)) for x, y in tiles.coords()[rows]]
+        request = probe_request(source, self._reading.reader, recorded_plan(tiles.record), corners)
+        answer, _ = self._ask(request)
+        if answer.get("readable", 0):
+            set_aside(self._store, [source.slide_id], tiles=False)
+            self._warn(f"slide {source.slide_id!r}: tiles that could not be decoded can be now; it is embedded anew")
 
     def _is_dark(self, tiles: SlideReader) -> bool:
         """Whether it is a dark-field image, on which there is no ink; the user is told where tissue was looked for."""
@@ -113,20 +159,22 @@ class Preparation:
     def _cut(self, source: SlideSource) -> TilesUnit:
         """Have the readers cut a slide."""
         reading = self._reading
-        future = self._readers.request(
-            cut_request(source, reading.reader, self._store.tile_recipe, reading.default_mpp)
-        )
-        while not wait([future], _LOOK_S).done:
-            # the cut itself cannot be interrupted, but the run can
-            if self._stop.is_set():
-                raise StoppedError
-        answer, arrays = future.result()
+        answer, arrays = self._ask(cut_request(source, reading.reader, self._store.tile_recipe, reading.default_mpp))
         if "error" in answer:
             raise rebuild_error(answer["error"], source.slide_id)
         coords, fraction, thumbnail, *mask = arrays
         unit = TilesUnit(source.slide_id, coords, fraction, thumbnail, answer["record"], *mask)
         _check_unit(unit, self._store.tile_recipe)
         return unit
+
+    def _ask(self, request: Mapping[str, Any]) -> Message:
+        """The readers' answer, as long as the run is not stopped."""
+        future = self._readers.request(request)
+        while not wait([future], _LOOK_S).done:
+            # what they are at cannot be interrupted, but the run can
+            if self._stop.is_set():
+                raise StoppedError
+        return future.result()
 
     def _make_jobs(self, slide: PreparedSlide, tiles: SlideReader, missing: Sequence[Column]) -> list[SlideJob]:
         """One job for the tiles, and one for each context around them; the claims are given back if that fails."""
@@ -160,6 +208,11 @@ class Preparation:
             slide.n_resumed = max(slide.n_resumed, job.first_row)
             jobs.append(job)
         return jobs
+
+
+def invalid_part(record: Mapping[str, Any]) -> float:
+    """Part of a slide's tiles that could not be decoded, by the record of its embeddings."""
+    return len(record["invalid_rows"]) / max(int(record["n_tiles"]), 1)
 
 
 def _make_job(

@@ -258,8 +258,8 @@ class ExtractionRun:
                 raise job.error
             if len(job.invalid_rows) == len(job.coords):
                 raise SlideUnreadableError(
-                    f"got slide {job.slide_id!r} with no readable tile among {len(job.coords)} → the file is damaged → "
-                    f"copy it again"
+                    f"got slide {job.slide_id!r} with no readable tile among {len(job.coords)} ({job.damage}) → the "
+                    f"file is damaged, or of a kind that is not read → copy it again, or convert it"
                 )
             if slide.dark:
                 job.flags &= np.uint8(~PEN & 0xFF)
@@ -281,20 +281,21 @@ class ExtractionRun:
             else:
                 draft.discard()
         if job.quality is not None:
-            slide.flags, slide.read_by = job.flags, job.read_by
+            slide.flags, slide.read_by, slide.damage = job.flags, job.read_by, job.damage
         slide.jobs_left -= 1
         if slide.jobs_left == 0:
             self._finish(self._slides.pop(job.slide_id))
 
     def _finish(self, slide: PreparedSlide) -> None:
         """Account for a slide whose last job is written."""
-        rows = flagged_rows(slide.flags)
+        rows, n_invalid = flagged_rows(slide.flags), int(np.count_nonzero(slide.flags & INVALID))
+        slide.error = slide.error or self._too_many_invalid(slide.source, n_invalid, slide.n_tiles, slide.damage)
         self._note(
             slide.source,
             "embedded" if slide.error is None else "failed",
             *(("", "") if slide.error is None else _reason(slide.error)),
             n_tiles=slide.n_tiles,
-            n_invalid=int(np.count_nonzero(slide.flags & INVALID)),
+            n_invalid=n_invalid,
             n_resumed=slide.n_resumed,
             flagged={name: len(found) for name, found in rows.items() if found},
             reader=slide.read_by,
@@ -305,7 +306,23 @@ class ExtractionRun:
         for column in self._columns:
             self._store.clear_draft(source.slide_id, column.entry)
         record = self._store[source.slide_id].feature_record(self._columns[0].entry)
-        self._note(source, "complete", n_tiles=record["n_tiles"], n_invalid=len(record["invalid_rows"]))
+        n_tiles, n_invalid = int(record["n_tiles"]), len(record["invalid_rows"])
+        error = self._too_many_invalid(source, n_invalid, n_tiles)
+        outcome = ("complete",) if error is None else ("failed", str(error))
+        self._note(source, *outcome, n_tiles=n_tiles, n_invalid=n_invalid)
+
+    def _too_many_invalid(
+        self, source: SlideSource, n_invalid: int, n_tiles: int, damage: str = ""
+    ) -> SlideUnreadableError | None:
+        """What is wrong with a slide of which a larger part than is permitted cannot be decoded."""
+        if n_invalid <= self._reading.max_invalid * n_tiles:
+            return None
+        why = f" ({damage})" if damage else ""
+        return SlideUnreadableError(
+            f"got {n_invalid} of {n_tiles} tiles of slide {source.slide_id!r} that cannot be decoded{why} → at most "
+            f"{self._reading.max_invalid:.0%} may be → copy the file again and "
+            f"run the same command: these tiles are tried again; the others are stored, and --max-invalid takes more"
+        )
 
     def _note(
         self, source: SlideSource, outcome: str, reason: str = "", trace: str = "", seconds: float = 0.0, **facts: Any

@@ -223,6 +223,8 @@ class Stream:
             jobs[key].error = jobs[key].error or rebuild_error(description, jobs[key].slide_id)
         for key, told in answer.get("opened", {}).items():
             jobs[key].read_by = ": ".join(filter(None, (told["reader"], told["note"])))
+        for key, text in answer.get("damage", {}).items():
+            jobs[key].damage = jobs[key].damage or text
         with self.stats.lock:
             self.stats.read_cpu_s += answer.get("cpu_s", 0.0)
 

@@ -145,7 +145,8 @@ class Planner:
     def _plan_slide(self, source: SlideSource, cutters: _Cutters) -> tuple[PlannedSlide, Sample | None]:
         if not source.path.exists():
             raise SlideUnreadableError(f"got {source.path} → there is no such file → check the path")
-        if self._store is not None and source.slide_id in self._store:
+        anew = source.slide_id in self._config.reading.redo
+        if self._store is not None and source.slide_id in self._store and not anew:
             there = self._store[source.slide_id]
             record, coords = there.record, there.coords()
             check_same(source, record, self._config.reading.default_mpp)
@@ -153,7 +154,7 @@ class Planner:
             record, coords = self._cut(source, cutters)
         for mpp in self._config.entries.context_mpp:
             context_tiles(record, coords, mpp)
-        missing = [entry for entry in self._entries if source.slide_id not in self._done[entry.name]]
+        missing = [entry for entry in self._entries if anew or source.slide_id not in self._done[entry.name]]
         facts = _facts(record) | {"n_tiles": len(coords)}
         if not missing:
             return PlannedSlide(source.slide_id, str(source.path), "complete", **facts), None

@@ -13,8 +13,10 @@ def check_answer(values: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[st
     Raises:
         ValueError: it has another shape.
     """
-    if asked["do"] == "cut":
-        return {"error": _description(values["error"])} if "error" in values else {"record": dict(values["record"])}
+    if asked["do"] != "read":
+        if "error" in values:
+            return {"error": _description(values["error"])}
+        return {"record": dict(values["record"])} if asked["do"] == "cut" else {"readable": int(values["readable"])}
     keys = {str(key) for key, _, _ in asked["runs"]}
     errors = dict.fromkeys(keys, values["error"]) if "error" in values else values["errors"]
     opened = values.get("opened", {})
@@ -23,6 +25,7 @@ def check_answer(values: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[st
     return {
         "errors": {key: _description(error) for key, error in errors.items()},
         "opened": {key: {name: str(told[name]) for name in ("reader", "note")} for key, told in opened.items()},
+        "damage": {str(key): str(text)[:1000] for key, text in values.get("damage", {}).items() if key in keys},
         "cpu_s": float(values.get("cpu_s", 0.0)),
     }
 

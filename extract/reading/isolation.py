@@ -79,7 +79,7 @@ class _Task:
     @property
     def limit(self) -> str:
         """Name of its time limit."""
-        return "cut_s" if self.values["do"] == "cut" else "read_s"
+        return "read_s" if self.values["do"] == "read" else "cut_s"
 
 
 class ReaderProcess:
@@ -322,7 +322,7 @@ class ReaderProcess:
     def _convict(self, task: _Task, cause: str) -> list[tuple[_Task, Message]]:
         """Deal with the task that killed its reader: a cut fails, a run is split, a tile is invalid."""
         values = task.values
-        if values["do"] == "cut":
+        if values["do"] != "read":
             description = killed(values["slide_id"], cause)
             return [(task, ({"task": task.number, "error": description}, []))]
         tiles = [(key, row) for key, start, stop in values["runs"] for row in range(start, stop)]

@@ -83,8 +83,8 @@ class _OpenSlide:
 class Reader:
     """Answers requests from threads of its own.
 
-    ``cut`` answers with a tiles unit; ``open`` and ``close`` frame the reading of one slide; ``read`` fills a part of a
-    slot and answers when it is full.
+    ``cut`` answers with a tiles unit; ``probe`` with how many of some tiles can be decoded; ``open`` and ``close``
+    frame the reading of one slide; ``read`` fills a part of a slot and answers when it is full.
 
     Args:
         ring: where tiles go.
@@ -124,7 +124,7 @@ class Reader:
             if slide is not None:
                 slide.close()
         else:
-            (self._cuts if request["do"] == "cut" else self._reads).put(request)
+            (self._reads if request["do"] == "read" else self._cuts).put(request)
 
     def close(self) -> None:
         """End the threads, after what they are at, and close every slide."""
@@ -142,7 +142,7 @@ class Reader:
         while (request := requests.get()) is not None:
             at_work[1], at_work[0] = time.monotonic_ns(), request["task"]
             try:
-                answer, arrays = self._cut(request) if request["do"] == "cut" else (self._read(request), [])
+                answer, arrays = self._do(request)
             except Exception as error:  # noqa: BLE001  whatever a file does to its decoder is an answer
                 answer, arrays = {"error": describe(error)}, []
             try:
@@ -151,6 +151,24 @@ class Reader:
                 self._send({"error": describe(error), "task": request["task"]}, [])
             # only now, so that an answer that is not taken is seen to stand still
             at_work[0] = 0
+
+    def _do(self, request: Request) -> tuple[dict[str, Any], list[np.ndarray]]:
+        if request["do"] == "cut":
+            return self._cut(request)
+        return (self._probe if request["do"] == "probe" else self._read)(request), []
+
+    def _probe(self, request: Request) -> dict[str, Any]:
+        """How many of some tiles of a slide can be decoded."""
+        plan, readable = ReadPlan(**request["plan"]), 0
+        slide = open_slide(Path(request["path"]), request["slide_id"], request["reader"])
+        try:
+            for x_l0, y_l0 in request["coords"]:
+                with suppress(TileDecodeError):
+                    slide.read_tile(x_l0, y_l0, plan)
+                    readable += 1
+        finally:
+            slide.close()
+        return {"readable": readable}
 
     def _cut(self, request: Request) -> tuple[dict[str, Any], list[np.ndarray]]:
         mask = request["mask"]
@@ -188,6 +206,7 @@ class Reader:
         slot, position = request["slot"], request["at"]
         errors: dict[str, Any] = {}
         opened: dict[str, Any] = {}
+        damage: dict[str, str] = {}
         for key, start, stop in request["runs"]:
             source = self._slides.get(key)
             if source is None:
@@ -195,31 +214,34 @@ class Reader:
                 position += stop - start
                 continue
             try:
-                self._read_run(source, range(start, stop), slot, position)
+                if reason := self._read_run(source, range(start, stop), slot, position):
+                    damage[str(key)] = reason
                 if (told := source.tell()) is not None:
                     opened[str(key)] = told
             except Exception as error:  # noqa: BLE001  it ends this slide, not the others
                 errors.setdefault(str(key), describe(error))
             position += stop - start
-        return {"errors": errors, "opened": opened, "cpu_s": time.thread_time() - started}
+        return {"errors": errors, "opened": opened, "damage": damage, "cpu_s": time.thread_time() - started}
 
-    def _read_run(self, source: _OpenSlide, rows: range, slot: int, position: int) -> None:
-        """Decode consecutive tiles of a slide, and flag them."""
+    def _read_run(self, source: _OpenSlide, rows: range, slot: int, position: int) -> str:
+        """Decode consecutive tiles of a slide, and flag them; what the decoder says of the first that it cannot."""
         slide = source.get()
         pixels = self._ring.pixels[slot, position : position + len(rows)]
         flags = self._ring.flags[slot, position : position + len(rows)]
         # until they are read; what an error leaves unread passes for nothing else
         flags[:] = INVALID
-        invalid = []
+        invalid, damage = [], ""
         for i, row in enumerate(rows):
             x_l0, y_l0 = source.coords[row]
             try:
                 slide.read_tile(int(x_l0), int(y_l0), source.plan, out=pixels[i])
-            except TileDecodeError:
+            except TileDecodeError as error:
                 pixels[i] = 0
                 invalid.append(i)
+                damage = damage or str(error)
         flags[:] = 0 if source.quality is None else tile_flags(pixels, source.quality, source.plan.achieved_mpp)
         flags[invalid] = INVALID
+        return damage
 
 
 def _identity(request: Request) -> tuple[str, str, str]:
@@ -262,6 +284,18 @@ def cut_request(source: SlideSource, reader: str, recipe: TileRecipe, default_mp
         "mpp": source.mpp,
         "default_mpp": default_mpp,
         "mask": None if source.mask is None else os.fspath(source.mask),
+    }
+
+
+def probe_request(source: SlideSource, reader: str, plan: ReadPlan, coords: Sequence[tuple[int, int]]) -> Request:
+    """The request to try some tiles; its answer says how many of them can be decoded."""
+    return {
+        "do": "probe",
+        "path": os.fspath(source.path),
+        "slide_id": source.slide_id,
+        "reader": reader,
+        "plan": asdict(plan),
+        "coords": [list(corner) for corner in coords],
     }
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from extract.errors import StoreError
+from extract.errors import SlideClaimedError, SlideNotFoundError, StoreError
 from extract.store.core.draft import LEASE_S, is_claimed
 from extract.store.core.files import disk_bytes, remove, sync
 from extract.store.core.remote_path import RemotePath, StorePath, local_path
@@ -96,6 +96,47 @@ def plan_repair(findings: Iterable[Finding]) -> RepairPlan:
         if (identity := _identity(path)) is not None
     ]
     return RepairPlan(tuple(moves), tuple(left))
+
+
+def plan_removal(store: Store, slide_ids: Iterable[str], tiles: bool = True) -> RepairPlan:
+    """Which units are to be moved aside so that slides are no longer in a store.
+
+    Args:
+        store: an open store.
+        slide_ids: slides that are in it.
+        tiles: also where they were cut; without, embeddings alone.
+
+    Raises:
+        SlideNotFoundError: one of them is not in the store.
+        SlideClaimedError: another process is at work on one of them.
+        StoreError: the store lies at a URL.
+    """
+    check_on_disk(store.path)
+    there = store.unit_paths() | {key: path for name in store.entries() for key, path in store.unit_paths(name).items()}
+    paths: list[Path] = []
+    for slide_id in dict.fromkeys(slide_ids):
+        if slide_id not in there:
+            raise SlideNotFoundError(
+                f"got slide {slide_id!r} → it is not in {store.path} → mil store ls {store.path} --slides lists what is"
+            )
+        units = [local_path(store.feature_path(slide_id, entry)) for entry in store.entries()]
+        if any(is_claimed(unit) for unit in units):
+            raise SlideClaimedError(
+                f"got slide {slide_id!r} → another process is at work on it → let it finish, or stop it first"
+            )
+        # embeddings first: no reader sees embeddings without tiles
+        paths += units + ([local_path(store.tiles_path(slide_id))] if tiles else [])
+    moves = [Move(path, (), disk_bytes(path), found) for path in paths if (found := _identity(path)) is not None]
+    return RepairPlan(tuple(moves), ())
+
+
+def set_aside(store: Store, slide_ids: Iterable[str], tiles: bool = True) -> list[Path]:
+    """Move slides out of a store, into ``quarantine/``; see `plan_removal`.
+
+    Returns:
+        Where their units are now.
+    """
+    return repair_store(store, plan_removal(store, slide_ids, tiles))
 
 
 def check_on_disk(path: StorePath) -> Path:

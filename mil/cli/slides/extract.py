@@ -54,8 +54,22 @@ def extract(
     devices = devices_of(flags.device)
     if len(devices) > 1:
         check_claims(store_path(store))
+        _redo_once(store, flags)
         raise typer.Exit(run_fleet(devices, (sys.executable, "-P", "-m", "mil"), sys.argv[1:]))
     _run(store, flags.keywords(devices[0]))
+
+
+def _redo_once(store: Path, flags: ExtractionFlags) -> None:
+    """Move slides that are to be done again out of the store, before several processes share the work."""
+    from extract.pipeline.config import ExtractionConfig
+    from extract.pipeline.extraction import redo
+    from extract.store import open_store
+
+    if flags.redo and store.exists():
+        keywords = flags.keywords("cpu")
+        slides, backbone, entry, recipe = (keywords.pop(name) for name in ("slides", "backbone", "entry", "recipe"))
+        config = ExtractionConfig.of(slides, backbone, entry, recipe, **keywords)
+        redo(open_store(store, "r+"), config, config.slides.find())
 
 
 def _check_store(store: Path) -> None:

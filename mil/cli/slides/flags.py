@@ -229,6 +229,24 @@ class ExtractionFlags:
             help="Seconds after which a run of tiles that is not decoded is given up.", min=1, rich_help_panel=_RUNNING
         ),
     ] = 180.0
+    max_invalid: Annotated[
+        float,
+        typer.Option(
+            help="Largest part of a slide's tiles that may be impossible to decode; with more it counts as failed.",
+            min=0.0,
+            max=1.0,
+            rich_help_panel=_RUNNING,
+        ),
+    ] = 0.05
+    redo: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Id of a slide to cut and embed anew, as after it was scanned or copied again; may be given several "
+            "times. What the store holds of it goes into its quarantine.",
+            show_default=False,
+            rich_help_panel=_RUNNING,
+        ),
+    ] = None
     shard: Annotated[
         str | None,
         typer.Option(
@@ -286,6 +304,7 @@ class ExtractionFlags:
             "std": _numbers(self.std, "--std"),
             "augment": AugmentRecipe(self.augment, self.strength, self.augment_seed),
             "context_mpp": self.context_mpp or (),
+            "redo": self.redo or (),
             "isolation": not self.no_isolation,
             "limits": ReaderLimits(int(self.reader_memory * 1e9), read_s=self.reader_timeout),
         }
@@ -314,6 +333,7 @@ _SAME = (
     "precision",
     "compile_model",
     "reader",
+    "max_invalid",
     "format",
 )
 """Flags that `extract.run_extraction` takes under the same name."""

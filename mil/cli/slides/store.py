@@ -25,7 +25,7 @@ from mil.cli.slides.store_report import (
 
 store_app = typer.Typer(
     name="store",
-    help="Embedding stores: list, verify, repair, clear, convert, import and export.",
+    help="Embedding stores: list, verify, repair, remove, clear, convert, import and export.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -169,6 +169,38 @@ def gc(
         say(console, f"{what} ({total}){hint}")
         return
     say(console, f"{what}; {size_text(gc_store(garbage))} freed")
+
+
+@store_app.command()
+def remove(
+    store: StoreArgument,
+    slides: Annotated[list[str], typer.Argument(help="Ids of slides, as mil store ls --slides shows them.")],
+    *,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete them; without this, they go into quarantine.")] = False,
+) -> None:
+    """Take slides out of a store: where they were cut, and their embeddings of every entry.
+
+    They go to STORE/quarantine, from where they can be brought back; mil store gc --quarantine clears it. With --yes
+    they are deleted. The next mil extract of a slide makes it anew; mil extract --redo ID does both in one step.
+
+    Example: `mil store remove cohort.zarr case_07`
+    """
+    from extract.store import open_store
+    from extract.store.core.files import remove as delete
+    from extract.store.upkeep.repair import plan_removal, repair_store
+
+    console, opened = Console(), open_store(store, "r+")
+    plan = plan_removal(opened, slides)
+    moved = repair_store(opened, plan)
+    opened.write_index()
+    what = f"{counted(len(moved), 'unit')} ({size_text(plan.n_bytes)}) of {counted(len(set(slides)), 'slide')}"
+    if yes:
+        for unit in moved:
+            delete(unit)
+        say(console, f"{what} deleted")
+        return
+    where = {unit.relative_to(store).parts[1] for unit in moved}
+    say(console, f"{what} moved to {', '.join(f'{store}/quarantine/{name}' for name in sorted(where)) or 'nowhere'}")
 
 
 @store_app.command()
