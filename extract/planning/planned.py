@@ -29,6 +29,7 @@ class PlannedSlide:
         downsample: level-0 pixels per pixel of that level.
         resampled: whether tiles are resampled after reading.
         tissue_mm2: area of the tissue, or None where the scale is unknown.
+        tissue_part: part of the scanned area that is tissue, or None where it was not looked for.
         reader: ``direct``, ``openslide`` or ``image``; empty where one tile was not enough to tell.
         reader_note: why it is not the fastest.
     """
@@ -46,6 +47,7 @@ class PlannedSlide:
     downsample: float | None = None
     resampled: bool | None = None
     tissue_mm2: float | None = None
+    tissue_part: float | None = None
     reader: str = ""
     reader_note: str = ""
 

@@ -190,6 +190,7 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
         "downsample": plan.downsample,
         "resampled": plan.resampled,
         "tissue_mm2": record["tissue"]["area_mm2"],
+        "tissue_part": None if record["tissue"]["method"] == "none" else record["tissue"]["fraction"],
     }
 
 

@@ -25,6 +25,9 @@ from mil.visualization import slide_picture
 from mil.visualization.html_page import load_template
 from mil.visualization.plotting import MISSING
 from mil.visualization.slide_card import (
+    COMMON,
+    COMMON_LEAST,
+    COMMON_SHARE,
     LOOKS,
     LoggedSlide,
     Progress,
@@ -112,8 +115,10 @@ def _started(log: StorePath) -> str:
 
 def _view(store: Store, cards: Sequence[SlideCard]) -> dict[str, Any]:
     """All that the template shows."""
+    common = _take_common(cards)
     looks = Counter(kind for card in cards for kind in card.looks)
     return {
+        "common": common,
         "name": store.path.name,
         "cards": cards,
         "failed": [(at, card) for at, card in enumerate(cards) if "failed" in card.looks],
@@ -124,6 +129,18 @@ def _view(store: Store, cards: Sequence[SlideCard]) -> dict[str, Any]:
         "colours": slide_picture.COLOURS,
         "flags": FLAGS,
     }
+
+
+def _take_common(cards: Sequence[SlideCard]) -> list[str]:
+    """What most slides have in common, in words; from then on it is no reason to look at one of them."""
+    texts = []
+    for kind, advice in COMMON.items():
+        n = sum(kind in card.looks for card in cards)
+        if n >= COMMON_LEAST and n > COMMON_SHARE * len(cards):
+            for card in cards:
+                card.looks.pop(kind, None)
+            texts.append(f"{n} of {len(cards)} slides: {LOOKS[kind]}. {advice[0].upper()}{advice[1:]}.")
+    return texts
 
 
 def _summary(store: Store, cards: Sequence[SlideCard]) -> list[tuple[str, str]]:

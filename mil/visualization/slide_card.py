@@ -18,7 +18,8 @@ from mil.visualization.slide_picture import FLAGS
 FEW_TILES = 10
 TISSUE_RANGE = (0.01, 0.95)
 FLAGGED_SHARE = 0.3
-FROM_FILE = "openslide.mpp"
+FROM_FILE = ("openslide.mpp", "OME PhysicalSize", "ImageJ unit", "TIFF resolution")
+COMMON_SHARE, COMMON_LEAST = 0.5, 4
 
 LOOKS = {
     "failed": "failed",
@@ -33,6 +34,16 @@ LOOKS = {
     "unreadable": "thumbnail not fully readable",
 }
 """Why a slide deserves a look, the gravest first."""
+
+COMMON = {
+    "flagged": "if these slides are as they should be, the thresholds of the flags do not suit this stain or scanner",
+    "few": "a cohort of fields of view or of small pieces? Then that is what it is",
+    "little": "small pieces on large slides? Else tissue was missed: lower --tissue-threshold, or give masks",
+    "full": "fields of view? Then that is what they are; else glass was taken for tissue: raise --tissue-threshold",
+    "scale": "check that it is right: a wrong scale shows in no picture",
+}
+"""What most slides of a cohort may share without one of them deserving a look more than the others; what to think of
+it."""
 
 DAMAGES = (ExtractError, OSError, ValueError, LookupError, RuntimeError)
 """What reading a damaged unit raises, here or in Zarr and its codecs; it costs the slide's picture, not the sheet."""
@@ -196,7 +207,7 @@ def _look_at_tiles(card: SlideCard, tissue: Mapping[str, Any], n_unreadable_px: 
     if fraction is not None and tissue.get("method") != "none":
         covers = f"tissue covers {_percent(fraction)} of the slide"
         card.looks |= {"little": covers} if fraction < low else {"full": covers} if fraction > high else {}
-    if card.mpp_source not in ("", FROM_FILE):
+    if card.mpp_source not in ("", *FROM_FILE):
         card.looks["scale"] = "no µm/px known" if card.mpp_source == "missing" else f"µm/px from {card.mpp_source}"
     if n_unreadable_px:
         card.looks["unreadable"] = f"{n_unreadable_px} px of the thumbnail cannot be read"

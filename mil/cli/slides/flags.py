@@ -84,6 +84,17 @@ class ExtractionFlags:
             rich_help_panel=_TISSUE,
         ),
     ] = "default"
+    tissue_threshold: Annotated[
+        int | None,
+        typer.Option(
+            help="Colour (channel range, or saturation times 255) above which a pixel is tissue, 1 to 254.  [default: "
+            "found for each slide]",
+            min=1,
+            max=254,
+            show_default=False,
+            rich_help_panel=_TISSUE,
+        ),
+    ] = None
     masks: Annotated[
         str | None,
         typer.Option(
@@ -264,6 +275,10 @@ class ExtractionFlags:
             raise typer.BadParameter(
                 "got more than one of --mpp, --magnification and --native → they say the same thing → give one"
             )
+        if self.tissue_threshold is not None and self.tissue not in ("default", "saturation"):
+            raise typer.BadParameter(
+                f"got --tissue-threshold with --tissue {self.tissue} → no colour is looked at there → leave one out"
+            )
         if not self.slides and self.table is None:
             raise typer.BadParameter("got no slides → name files or folders, or a --slides table", param_hint="SLIDES")
 
@@ -271,7 +286,7 @@ class ExtractionFlags:
     def tile_recipe(self) -> Any:
         """The `extract.TileRecipe` that the flags say."""
         from extract.geometry import magnification_to_mpp
-        from extract.store import TileRecipe, TissueRecipe
+        from extract.store import TileRecipe
 
         scale = 0.5 if self.mpp is None else self.mpp
         scale = scale if self.magnification is None else magnification_to_mpp(self.magnification)
@@ -282,11 +297,19 @@ class ExtractionFlags:
             self.edge,
             self.min_tissue,
             self.allow_upsampling,
-            tissue=TissueRecipe(method=self.tissue, exclude_pen=not self.keep_pen),
+            tissue=self._tissue_recipe(),
             gap_px=self.gap_px,
             jitter_px=self.jitter_px,
             jitter_seed=self.jitter_seed,
         )
+
+    def _tissue_recipe(self) -> Any:
+        """How tissue is found; a threshold that is given is both limits of Otsu's."""
+        from extract.store import TissueRecipe
+
+        usual = TissueRecipe()
+        low, high = (usual.threshold_low, usual.threshold_high) if (t := self.tissue_threshold) is None else (t, t)
+        return TissueRecipe(method=self.tissue, exclude_pen=not self.keep_pen, threshold_low=low, threshold_high=high)
 
     def keywords(self, device: str) -> dict[str, Any]:
         """The flags as keywords of `extract.run_extraction`, but for the store; on one device."""

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mil.cli.slides.flags import ExtractionFlags, with_extraction_flags
 
+_NEARLY_ALL = 0.95
 _ROWS_SHOWN = 40
 
 
@@ -154,6 +155,10 @@ def _notes(slides: Sequence[Any]) -> list[str]:
     """Where the scales come from, and why slides are not read the fastest way; each with the number of slides."""
     notes = Counter(f"µm/px from {slide.mpp_source}" for slide in slides)
     notes += Counter(f"read by {slide.reader}: {slide.reader_note}" for slide in slides if slide.reader_note)
+    full = sum(slide.tissue_part is not None and slide.tissue_part > _NEARLY_ALL for slide in slides)
+    if full:
+        what = "fields of view? Else glass is taken for tissue; see mil sheet, and --tissue-threshold"
+        notes[f"tissue covers more than {_NEARLY_ALL:.0%}: {what}"] = full
     return [f"{_count(n, 'slide')}: {note}" for note, n in notes.items()]
 
 

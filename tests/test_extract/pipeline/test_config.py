@@ -52,6 +52,8 @@ CHANGED = {
     "reader": "openslide",
     "isolation": False,
     "limits": ReaderLimits(cut_s=1.0),
+    "max_invalid": 0.5,
+    "redo": ("a",),
 }
 """Another value than the default of every field of a part."""
 

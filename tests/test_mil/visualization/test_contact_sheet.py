@@ -25,8 +25,10 @@ from extract.store.core.unit import encode_id
 from extract.tiling.tiles import cut_slide
 from mil.cli.slides.sheet import sheet
 from mil.errors import ConfigError, MissingExtraError
+from mil.visualization import contact_sheet
 from mil.visualization.contact_sheet import write_contact_sheet
 from mil.visualization.geojson import write_geojson
+from mil.visualization.slide_card import SlideCard
 from mil.visualization.slide_picture import (
     COLOURS,
     JPEG_BYTES,
@@ -448,3 +450,19 @@ def test_a_real_field(tmp_path: Path, data_folder: Path):
     assert PICTURE_PX / 2 < picture.width <= overlay.width == PICTURE_PX
     assert "0.62 → 0.62 (openslide.mpp)" in page.cards["testA_1"]["text"]
     assert len(page.cards["testA_1"]["images"]) < 12_000
+
+
+def test_what_most_slides_share_is_said_once_above(tmp_path: Path):
+    cards = [
+        SlideCard(f"s{i}", {"full": "tissue covers 100 % of the slide"} if i else {"invalid": "3"}) for i in range(6)
+    ]
+    texts = contact_sheet._take_common(cards)
+    (text,) = texts
+    assert text.startswith("5 of 6 slides: tissue above 95%")
+    assert "--tissue-threshold" in text
+    assert [card.looks for card in cards] == [{"invalid": "3"}, *[{}] * 5]
+    # of three slides nothing is common, and damage never is
+    few = [SlideCard(f"s{i}", {"full": "x"}) for i in range(3)]
+    damaged = [SlideCard(f"s{i}", {"damaged": "x", "invalid": "3"}) for i in range(9)]
+    assert contact_sheet._take_common(few) == contact_sheet._take_common(damaged) == []
+    assert all(len(card.looks) == 2 for card in damaged)
