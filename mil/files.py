@@ -2,15 +2,19 @@
 
 import csv
 import errno
+import glob
+import hashlib
 import io
 import json
 import os
 import re
 import shutil
+import socket
 import stat
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,6 +23,8 @@ from mil.errors import RunError
 
 Row = Sequence[object]
 
+_PARTIAL = re.compile(r"\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.partial$")
+_DAY_S = 86_400.0
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
 _GUARDED = re.compile(r"'+[=+\-@\t\r]")
 _NUMBER = re.compile(r"[+-]?((\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|nan|inf)")
@@ -134,7 +140,8 @@ def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     if not overwrite:
         check_new_folder(folder)
-    partial = folder.with_name(f".{folder.name}.{uuid4().hex}.partial")
+    _clear_leftovers(folder)
+    partial = folder.with_name(f".{folder.name}.{_host()}-{os.getpid()}-{uuid4().hex[:8]}.partial")
     try:
         with tell_full_disk(folder):
             partial.mkdir(parents=True)
@@ -142,6 +149,33 @@ def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
             _put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed have left of this folder; of another machine's, what is a day old."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.partial"):
+        owner = _PARTIAL.search(left.name)
+        if owner is None:
+            continue
+        with suppress(OSError):
+            old = time.time() - left.stat().st_mtime > _DAY_S
+            if old or (owner["host"] == _host() and not _is_running(int(owner["pid"]))):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _host() -> str:
+    """A short name of this machine that is safe in file names."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from extract.errors import BackboneError, StoreError
+from extract.signals import STOPPING
 from extract.store.core.remote_path import RemotePath, StorePath
 
 LEFT_TO_OTHERS = 3
@@ -56,7 +57,7 @@ def check_claims(store: StorePath) -> None:
 def run_fleet(devices: Sequence[str], program: Sequence[str], arguments: Sequence[str]) -> int:
     """Run the same command once per device, and show what each prints, line by line with its device.
 
-    Ctrl-C and SIGTERM reach every process, which then finishes its batches and saves.
+    Ctrl-C, SIGTERM and SIGHUP reach every process, which then finishes its batches and saves.
 
     Args:
         devices: one per process.
@@ -73,7 +74,7 @@ def run_fleet(devices: Sequence[str], program: Sequence[str], arguments: Sequenc
         for process in processes:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, hand_on) for number in STOPPING}
     try:
         threads = [
             threading.Thread(target=_show, args=(device, process))

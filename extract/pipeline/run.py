@@ -1,17 +1,14 @@
 """One extraction at work: slides prepared ahead, streamed, written."""
 
-import os
 import shutil
-import signal
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -42,9 +39,10 @@ from extract.pipeline.parity import find_parity
 from extract.pipeline.preparation import Preparation, PreparedSlide, StoppedError
 from extract.pipeline.report import ExtractionReport, Progress, SlideOutcome
 from extract.pipeline.stream import Stream
-from extract.reading.isolation import ReaderProcess
+from extract.reading.isolation import ReaderProcess, kill_readers
 from extract.reading.readers import LocalReaders, Readers, reading_threads
 from extract.reading.ring import INVALID, Ring, RingShape
+from extract.signals import stopping
 from extract.slides.finding.source import SlideSource
 from extract.store import Store, difference, to_dict
 from extract.store.core.draft import LEASE_S
@@ -124,7 +122,7 @@ class ExtractionRun:
         preparation = Preparation(self._store, self._columns, self._reading, readers, self._claims, self._stop, warn)
         try:
             self._check_executions(sources)
-            with _stopping(self._stop), self._claims.kept():
+            with stopping(self._stop, kill_readers), self._claims.kept():
                 stream.run(self._jobs(preparation, sources))
         finally:
             readers.close()
@@ -363,26 +361,6 @@ class ExtractionRun:
         except OSError:
             return
         shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _stopping(stop: threading.Event) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM set ``stop``; a second one ends the process, which loses little: rows are saved."""
-
-    def first(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            os._exit(128 + number)
-        stop.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, first) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _reason(error: Exception) -> tuple[str, str]:

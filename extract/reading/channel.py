@@ -15,6 +15,7 @@ import numpy as np
 Message = tuple[dict[str, Any], list[np.ndarray]]
 
 _MAX_BYTES = 1 << 31
+_PATIENCE_S = 2.0
 _LENGTH = struct.Struct("<Q")
 
 
@@ -35,7 +36,11 @@ class Channel:
         text = json.dumps(header).encode()
         parts = [_LENGTH.pack(len(text)), text, *(np.ascontiguousarray(array).tobytes() for array in arrays)]
         with self._lock:
-            self._connection.send_bytes(b"".join(parts))
+            try:
+                self._connection.send_bytes(b"".join(parts))
+            except TypeError as error:
+                # closed by another thread meanwhile, it has no number any more
+                raise OSError("closed while something was sent") from error
 
     def poll(self, timeout_s: float) -> bool:
         """Whether a message, or the end, is there within the time."""
@@ -62,5 +67,9 @@ class Channel:
         return values, arrays
 
     def close(self) -> None:
-        """Close this end."""
+        """Close this end; whoever sends is waited for, but not for ever."""
+        # its number may be another file's as soon as it is closed
+        waited = self._lock.acquire(timeout=_PATIENCE_S)
         self._connection.close()
+        if waited:
+            self._lock.release()

@@ -9,6 +9,7 @@ invalid, and a slide that kills three times is given up.
 import json
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -35,6 +36,20 @@ KILLS_PER_SLIDE = 3
 
 _STARTS_WITHOUT_WORK = 5
 _AWAY_S = 5.0
+_SILENT_S = 60.0
+"""A process that has not run for so long, or for its limit of a read if that is shorter, is stopped or stuck."""
+_FIRST_BEAT_S = 120.0
+_KILL_S = 5.0
+_SEND_S = 30
+
+_alive: set["subprocess.Popen[bytes]"] = set()
+
+
+def kill_readers() -> None:
+    """Kill every reading process of this process at once: it is about to end without a farewell."""
+    for process in list(_alive):
+        process.kill()
+
 
 _NO_ANSWER = (
     ArithmeticError,
@@ -126,8 +141,11 @@ class ReaderProcess:
             task = _Task(self._next, dict(values) | {"task": self._next})
             self._next += 1
             self._tasks[task.number] = task
-            if self._on_trial is None:
-                self._send(task)
+            channel = self._channel if self._on_trial is None else None
+        # outside the lock: a process that takes nothing in must not keep its answers, and its end, from being seen. If
+        # it is replaced meanwhile, this channel is closed, and the new process gets the task from whoever replaced it
+        if channel is not None:
+            _send(channel, task.values)
         return task.future
 
     def tell(self, values: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
@@ -138,19 +156,17 @@ class ReaderProcess:
             else:
                 self._opened.pop(values["key"], None)
                 self._kills.pop(values["key"], None)
-            with suppress(OSError):
-                self._channel.send(values, arrays)
+            channel = self._channel
+        _send(channel, values, arrays)
 
     def close(self) -> None:
         """End the process; what was asked and not answered fails."""
         with self._lock:
             self._closed = True
             self._channel.close()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._kill()
         self._thread.join()
 
     def _start(self) -> None:
@@ -159,11 +175,14 @@ class ReaderProcess:
             "shape": self._ring.shape.to_dict(),
             "ring": self._ring.descriptor,
             "pipe": theirs.fileno(),
+            "parent": os.getpid(),
             "memory_bytes": self._limits.memory_bytes,
         }
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         self._ring.at_work[:] = 0
+        self._ring.beat[:] = 0
+        self._started = time.monotonic()
         self._process = subprocess.Popen(
             # -P: nothing is imported from the folder that the user happens to be in
             [sys.executable, "-P", "-m", self.module, json.dumps(options)],
@@ -174,16 +193,19 @@ class ReaderProcess:
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
         )
         theirs.close()
+        _alive.add(self._process)
+        _limit_sending(ours.fileno())
         self._channel = Channel(ours)
         self._starts += 1
         for values, arrays in self._opened.values():
-            with suppress(OSError):
-                self._channel.send(values, arrays)
+            _send(self._channel, values, arrays)
 
-    def _send(self, task: _Task) -> None:
-        # a process that is gone is noticed where answers are awaited, and the task is sent again
-        with suppress(OSError):
-            self._channel.send(task.values)
+    def _kill(self) -> None:
+        """End the process. One that hangs in the kernel, as on a network disk that is away, ends when that answers."""
+        self._process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=_KILL_S)
+        _alive.discard(self._process)
 
     def _receive(self) -> None:
         """Serve until the end; whatever goes wrong here is told to all who wait."""
@@ -191,8 +213,7 @@ class ReaderProcess:
             self._take_answers()
         except Exception as error:  # noqa: BLE001  nobody else could tell them
             with self._lock:
-                self._process.kill()
-                self._process.wait()
+                self._kill()
                 self._give_up(f"could not be kept running ({type(error).__name__}: {error})")
         for task in list(self._tasks.values()):
             (task.whole or task).future.cancel()
@@ -209,8 +230,7 @@ class ReaderProcess:
                     self._recover(self._cause_of_death())
             except _NO_ANSWER:
                 # whatever speaks there is no reader any more
-                self._process.kill()
-                self._process.wait()
+                self._kill()
                 self._recover("sent what is no answer")
             now = time.monotonic()
             if now - checked > _AWAY_S:
@@ -250,7 +270,12 @@ class ReaderProcess:
         return [(whole, ({"task": whole.number, "errors": whole.errors, "cpu_s": whole.cpu_s}, []))]
 
     def _check_standstill(self) -> None:
-        """Kill the process when a thread has been at one task for too long; that task alone is to blame."""
+        """Kill the process when it does not run, or a thread has been at one task for too long: that task's fault."""
+        seen, limit = int(self._ring.beat[0]) / 1e9, min(self._limits.read_s, _SILENT_S)
+        if time.monotonic() - max(seen, self._started, self._awake_since) > (limit if seen else _FIRST_BEAT_S):
+            self._kill()
+            self._recover(f"did not run for {limit:g} s")
+            return
         now = time.monotonic_ns()
         for number, since in self._ring.at_work.tolist():
             task = self._tasks.get(number)
@@ -258,8 +283,7 @@ class ReaderProcess:
                 continue
             limit = getattr(self._limits, task.limit)
             if now - max(since, int(self._awake_since * 1e9)) > limit * 1e9:
-                self._process.kill()
-                self._process.wait()
+                self._kill()
                 self._recover(f"stood still for {limit:g} s", [task])
                 return
 
@@ -268,8 +292,8 @@ class ReaderProcess:
             code = self._process.wait(timeout=2)
         except subprocess.TimeoutExpired:
             # its end of the pipe is closed, or what it sent was no message
-            self._process.kill()
-            code = self._process.wait()
+            self._kill()
+            code = -signal.SIGKILL
         if code >= 0:
             return f"ended with exit code {code}"
         with suppress(ValueError):
@@ -313,11 +337,11 @@ class ReaderProcess:
             task = self._suspects.popleft()
             if task.number in self._tasks:
                 self._on_trial = task
-                self._send(task)
+                _send(self._channel, task.values)
                 return
         if was_trial or resend:
             for task in list(self._tasks.values()):
-                self._send(task)
+                _send(self._channel, task.values)
 
     def _convict(self, task: _Task, cause: str) -> list[tuple[_Task, Message]]:
         """Deal with the task that killed its reader: a cut fails, a run is split, a tile is invalid."""
@@ -362,3 +386,15 @@ class ReaderProcess:
         waiting, self._tasks = {id(task.whole or task): task.whole or task for task in self._tasks.values()}, {}
         for task in waiting.values():
             task.future.set_exception(error)
+
+
+def _send(channel: Channel, values: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
+    """Send, if anyone is there: a process that is gone is noticed where answers are awaited, and replaced."""
+    with suppress(OSError):
+        channel.send(values, arrays)
+
+
+def _limit_sending(descriptor: int) -> None:
+    """Let a pipe that nobody empties refuse what is sent after a while, instead of waiting for ever."""
+    with socket.socket(fileno=os.dup(descriptor)) as pipe:
+        pipe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_S, 0))

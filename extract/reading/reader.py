@@ -38,6 +38,7 @@ PREPARING_THREADS = 2
 """Threads that open and cut slides while the others read tiles."""
 
 _KEPT_OPEN = 6
+_BEAT_S = 0.25
 
 Send = Callable[[Mapping[str, Any], Sequence[np.ndarray]], None]
 Request = dict[str, Any]
@@ -309,6 +310,14 @@ def limit_memory(n_bytes: int) -> None:
         return
 
 
+def _beat(ring: Ring, parent: int) -> None:
+    """Show that this process runs; end it when the run is gone, whatever its other threads hang in."""
+    while os.getppid() == parent:
+        ring.beat[0] = time.monotonic_ns()
+        time.sleep(_BEAT_S)
+    os._exit(0)
+
+
 def main() -> None:
     """Serve one run: ring and pipe are inherited, the arguments say where they are."""
     options = json.loads(sys.argv[1])
@@ -320,6 +329,7 @@ def main() -> None:
     keep_freed_memory()
     ring = Ring(RingShape(**options["shape"]), options["ring"])
     channel = Channel(Connection(options["pipe"]))
+    threading.Thread(target=_beat, args=(ring, options["parent"]), name="heartbeat", daemon=True).start()
 
     def send(answer: Mapping[str, Any], arrays: Sequence[np.ndarray]) -> None:
         # a run that is gone takes no answers

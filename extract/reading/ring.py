@@ -46,7 +46,7 @@ class RingShape:
     @property
     def total_bytes(self) -> int:
         """Bytes of the ring."""
-        return self.pixel_bytes + self.flag_bytes + _pages(self.threads * 16)
+        return self.pixel_bytes + self.flag_bytes + _pages(self.threads * 16 + 8)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the process on the other side."""
@@ -63,6 +63,7 @@ class Ring:
         pixels: uint8 [slots, batch_size, tile_px, tile_px, 3].
         flags: uint8 [slots, batch_size], `INVALID` and the bits of `extract.tiling.quality`.
         at_work: int64 [threads, 2]: the task that a thread is at (0 for none), and since when in monotonic ns.
+        beat: int64 [1]: when the process that fills the buffers was last seen to run, in monotonic ns; 0 at first.
     """
 
     def __init__(self, shape: RingShape, descriptor: int | None = None) -> None:
@@ -77,7 +78,9 @@ class Ring:
         n_pixels = shape.slots * shape.batch_size * shape.tile_px**2 * 3
         self.pixels = whole[:n_pixels].reshape(*tiles, shape.tile_px, shape.tile_px, 3)
         self.flags = whole[flags_at : flags_at + shape.slots * shape.batch_size].reshape(tiles)
-        self.at_work = whole[threads_at : threads_at + shape.threads * 16].view(np.int64).reshape(shape.threads, 2)
+        beat_at = threads_at + shape.threads * 16
+        self.at_work = whole[threads_at:beat_at].view(np.int64).reshape(shape.threads, 2)
+        self.beat = whole[beat_at : beat_at + 8].view(np.int64)
 
     def close(self) -> None:
         """Close the file; the memory goes when the last array that shows it does."""

@@ -20,6 +20,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; expected errors are printed in one line, without a traceback."""
+    from extract.signals import exit_when_stopped
+
+    exit_when_stopped()
     try:
         app()
     except SystemExit as end:

@@ -2,12 +2,16 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mil import files
 from mil.errors import RunError
 from mil.files import (
     guarded,
@@ -21,6 +25,30 @@ from mil.files import (
     write_csv,
     write_json,
 )
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_and_a_live_ones_is_not(tmp_path: Path):
+    folder = tmp_path / "run[1]"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, alive, elsewhere, old = (
+        tmp_path / f".run[1].{host}-{pid}-{'0' * 8}.partial"
+        for host, pid in (
+            (files._host(), ended.pid),
+            (files._host(), os.getpid()),
+            ("0" * 8, ended.pid),
+            ("1" * 8, ended.pid),
+        )
+    )
+    others = tmp_path / ".run.partial"
+    for each in (left, alive, elsewhere, old, others):
+        each.mkdir()
+        (each / "x").write_text("x")
+    os.utime(old, (0, 0))
+    with new_folder(folder) as partial:
+        assert partial.parent == tmp_path
+    assert folder.is_dir()
+    assert [each.exists() for each in (left, alive, elsewhere, old, others)] == [False, True, True, False, True]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -496,7 +496,7 @@ def await_rows(store: Path, n_bytes: int = 400) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_run_that_is_ended_inside_a_slide_goes_on_there(tmp_path: Path, store: Path, how: signal.Signals):
     slides = tmp_path / "slides"
     write_slide(slides / "a.tif", 900, 700, seed=1)
@@ -514,6 +514,36 @@ def test_a_run_that_is_ended_inside_a_slide_goes_on_there(tmp_path: Path, store:
     assert report.outcomes[0].n_invalid == 1
     assert tree(store) == tree(tmp_path / "whole.zarr")
     assert not list(store.rglob("~*"))
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_second_signal_ends_the_readers_too_even_one_that_is_stopped(tmp_path: Path, store: Path, stopped: bool):
+    slides = tmp_path / "slides"
+    write_slide(slides / "a.tif", 900, 700, seed=1)
+    child = start_child(slides, store)
+    await_rows(store)
+    tasks = Path(f"/proc/{child.pid}/task").iterdir()
+    (reader,) = {int(pid) for task in tasks for pid in (task / "children").read_text().split()}
+    if stopped:
+        os.kill(reader, signal.SIGSTOP)
+    child.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(timeout=30) == 130
+    deadline = time.monotonic() + 10
+    while is_running(reader):
+        assert time.monotonic() < deadline, "the reader was left behind"
+        time.sleep(0.05)
+    child.communicate()
+    assert extract(slides, store, batch_size=4).count("embedded") == 1
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process that is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_a_slide_that_another_process_is_at_work_on_is_left_to_it(tmp_path: Path, store: Path):

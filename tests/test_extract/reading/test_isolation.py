@@ -213,6 +213,32 @@ def test_killing_an_idle_reader_is_not_noticed(ring: Ring, tmp_path: Path):
         readers.close()
 
 
+@pytest.mark.parametrize("at_work", [False, True])
+def test_a_reader_that_is_stopped_is_replaced_and_no_slide_is_blamed(
+    hostile: Callable[..., ReaderProcess], tmp_path: Path, at_work: bool
+):
+    """As a debugger or a scheduler stops it, or a disk that is away; within the limit of a read, whatever it is at."""
+    readers, path = hostile(read_s=2, cut_s=600), write_slide(tmp_path / "a.tif")
+    slow = write_slide(tmp_path / "slow-cut.tif")
+    open_in(readers, 1, path)
+    assert errors(read(readers, 0, (1, 0, 1))) == {}
+    values = {"do": "cut", "path": str(slow), "slide_id": "slow", "reader": "auto", "recipe": asdict(TILES)}
+    cut = readers.request(values | {"mpp": None, "default_mpp": None, "mask": None}) if at_work else None
+    while at_work and not (readers._ring.at_work[:, 0] != 0).any():
+        time.sleep(0.01)
+    pid, began = readers.pid, time.monotonic()
+    os.kill(pid, signal.SIGSTOP)
+    # more than the pipe holds: whoever sends must not keep the standstill from being noticed
+    for key in range(2, 12):
+        readers.tell(open_request(key, path, path.stem, "openslide", PLAN, None), [np.zeros((20_000, 2), np.int32)])
+    assert errors(read(readers, 1, (1, 0, 6))) == {}
+    assert time.monotonic() - began < 20
+    assert readers.pid != pid
+    assert np.array_equal(readers._ring.pixels[1, :6], expected(path))
+    if cut is not None:
+        assert "error" not in cut.result(timeout=60)[0]
+
+
 def test_a_death_from_outside_costs_no_slide_and_signals_of_the_group_are_ignored(
     hostile: Callable[..., ReaderProcess], tmp_path: Path
 ):
