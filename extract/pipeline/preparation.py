@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from extract.channel import Message
 from extract.errors import ExtractError, ReaderError, SlideChangedError, SlideUnreadableError
 from extract.geometry import ReadPlan
 from extract.pipeline.claims import Claims
 from extract.pipeline.config import ReadingConfig
 from extract.pipeline.jobs import Column, SlideJob
 from extract.reading.answers import rebuild_error
-from extract.reading.channel import Message
 from extract.reading.reader import cut_request, probe_request
 from extract.reading.readers import Readers
 from extract.slides.finding.source import SlideSource

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from extract.channel import Message
 from extract.errors import ReaderError
 from extract.memory import keep_freed_memory
 from extract.pipeline.batches import Batch, Run, split_runs
 from extract.pipeline.jobs import Column, SlideJob, StreamStats, workers
 from extract.reading.answers import rebuild_error
-from extract.reading.channel import Message
 from extract.reading.reader import open_request
 from extract.reading.readers import Readers
 from extract.reading.ring import Ring

@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
+from extract.channel import Channel, Message
 from extract.errors import ReaderError
 from extract.reading.answers import check_answer, killed
-from extract.reading.channel import Channel, Message
 from extract.reading.ring import INVALID, Ring
 
 KILLS_PER_SLIDE = 3

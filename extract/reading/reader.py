@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from extract.channel import Channel
 from extract.errors import ExtractError, SlideUnreadableError, TileDecodeError
 from extract.geometry import ReadPlan
 from extract.memory import keep_freed_memory
-from extract.reading.channel import Channel
 from extract.reading.ring import INVALID, Ring, RingShape
 from extract.slides.finding.source import SlideSource
 from extract.slides.opening import open_slide

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from extract.reading.channel import Message
+from extract.channel import Message
 from extract.reading.reader import PREPARING_THREADS, Reader
 from extract.reading.ring import Ring
 

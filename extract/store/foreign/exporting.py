@@ -1,9 +1,11 @@
 """Exporting: the bags of a store as files that other tools read unchanged."""
 
+import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,15 @@ import numpy as np
 
 from extract.errors import EntryNotFoundError, ExtractError, StoreError, StoreFullError
 from extract.store import Store, TileRecipe
-from extract.store.core.files import clear_when_full, partial_path
+from extract.store.core.files import clear_when_full, disk_bytes, partial_path, replace_json, sync
+from extract.store.core.fingerprint import fingerprint
 from extract.store.core.unit import encode_id
 from extract.store.foreign.importing import OnOutcome, Outcome
 from extract.store.foreign.spatialdata import write_spatialdata
 from extract.store.formats.tool_attributes import coords_attributes
+
+_MARKER = ".tessera-export.json"
+"""Lies in the folder while an export is under way, and says what it is to be."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +35,7 @@ class Bag:
         coords: int32 [n, 2], level-0 corners, or None where the store has none.
         record: of the tiles unit.
         recipe: of the store's tiles.
+        keep: whether files that are there stay, since this export has written them before.
     """
 
     slide_id: str
@@ -37,6 +44,7 @@ class Bag:
     coords: np.ndarray | None
     record: Mapping[str, Any]
     recipe: TileRecipe
+    keep: bool = False
 
 
 def export_store(
@@ -49,6 +57,8 @@ def export_store(
 ) -> list[Outcome]:
     """Write every slide of an entry for another tool. A slide that cannot be written is listed, and the others go on.
 
+    What is there is whole. An export that was stopped goes on when it is repeated.
+
     Args:
         store: the store.
         out: folder; must be new or empty, unless ``overwrite``.
@@ -58,7 +68,8 @@ def export_store(
         progress: called after each slide.
 
     Raises:
-        StoreError: an unknown format, or ``out`` is not empty.
+        StoreError: an unknown format, or ``out`` holds something else.
+        StoreFullError: there is no room for all of it; nothing is written then. Or the room went meanwhile.
         EntryNotFoundError: no such entry, or several without a choice.
 
     Example:
@@ -67,18 +78,22 @@ def export_store(
     if format not in WRITERS:
         raise StoreError(f"got format {format!r} → expected one of {', '.join(WRITERS)} → choose one of these")
     out, entry = Path(out), _entry(store, entry)
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite):
+    subject = {"format": format, "entry": entry, "store": fingerprint(store.feature_recipe(entry))}
+    goes_on = not overwrite and _read_marker(out) == subject
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not overwrite and not goes_on):
         raise StoreError(
             f"got {out} to export to → it is not an empty folder → choose another --out, or add --overwrite"
         )
+    slides, outcomes = store.slide_ids(entry), []
+    _check_room(out, store, entry, slides, copies=2 if format == "clam" else 1)
     with clear_when_full(out):
         out.mkdir(parents=True, exist_ok=True)
-    slides, outcomes = store.slide_ids(entry), []
+        replace_json(out / _MARKER, subject)
     for slide_id in slides:
         try:
             bag = _bag(store, slide_id, entry)
             with clear_when_full(out, bag.features.nbytes):
-                WRITERS[format](out, bag)
+                WRITERS[format](out, replace(bag, keep=goes_on))
             outcome = Outcome(slide_id, "imported", "", len(bag.features), bag.coords is not None)
         except StoreFullError:
             raise
@@ -87,7 +102,34 @@ def export_store(
         outcomes.append(outcome)
         if progress is not None:
             progress(len(slides), outcome)
+    (out / _MARKER).unlink(missing_ok=True)
     return outcomes
+
+
+def _read_marker(out: Path) -> Any:
+    """What an export that did not end was to be; None where there is none."""
+    try:
+        return json.loads((out / _MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _check_room(out: Path, store: Store, entry: str, slides: Sequence[str], copies: int) -> None:
+    """Refuse to begin what cannot end.
+
+    Raises:
+        StoreFullError: the embeddings alone are larger than the room.
+    """
+    recipe = store.feature_recipe(entry)
+    rows = sum(store.n_tiles(slide_id, entry) for slide_id in slides)
+    needed = copies * rows * recipe.dim * np.dtype(recipe.dtype).itemsize
+    folder = next(parent for parent in (out.absolute(), *out.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(folder).free + (disk_bytes(out) if out.is_dir() else 0)
+    if needed > free:
+        raise StoreFullError(
+            f"got {free / 1e6:.1f} MB of free space for {out} → the embeddings of {len(slides)} slides need "
+            f"{needed / 1e6:.1f} MB → free some space or choose another --out; nothing was written"
+        )
 
 
 def _entry(store: Store, entry: str | None) -> str:
@@ -119,18 +161,31 @@ def _place(folder: Path, slide_id: str, suffix: str) -> Path:
     return path
 
 
-def _write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def _write_whole(path: Path, bag: Bag, write: Callable[[Path], None]) -> None:
     """Write beside the path and rename, so that a file that exists is whole."""
+    if bag.keep and path.exists():
+        return
     partial = partial_path(path)
     try:
         write(partial)
+        for folder, _, names in os.walk(partial):
+            for name in names:
+                sync(Path(folder, name))
+        if partial.is_file():
+            sync(partial)
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(partial, path)
+        sync(path.parent)
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
+
+
+def _write_bytes(path: Path, content: BytesIO) -> None:
+    with open(path, "wb") as file:
+        file.write(content.getbuffer())
 
 
 def _write_h5(
@@ -138,15 +193,15 @@ def _write_h5(
 ) -> None:
     import h5py
 
-    def write(partial: Path) -> None:
-        with h5py.File(partial, "w", locking=False) as file:
-            file.create_dataset("features", data=bag.features)
-            file["features"].attrs.update(feature_attributes)
-            if bag.coords is not None:
-                file.create_dataset("coords", data=bag.coords)
-                file["coords"].attrs.update(coords_attributes)
-
-    _write_whole(path, write)
+    # in memory: the library may crash the process when the disk is full while it closes a file
+    image = BytesIO()
+    with h5py.File(image, "w") as file:
+        file.create_dataset("features", data=bag.features)
+        file["features"].attrs.update(feature_attributes)
+        if bag.coords is not None:
+            file.create_dataset("coords", data=bag.coords)
+            file["coords"].attrs.update(coords_attributes)
+    _write_whole(path, bag, lambda partial: _write_bytes(partial, image))
 
 
 def write_trident(out: Path, bag: Bag) -> None:
@@ -180,11 +235,10 @@ def write_clam(out: Path, bag: Bag) -> None:
     facts = {key: value for key, value in _imported(bag, "coords").items() if key in known}
     _write_h5(_place(out / "h5_files", bag.slide_id, ".h5"), bag, facts, {})
 
-    def write(partial: Path) -> None:
-        # the store's view is read-only, which torch warns about
-        torch.save(torch.from_numpy(np.array(bag.features)), partial)
-
-    _write_whole(_place(out / "pt_files", bag.slide_id, ".pt"), write)
+    image = BytesIO()
+    # the store's view is read-only, which torch warns about
+    torch.save(torch.from_numpy(np.array(bag.features)), image)
+    _write_whole(_place(out / "pt_files", bag.slide_id, ".pt"), bag, lambda partial: _write_bytes(partial, image))
 
 
 def write_spatial(out: Path, bag: Bag) -> None:
@@ -194,6 +248,7 @@ def write_spatial(out: Path, bag: Bag) -> None:
     frame |= {"native_mpp": mpp.get("native"), "mpp": mpp.get("achieved"), "slide_id": bag.slide_id}
     _write_whole(
         _place(out, bag.slide_id, ".zarr"),
+        bag,
         lambda partial: write_spatialdata(partial, bag.entry, bag.features, bag.coords, frame),
     )
 

@@ -4,9 +4,11 @@ import csv
 import io
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache, lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from extract.errors import ExtractError, ForeignFileError, RecipeMismatchError, StoreError, StoreFullError
+from extract.folders import NotTaken
 from extract.store import Execution, Store, TilesUnit, create_store, difference, find_format, open_store
 from extract.store.core.files import partial_path
 from extract.store.core.fingerprint import SlideFingerprint, canonical_json, fingerprint, sha256_of
@@ -21,11 +24,14 @@ from extract.store.core.recipes import UNKNOWN, is_unknown
 from extract.store.core.remote_path import StorePath
 from extract.store.foreign.detect import Found, Survey, survey
 from extract.store.foreign.layouts.base import Answers, ForeignBag
+from extract.store.foreign.reading import ForeignReader
 from extract.store.foreign.recipes import imported_feature_recipe, imported_tile_recipe, source_hash
 
 OnOutcome = Callable[[int, "Outcome"], None]
 """Called after each slide with the number of slides in all, and what became of it."""
 
+_WRITERS = 8
+"""Bags that are written at once: a disk makes several safe in the time of one."""
 _NOT_IN_A_NAME = re.compile(r"[^a-z0-9._-]+")
 
 
@@ -58,6 +64,7 @@ class ImportReport:
         outcomes: one per slide, and one per file that could not be taken.
         skipped: files that hold no features, with the reason.
         labels: label by slide id, where the source has any.
+        not_taken: files that are nothing of the kind, counted by their reason.
     """
 
     entry: str | None
@@ -65,6 +72,7 @@ class ImportReport:
     outcomes: tuple[Outcome, ...]
     skipped: Mapping[str, str]
     labels: Mapping[str, str]
+    not_taken: NotTaken = field(default_factory=NotTaken)
 
     def of(self, outcome: str) -> list[Outcome]:
         """The slides of one outcome."""
@@ -105,8 +113,9 @@ def import_bags(
         (106, 0)
     """
     answers = answers or Answers()
-    seen = survey(Path(source), answers)
-    return _Import(seen, Path(str(store)), entry, answers, format, recipe_name, progress).run()
+    with ForeignReader() as reader:
+        seen = survey(Path(source), answers, reader)
+        return _Import(seen, reader, Path(str(store)), entry, answers, format, recipe_name, progress).run()
 
 
 class _Import:
@@ -115,6 +124,7 @@ class _Import:
     def __init__(
         self,
         seen: Survey,
+        reader: ForeignReader,
         path: Path,
         entry: str | None,
         answers: Answers,
@@ -122,7 +132,7 @@ class _Import:
         recipe_name: str | None,
         progress: OnOutcome | None,
     ) -> None:
-        self._seen, self._path, self._entry, self._answers = seen, path, entry, answers
+        self._seen, self._reader, self._path, self._entry, self._answers = seen, reader, path, entry, answers
         self._format, self._recipe_name, self._progress = format, recipe_name, progress
         self._outcomes: list[Outcome] = []
         self._first: ForeignBag | None = None
@@ -130,23 +140,46 @@ class _Import:
     def run(self) -> ImportReport:
         for name, reason in sorted(self._seen.failures.items()):
             self._note(Outcome(name, "failed", reason))
-        store: Store | None = None
-        for found in self._in_order():
-            try:
-                if store is None:
-                    store = self._open(found)
-                outcome = self._import(store, found)
-            except (StoreFullError, RecipeMismatchError):
-                raise
-            except (ExtractError, OSError) as error:
-                outcome = Outcome(found.slide_id, "failed", str(error))
-            self._note(outcome)
+        store = self._import_all()
         layouts = tuple(dict.fromkeys(found.layout.name for found in self._seen.bags))
         entry = None if store is None else self._entry
         outcomes = tuple(sorted(self._outcomes, key=lambda each: each.slide_id))
         if store is not None:
             store.write_index()
-        return ImportReport(entry, layouts, outcomes, self._seen.skipped, self._seen.labels)
+        return ImportReport(entry, layouts, outcomes, self._seen.skipped, self._seen.labels, self._seen.not_taken)
+
+    def _import_all(self) -> Store | None:
+        """Import every bag; they are read one after the other and written several at a time, since writing waits."""
+        store: Store | None = None
+        writing: deque[tuple[str, Future[Outcome]]] = deque()
+        with ThreadPoolExecutor(_WRITERS, "import") as pool:
+            try:
+                for found in self._in_order():
+                    try:
+                        if store is None:
+                            store = self._open(found)
+                        writing.append((found.slide_id, pool.submit(self._prepared(store, found))))
+                    except RecipeMismatchError:
+                        raise
+                    except (ExtractError, OSError) as error:
+                        self._note(Outcome(found.slide_id, "failed", str(error)))
+                    while len(writing) > 2 * _WRITERS:
+                        self._settle(*writing.popleft())
+                while writing:
+                    self._settle(*writing.popleft())
+            finally:
+                for _, future in writing:
+                    future.cancel()
+        return store
+
+    def _settle(self, slide_id: str, future: "Future[Outcome]") -> None:
+        try:
+            outcome = future.result()
+        except StoreFullError:
+            raise
+        except (ExtractError, OSError) as error:
+            outcome = Outcome(slide_id, "failed", str(error))
+        self._note(outcome)
 
     def _note(self, outcome: Outcome) -> None:
         self._outcomes.append(outcome)
@@ -186,14 +219,15 @@ class _Import:
         return store
 
     def _read(self, found: Found) -> ForeignBag:
-        return found.layout.read(found.file, found.slide_id, self._answers)
+        return self._reader.read(found.file, found.layout, found.slide_id, self._answers)
 
-    def _import(self, store: Store, found: Found) -> Outcome:
+    def _prepared(self, store: Store, found: Found) -> Callable[[], Outcome]:
+        """What is left to do for a bag once it was read and compared with what is there."""
         slide_id, entry = found.slide_id, self._entry or ""
         execution = _execution(found, self._answers)
         complete = store.has_features(slide_id, entry)
         if complete and store[slide_id].feature_record(entry)["execution_fingerprint"] == fingerprint(execution):
-            return self._outcome(store, slide_id, "complete")
+            return partial(self._outcome, store, slide_id, "complete")
         first, self._first = self._first, None
         bag = first if first is not None and first.slide_id == slide_id else self._read(found)
         _check_same_recipe(store, entry, bag)
@@ -201,11 +235,14 @@ class _Import:
             _check_same_tiles(store, bag)
         if complete:
             _check_same_features(store, entry, bag)
-            return self._outcome(store, slide_id, "complete")
-        if slide_id not in store:
+            return partial(self._outcome, store, slide_id, "complete")
+        return partial(self._write, store, found, bag, execution)
+
+    def _write(self, store: Store, found: Found, bag: ForeignBag, execution: Execution) -> Outcome:
+        if found.slide_id not in store:
             store.write_tiles(_tiles_unit(found, bag))
-        store.write_features(entry, slide_id, bag.features, [], execution)
-        return self._outcome(store, slide_id, "imported")
+        store.write_features(self._entry or "", found.slide_id, bag.features, [], execution)
+        return self._outcome(store, found.slide_id, "imported")
 
     def _outcome(self, store: Store, slide_id: str, outcome: Literal["imported", "complete"]) -> Outcome:
         record = store[slide_id].record
@@ -248,6 +285,7 @@ def _execution(found: Found, answers: Answers) -> Execution:
     return Execution("unknown", "import", "unknown", 0, versions)
 
 
+@cache
 def _our_version() -> str:
     try:
         return version("tessera-mil")
@@ -345,9 +383,9 @@ def write_labels(path: Path, labels: Mapping[str, str]) -> None:
         if path.read_bytes() != data:
             raise StoreError(f"got {path} → another table is there → expected none, or the same → move it away")
         return
-    partial = partial_path(path)
+    beside = partial_path(path)
     try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
+        beside.write_bytes(data)
+        os.replace(beside, path)
     finally:
-        partial.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)

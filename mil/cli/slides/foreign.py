@@ -138,7 +138,7 @@ def export_features(
         with _progress(console) as progress:
             outcomes = export_store(open_store(store), out, format, entry, overwrite, progress)
     except KeyboardInterrupt:
-        say(console, f"stopped. {out} holds whole files; run the same command again with --overwrite.")
+        say(console, f"stopped. {out} holds whole files; run the same command again to go on.")
         raise typer.Exit(130) from None
     failed = [each for each in outcomes if each.outcome == "failed"]
     done, seconds = len(outcomes) - len(failed), time.monotonic() - started
@@ -185,6 +185,8 @@ def _print_import(console: Console, store: Path, report: Any, seconds: float) ->
     if report.skipped:
         first = next(iter(report.skipped.items()))
         say(console, f"{counted(len(report.skipped), 'file')} left out, such as {first[0]}: {first[1]}")
+    for line in report.not_taken.lines():
+        say(console, line)
     _print_failures(console, report.of("failed"))
 
 

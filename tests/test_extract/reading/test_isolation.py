@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from extract.channel import Channel, Message
 from extract.errors import NoTissueError, ReaderError, SlideUnreadableError, TileDecodeError
 from extract.geometry import ReadPlan
 from extract.reading.answers import check_answer, rebuild_error
-from extract.reading.channel import Channel, Message
 from extract.reading.isolation import ReaderLimits, ReaderProcess
 from extract.reading.reader import describe, open_request
 from extract.reading.readers import LocalReaders, Readers

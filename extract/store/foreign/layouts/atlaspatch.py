@@ -11,7 +11,7 @@ Reference: documentation of AtlasPatch, 2026.
 from extract.errors import AmbiguousError, ForeignFileError
 from extract.store.foreign.layouts.base import NO, SURE, Answers, CutFacts, ForeignBag, ForeignFile, ForeignLayout
 from extract.store.foreign.layouts.frames import Frame, corners_l0
-from extract.store.foreign.layouts.hdf5 import H5Contents, contents, number, open_h5, read_dataset
+from extract.store.foreign.layouts.hdf5 import H5Contents, contents, number, open_h5, read_dataset, read_pairs
 from extract.store.foreign.layouts.matrices import check_rows, clean_features
 
 
@@ -24,8 +24,7 @@ class AtlasPatch(ForeignLayout):
     def fits(self, file: ForeignFile) -> int:
         """Sure when a group of matrices lies beside five-column coordinates."""
         found = contents(file.path)
-        shape = found.shapes.get("coords", ())
-        return SURE if _matrices(found) and len(shape) == 2 and shape[1] == 5 else NO
+        return SURE if _matrices(found) and found.columns("coords") == 5 else NO
 
     def read(self, file: ForeignFile, slide_id: str, answers: Answers) -> ForeignBag:
         """The first two columns are the corners; the others say how the pixels were read."""
@@ -33,7 +32,7 @@ class AtlasPatch(ForeignLayout):
         name = choose(_matrices(found), answers.dataset, slide_id)
         with open_h5(file.path) as h5:
             features = clean_features(read_dataset(h5, f"features/{name}", slide_id), slide_id)
-            raw = None if answers.without_coords else read_dataset(h5, "coords", slide_id)
+            raw = None if answers.without_coords else read_pairs(h5, "coords", slide_id)
         facts = dict(found.of("coords")) | dict(found.of(""))
         tile_l0 = number(facts, "patch_size_level0")
         corners = None

@@ -19,7 +19,7 @@ from extract.store.foreign.layouts.base import (
     ForeignLayout,
 )
 from extract.store.foreign.layouts.frames import Frame, corners_l0
-from extract.store.foreign.layouts.hdf5 import contents, number, open_h5, read_dataset
+from extract.store.foreign.layouts.hdf5 import contents, number, open_h5, read_dataset, read_pairs
 from extract.store.foreign.layouts.matrices import check_rows, clean_features, load_tensor
 
 _TRIDENT = {"patch_size_level0", "level0_magnification", "target_magnification"}
@@ -34,9 +34,9 @@ class Clam(ForeignLayout):
     def fits(self, file: ForeignFile) -> int:
         """Sure when features lie beside whole-number pairs that carry no attributes of another tool."""
         found = contents(file.path)
-        if not found.is_matrix("features") or len(found.shapes.get("coords", ())) != 2:
+        if not found.is_matrix("features") or not found.is_matrix("coords"):
             return NO
-        pairs = found.shapes["coords"][1] == 2 and found.kinds["coords"] in "iu"
+        pairs = found.columns("coords") == 2 and found.kinds["coords"] in "iu"
         known = {"patch_size", "patch_level", "downsample", "downsampled_level_dim", "level_dim", "name", "save_path"}
         stray = set(found.of("coords")) - known or set(found.of("")) - {"tessera"} or "imgs" in found.shapes
         return SURE if pairs and not stray else MAYBE
@@ -46,7 +46,7 @@ class Clam(ForeignLayout):
         found = contents(file.path)
         with open_h5(file.path) as h5:
             features = clean_features(read_dataset(h5, "features", slide_id), slide_id)
-            raw = None if answers.without_coords else read_dataset(h5, "coords", slide_id)
+            raw = None if answers.without_coords else read_pairs(h5, "coords", slide_id)
         facts = found.of("coords")
         side, level, downsample = (number(facts, name) for name in ("patch_size", "patch_level", "downsample"))
         # patch_level 0 is no number above 0

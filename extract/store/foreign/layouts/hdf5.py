@@ -33,6 +33,10 @@ class H5Contents:
         """Attributes of an object; empty where there are none."""
         return self.attributes.get(name, {})
 
+    def columns(self, name: str) -> int:
+        """Columns of a dataset that can be coordinates, [n, k] or [1, n, k]; 0 for what cannot."""
+        return self.shapes[name][-1] if self.is_matrix(name) else 0
+
     def is_matrix(self, name: str) -> bool:
         """Whether a dataset can be features: [n, dim] or [1, n, dim]."""
         shape = self.shapes.get(name, ())
@@ -119,6 +123,16 @@ def read_dataset(file: Any, name: str, slide_id: str) -> np.ndarray:
             f"again, or leave the file out"
         )
     return np.asarray(file[name][()])
+
+
+def read_pairs(file: Any, name: str, slide_id: str) -> np.ndarray:
+    """All of a dataset of coordinates; a leading axis of length one, [1, n, k], is dropped as it is of features.
+
+    Raises:
+        ForeignFileError: there is none of this name.
+    """
+    pairs = read_dataset(file, name, slide_id)
+    return pairs[0] if pairs.ndim == 3 and len(pairs) == 1 else pairs
 
 
 def number(attributes: Mapping[str, Any], *names: str) -> float | None:

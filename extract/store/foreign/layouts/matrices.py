@@ -12,6 +12,8 @@ import numpy as np
 from extract.errors import FeatureRangeError, ForeignFileError
 
 _CHECK_ROWS = 4096
+_BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How torch.save began a file before version 1.6: its magic number, pickled."""
 
 
 def clean_features(matrix: Any, slide_id: str) -> np.ndarray:
@@ -77,11 +79,18 @@ def check_rows(features: np.ndarray, coords: np.ndarray | None, slide_id: str) -
 
 
 def is_tensor_file(path: Path) -> bool:
-    """Whether a file is a zip archive as torch.save writes it since version 1.6."""
+    """Whether a file is as torch.save writes it: a zip archive since version 1.6, a marked stream before."""
+    with open(path, "rb") as file:
+        head = file.read(len(_BEFORE_1_6))
+    if head == _BEFORE_1_6:
+        return True
+    if not head.startswith(b"PK"):
+        return False
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/data.pkl") or name == "data.pkl" for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        # a damaged directory: names that are no text, a version that nobody knows
         return False
 
 

@@ -4,7 +4,7 @@ from extract.errors import AmbiguousError
 from extract.store.foreign.layouts.atlaspatch import choose
 from extract.store.foreign.layouts.base import MAYBE, NO, Answers, ForeignBag, ForeignFile, ForeignLayout
 from extract.store.foreign.layouts.frames import Frame, corners_l0
-from extract.store.foreign.layouts.hdf5 import H5Contents, contents, open_h5, read_dataset
+from extract.store.foreign.layouts.hdf5 import H5Contents, contents, open_h5, read_dataset, read_pairs
 from extract.store.foreign.layouts.matrices import check_rows, clean_features
 
 _FEATURES = ("features", "feats", "feat", "embeddings")
@@ -33,7 +33,7 @@ class PlainH5(ForeignLayout):
             )
         with open_h5(file.path) as h5:
             features = clean_features(read_dataset(h5, name, slide_id), slide_id)
-            raw = read_dataset(h5, pairs[0], slide_id) if pairs and not answers.without_coords else None
+            raw = read_pairs(h5, pairs[0], slide_id) if pairs and not answers.without_coords else None
         corners = None
         if raw is not None:
             check_rows(features, raw, slide_id)

@@ -28,7 +28,7 @@ from extract.store.foreign.layouts.base import (
     ForeignLayout,
 )
 from extract.store.foreign.layouts.frames import Frame, corners_l0
-from extract.store.foreign.layouts.hdf5 import contents, number, open_h5, read_dataset
+from extract.store.foreign.layouts.hdf5 import contents, number, open_h5, read_dataset, read_pairs
 from extract.store.foreign.layouts.matrices import check_rows, clean_features
 
 _V1_TILE_PX, _V1_TILE_UM = 224.0, 256.0
@@ -58,7 +58,7 @@ class Stamp(ForeignLayout):
             )
         with open_h5(file.path) as h5:
             features = clean_features(read_dataset(h5, "feats", slide_id), slide_id)
-            raw = None if answers.without_coords else read_dataset(h5, "coords", slide_id)
+            raw = None if answers.without_coords else read_pairs(h5, "coords", slide_id)
         tile_um, tile_px = _tile(facts)
         corners, mpp = None, answers.mpp_of(slide_id)
         if raw is not None:

@@ -20,7 +20,7 @@ from extract.store.foreign.layouts.base import (
     ForeignLayout,
 )
 from extract.store.foreign.layouts.frames import Frame, corners_l0
-from extract.store.foreign.layouts.hdf5 import H5Contents, contents, number, open_h5, read_dataset
+from extract.store.foreign.layouts.hdf5 import H5Contents, contents, number, open_h5, read_dataset, read_pairs
 from extract.store.foreign.layouts.matrices import check_rows, clean_features
 
 
@@ -43,12 +43,11 @@ class Trident(ForeignLayout):
         found = contents(file.path)
         with open_h5(file.path) as h5:
             features = clean_features(read_dataset(h5, "features", slide_id), slide_id)
-            raw = None if answers.without_coords else read_dataset(h5, "coords", slide_id)
+            raw = None if answers.without_coords else read_pairs(h5, "coords", slide_id)
         facts = found.of("coords")
         tile_l0 = _tile_l0(found)
         corners = None
         if raw is not None:
-            raw = raw[0] if raw.ndim == 3 and len(raw) == 1 else raw
             check_rows(features, raw, slide_id)
             corners = corners_l0(raw, Frame("px", "corner", tile_l0=tile_l0).completed(answers, slide_id), slide_id)
         return ForeignBag(
