@@ -2,13 +2,20 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeVar
 
+import torch
+
 from aggregators.base import Aggregator
-from aggregators.errors import DuplicateAggregatorError, UnknownAggregatorError, UnknownKeywordError
+from aggregators.errors import DuplicateAggregatorError, UnknownAggregatorError, UnknownKeywordError, require
+
+_LARGEST_NUMBER, _LARGEST_DEPTH = 1_000_000, 256
+_SURELY_SMALL = 2048
+"""A head whose numbers are all at most this large is built at once; of others the parameters are counted before."""
+_MOST_PARAMETERS = 1_000_000_000
 
 _Head = TypeVar("_Head", bound=type[Aggregator])
 
@@ -135,7 +142,33 @@ def create_aggregator(name: str, in_dim: int = 1024, n_classes: int = 4, **keywo
                 f"got keyword {keyword!r} for head {name!r} → expected {listing} → {_suggestion(keyword, valid)}"
             )
     builder: Callable[..., Aggregator] = aggregator_record(name).builder
-    return builder(in_dim=in_dim, n_classes=n_classes, **keywords)
+    keywords = {"in_dim": in_dim, "n_classes": n_classes, **keywords}
+    _check_parameters(name, builder, keywords)
+    return builder(**keywords)
+
+
+def _check_parameters(name: str, builder: Callable[..., Aggregator], keywords: Mapping[str, object]) -> None:
+    """Refuse a head too large for any memory before a byte of it is asked for."""
+    largest = max((abs(value) for value in keywords.values() if isinstance(value, int)), default=0)
+    require(
+        largest <= _LARGEST_NUMBER,
+        f"got a width or number of {largest} for head {name!r} → expected at most {_LARGEST_NUMBER} → choose a smaller "
+        f"one",
+    )
+    depth = keywords.get("depth", 1)
+    require(
+        not isinstance(depth, int) or depth <= _LARGEST_DEPTH,
+        f"got depth={depth} for head {name!r} → expected at most {_LARGEST_DEPTH} layers → choose fewer",
+    )
+    if largest > _SURELY_SMALL:
+        # on a device without memory only shapes are made
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in builder(**keywords).parameters())
+        require(
+            count <= _MOST_PARAMETERS,
+            f"got head {name!r} with {count} parameters by {dict(keywords)} → expected at most {_MOST_PARAMETERS} → "
+            f"choose smaller widths",
+        )
 
 
 def _suggestion(got: str, valid: Iterable[str]) -> str:

@@ -95,7 +95,9 @@ def coerce(where: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is tuple:
         return _coerce_seeds(where, value) if where == "seeds" else _coerce_tuple(where, value, get_args(kind))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = _as_float(where, value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"got {where}={value} → expected a finite number → write {where}=<a number>")
     if kind is Path and isinstance(value, str | Path):
         return _local_file(where, value)
     wanted = Mapping if get_origin(kind) is Mapping else kind
@@ -106,6 +108,13 @@ def coerce(where: str, value: Any, kind: Any) -> Any:
         fix = f"quote it: {where}='\"{value}\"'" if quote else f"write {where}=<{expected}>"
         raise ConfigError(f"got {where}={value!r} → expected {expected} → {fix}")
     return value
+
+
+def _as_float(where: str, value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ConfigError(f"got {where}={value} → expected a number of at most 1e308 → choose a smaller one") from None
 
 
 def _local_file(where: str, value: str | Path) -> Path:

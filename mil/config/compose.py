@@ -14,6 +14,8 @@ from mil.errors import ConfigError
 
 _RECIPE = "recipe"
 _PRIMARY = "train"
+_MAX_BYTES = 1 << 20
+_MAX_NODES = 20_000
 
 
 def compose_config(
@@ -123,15 +125,54 @@ def read_config_file(path: Path) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"got {path} as config → it is larger than {_MAX_BYTES} bytes → give a config.yaml")
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_size(root, path)
+        is_mapping = isinstance(root, yaml.MappingNode)
+        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if is_mapping else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
+        what = "brackets within brackets without end" if isinstance(error, RecursionError) else error
         raise ConfigError(
-            f"got {path} as config → it cannot be read ({error}) → give the config.yaml of a run, or one like it"
+            f"got {path} as config → it cannot be read ({what}) → give the config.yaml of a run, or one like it"
         ) from error
     if not isinstance(tree, dict):
         raise ConfigError(f"got {path} as config → expected key: value lines → give the config.yaml of a run")
     _refuse_target(tree, path)
     return {str(key): value for key, value in tree.items()}
+
+
+def _check_size(root: Any, path: Path) -> None:
+    """Refuse a YAML document that grows without measure when its aliases are followed.
+
+    Args:
+        root: node of the document as it was parsed, aliases being shared nodes; None of an empty one.
+        path: for the message.
+
+    Raises:
+        ConfigError: it does, or an alias lies within what it stands for.
+    """
+    sizes: dict[int, int | None] = {}
+
+    def size(node: Any) -> int:
+        if id(node) in sizes:
+            known = sizes[id(node)]
+            if known is None:
+                raise ConfigError(f"got {path} as config → an alias in it contains itself → write its values out")
+            return known
+        sizes[id(node)] = None
+        pairs = node.value if isinstance(node.value, list) else []
+        children = [child for pair in pairs for child in (pair if isinstance(pair, tuple) else (pair,))]
+        sizes[id(node)] = total = 1 + sum(size(child) for child in children)
+        if total > _MAX_NODES:
+            raise ConfigError(
+                f"got {path} as config → its aliases stand for more than {_MAX_NODES} values → write its values out"
+            )
+        return total
+
+    if root is not None:
+        size(root)
 
 
 def _refuse_target(tree: object, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints: a head's weights as safetensors, and beside them, as JSON, all that is needed to use them rightly."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from hashlib import sha256
@@ -17,9 +17,11 @@ from extract.store import difference, fingerprint
 from mil.cohort.targets import CLASSIFICATION
 from mil.config.train import TrainConfig
 from mil.errors import CheckpointError
-from mil.files import write_atomically
+from mil.files import parse_json, write_atomically
 
 FORMAT = 1
+_MOST_NUMBERS = 1_000_000
+_KIND_NAMES = {str: "a text", int: "a whole number in its range", list: "a list of names", dict: "values by name"}
 _PACKAGES = ("tessera-mil", "torch", "numpy", "timm")
 
 
@@ -124,7 +126,7 @@ def load_checkpoint(path: Path) -> tuple[Aggregator, CheckpointRecord]:
     try:
         head = create_aggregator(record.head, in_dim=record.in_dim, n_classes=record.n_outputs, **record.keywords)
         head.load_state_dict(load(weights))
-    except (AggregatorError, RuntimeError, SafetensorError) as error:
+    except (AggregatorError, RuntimeError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"got the checkpoint {path} → its weights do not fit head {record.head!r} of this version ({error}) → use "
             f"the version that wrote it: {dict(record.versions)}"
@@ -169,7 +171,7 @@ def _read_record(path: Path) -> tuple[CheckpointRecord, str]:
     """The record and the hash of its weights."""
     content = _read(path)
     try:
-        plain = json.loads(content)
+        plain = parse_json(content)
     except ValueError as error:
         raise CheckpointError(f"got {path}, which is not JSON ({error}) → expected a record → copy it again") from error
     plain = plain if isinstance(plain, dict) else {}
@@ -181,8 +183,30 @@ def _read_record(path: Path) -> tuple[CheckpointRecord, str]:
             f"got {path} of format {known} → expected a checkpoint record of format {FORMAT} → use the version of "
             f"tessera-mil that wrote it"
         )
+    _check_types(plain, names, path)
     values = {name: plain[name] for name in names}
     return CheckpointRecord(**values | {"class_names": tuple(plain["class_names"])}), plain["weights_sha256"]
+
+
+def _check_types(plain: Mapping[str, Any], names: Iterable[str], path: Path) -> None:
+    """Refuse a record whose values are of other kinds than are written."""
+    texts, numbers = ("head", "target", "entry", "replica"), ("in_dim", "fold", "seed", "best_epoch", "outputs")
+    kinds: dict[str, type] = dict.fromkeys(texts, str) | dict.fromkeys(numbers, int) | {"class_names": list}
+    for name in sorted(names):
+        kind = kinds.get(name, int if name == "format" else dict)
+        value = plain[name]
+        right = isinstance(value, kind) and not isinstance(value, bool)
+        if name == "class_names":
+            right = right and all(isinstance(each, str) for each in value)
+        if name in ("in_dim", "outputs"):
+            right = right and (1 if name == "in_dim" else 0) <= value <= _MOST_NUMBERS
+        if not right:
+            raise CheckpointError(
+                f"got {name}={str(value)[:60]!r} in {path} → expected {_KIND_NAMES[kind]} as a checkpoint holds it → "
+                f"the record was changed or damaged; copy it again, or train again"
+            )
+    if not isinstance(plain["weights_sha256"], str):
+        raise CheckpointError(f"got no hash of the weights in {path} → the record is damaged; copy it again")
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import pytest
 
 from aggregators import (
     DuplicateAggregatorError,
+    HeadConfigError,
     MeanPool,
     UnknownAggregatorError,
     UnknownKeywordError,
@@ -65,3 +66,23 @@ def test_a_second_head_of_one_name_is_refused():
     with pytest.raises(DuplicateAggregatorError, match="second head named 'mean'"):
         register_aggregator("mean", paper="Nobody, 2026")(type("Other", (MeanPool,), {}))
     assert aggregator_record("mean").builder is MeanPool
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords", "message"),
+    [
+        ("abmil", {"embed_dim": 10**11}, "at most 1000000"),
+        ("abmil", {"embed_dim": 60_000, "attention_dim": 60_000}, "parameters"),
+        ("mean", {"in_dim": 10**9, "n_classes": 2}, "at most 1000000"),
+        ("transformer", {"depth": 10**6}, "at most 256 layers"),
+    ],
+)
+def test_a_head_larger_than_any_memory_is_refused_before_it_is_built(
+    name: str, keywords: dict[str, int], message: str
+) -> None:
+    with pytest.raises(HeadConfigError, match=message):
+        create_aggregator(name, **keywords)
+
+
+def test_a_wide_head_is_built() -> None:
+    assert create_aggregator("abmil", in_dim=4096, n_classes=2, embed_dim=16).in_dim == 4096

@@ -135,3 +135,25 @@ def test_a_killed_write_leaves_no_checkpoint(tmp_path: Path, head: Aggregator, m
         save_checkpoint(path, head, RECORD)
     with pytest.raises(CheckpointError, match=r"a\.json"):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("value", [None, True, -1, 1e300, "x", [], {}, [[1]], {"a": 1}, 10**30])
+def test_no_value_of_a_record_ends_in_another_error(path: Path, value: object) -> None:
+    file = path.with_suffix(".json")
+    whole = json.loads(file.read_text())
+    for name in whole:
+        file.write_text(json.dumps(whole | {name: value}))
+        try:
+            load_checkpoint(path)
+        except CheckpointError as error:
+            assert str(file.with_suffix("")) in str(error)
+    for name in whole["keywords"]:
+        file.write_text(json.dumps(whole | {"keywords": whole["keywords"] | {name: value}}))
+        with pytest.raises(CheckpointError):
+            load_checkpoint(path)
+
+
+def test_a_record_of_brackets_is_an_error(path: Path) -> None:
+    path.with_suffix(".json").write_text('{"format": ' + "[" * 100_000)
+    with pytest.raises(CheckpointError, match="JSON"):
+        load_checkpoint(path)
