@@ -1,6 +1,6 @@
 """``python -m mil``: the command line."""
 
-from mil.cli.main import main
+from mil.cli.start import main
 
 if __name__ == "__main__":
     main()

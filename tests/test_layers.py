@@ -66,12 +66,13 @@ ROOMS = {
         "demo": "errors statistics config training runs experiments deployment",
         "__init__": "errors cohort statistics config training evaluation runs reports experiments tuning deployment",
         "cli": "",
-        "cli/console": "evaluation",
+        "cli/console": "evaluation cli",
         "cli/slides": "files visualization cli/console",
         "cli/heads": "errors files cohort statistics config bags training evaluation runs reports experiments tuning "
         "deployment demo cli/console cli/slides",
-        "cli/main": "cli/slides cli/heads",
-        "__main__": "cli/main",
+        "cli/main": "cli cli/slides cli/heads",
+        "cli/start": "cli cli/main",
+        "__main__": "cli/start",
     },
 }
 """Package → room → the rooms that it imports; it may import only what stands before it."""

@@ -65,7 +65,7 @@ def test_its_metadata_say_what_it_is(wheel: Path, names: set[str]):
     assert metadata["Name"] == "tessera-mil"
     assert "Apache-2.0" in (metadata["License-Expression"] or metadata["License"])
     assert set(metadata["Requires-Python"].split(",")) == {">=3.11", "<3.14"}
-    assert entry_points.split() == ["[console_scripts]", "mil", "=", "mil.cli.main:main"]
+    assert entry_points.split() == ["[console_scripts]", "mil", "=", "mil.cli.start:main"]
     assert any(name.startswith(f"{info}/") and name.endswith("LICENSE") for name in names)
     assert metadata.get_payload().strip(), "the README is the long description"
     assert {"report", "dev"} <= set(metadata.get_all("Provides-Extra"))

@@ -7,7 +7,7 @@ from extract.exports import lazy_exports
 
 _HOME = {
     "Backbone": "extract.backbones.backbone",
-    "DEFAULT_BACKBONE": "extract.backbones.backbone",
+    "DEFAULT_BACKBONE": "extract.backbones.presets",
     "list_backbones": "extract.backbones.backbone",
     "load_backbone": "extract.backbones.backbone",
 }

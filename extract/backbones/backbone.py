@@ -15,7 +15,7 @@ from torch.nn import functional
 from extract.backbones.architectures import create_architecture
 from extract.backbones.checkpoints import load_own
 from extract.backbones.hub import fetch, offline_if_unreachable
-from extract.backbones.presets import PRESETS, Preset, find_preset
+from extract.backbones.presets import DEFAULT_BACKBONE, PRESETS, Preset, find_preset
 from extract.backbones.runtimes import CheckedForward, choose_runtime, compile_model
 from extract.backbones.transformers_models import PREFIX, load_remote
 from extract.backbones.transforms import choose_statistics, describe_transform, own_transform
@@ -23,7 +23,6 @@ from extract.backbones.weights import adapt_state, hash_state, load_state, read_
 from extract.errors import BackboneError, FeatureRangeError
 from extract.store import Execution, FeatureRecipe, TransformRecipe
 
-DEFAULT_BACKBONE = "efficientnet_lite0"
 POOLINGS = ("model", "avg", "cls", "cls+avg")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKBONES = PRESETS

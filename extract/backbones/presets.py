@@ -12,6 +12,8 @@ from typing import Any
 
 from extract.errors import BackboneError
 
+DEFAULT_BACKBONE = "efficientnet_lite0"
+
 RGB = tuple[float, float, float]
 
 IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)

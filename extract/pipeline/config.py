@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, TypedDict, Unpack
 
-from extract.backbones.backbone import DEFAULT_BACKBONE, Backbone, load_backbone
+from extract.backbones.presets import DEFAULT_BACKBONE
 from extract.errors import RecipeError
 from extract.folders import NotTaken
 from extract.reading.isolation import ReaderLimits
@@ -17,8 +17,11 @@ from extract.slides.finding.source import SlideSource
 from extract.slides.finding.sources import find_slides, shard
 from extract.store import AugmentRecipe, QualityRecipe, TileRecipe, TissueRecipe
 
+if TYPE_CHECKING:
+    from extract.backbones.backbone import Backbone
+
 Slides = str | Path | Sequence[str | Path]
-Backbones = str | Backbone | Sequence[str | Backbone]
+Backbones: TypeAlias = "str | Backbone | Sequence[str | Backbone]"
 
 
 class ExtractionSettings(TypedDict, total=False):
@@ -111,7 +114,7 @@ class BackboneConfig:
         std: the same.
     """
 
-    backbones: tuple[str | Backbone, ...] = (DEFAULT_BACKBONE,)
+    backbones: "tuple[str | Backbone, ...]" = (DEFAULT_BACKBONE,)
     weights: str | Path | None = None
     pooling: str = "model"
     dtype: str = "float16"
@@ -241,7 +244,7 @@ class ExtractionConfig:
         """
         left: dict[str, Any] = dict(settings)
         paths = (slides,) if isinstance(slides, (str, Path)) else tuple(slides)
-        backbones = (backbone,) if isinstance(backbone, (str, Backbone)) else tuple(backbone)
+        backbones = tuple(backbone) if isinstance(backbone, Sequence) and not isinstance(backbone, str) else (backbone,)
         parts: dict[str, Any] = {
             "slides": SlideSelection(slides=paths, **_take(SlideSelection, left)),
             "backbone": BackboneConfig(backbones=backbones, **_take(BackboneConfig, left)),
@@ -252,14 +255,16 @@ class ExtractionConfig:
         format = left.pop("format", None)
         return cls(format=format, recipe=recipe or TileRecipe(**left), **parts)
 
-    def load(self, backbone: str | Backbone) -> Backbone:
+    def load(self, backbone: "str | Backbone") -> "Backbone":
         """One of the backbones, loaded.
 
         Raises:
             BackboneError: it cannot be.
         """
-        if isinstance(backbone, Backbone):
+        if not isinstance(backbone, str):
             return backbone
+        from extract.backbones.backbone import load_backbone
+
         return load_backbone(
             backbone,
             weights=self.backbone.weights,

@@ -4,15 +4,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Unpack
 
-from extract.backbones.backbone import DEFAULT_BACKBONE
 from extract.backbones.gpu import check_device
+from extract.backbones.presets import DEFAULT_BACKBONE
 from extract.backbones.runtimes import choose_runtime
 from extract.errors import SlideTableError
 from extract.folders import NotTaken
-from extract.pipeline.columns import all_columns
 from extract.pipeline.config import Backbones, ExtractionConfig, ExtractionSettings, Slides
-from extract.pipeline.report import ExtractionReport, Progress, Silent
+from extract.pipeline.jobs import all_columns
+from extract.pipeline.report import ExtractionReport, Progress, Silent, tell
 from extract.pipeline.run import ExtractionRun
+from extract.pipeline.shortcut import find_complete, remember
 from extract.slides.finding.source import SlideSource
 from extract.store import Store, TileRecipe, create_store
 from extract.store.core.remote_path import RemotePath, StorePath, store_path
@@ -92,11 +93,14 @@ def redo(store: Store, config: ExtractionConfig, sources: Sequence[SlideSource])
 def extract_slides(config: ExtractionConfig, store: str | StorePath, progress: Progress) -> ExtractionReport:
     """Embed the slides of a configuration into a store; see `run_extraction`."""
     check_format(store, config.format)
+    if (done := find_complete(store, config, progress)) is not None:
+        return done
     choose_runtime(config.compute.runtime)
     for text in check_device(config.compute.device):
         progress.warn(text)
     not_taken = NotTaken()
     sources = config.slides.find(not_taken)
+    tell(progress, "loading the backbone")
     backbones = [config.load(each) for each in config.backbone.backbones]
     for text in (note for backbone in backbones for note in backbone.notes):
         progress.warn(text)
@@ -107,6 +111,7 @@ def extract_slides(config: ExtractionConfig, store: str | StorePath, progress: P
     made = create_store(store, config.recipe, config.format)
     redo(made, config, sources)
     run = ExtractionRun(made, columns, config, progress)
+    remember(made, config, [column.entry for column in columns])
     try:
         report = run.embed(sources)
     finally:

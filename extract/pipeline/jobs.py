@@ -1,21 +1,30 @@
-"""What the stream of tiles works on: columns, jobs of slides, how many workers."""
+"""What the stream of tiles works on: which features of a slide are to be made, jobs of slides, how many workers.
 
+Imports no torch: a run that finds everything there needs none.
+"""
+
+import copy
 import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from extract.backbones.backbone import Backbone, to_dtype
-from extract.errors import FeatureRangeError
+from extract.errors import FeatureRangeError, RecipeError
 from extract.geometry import ReadPlan
 from extract.reading.ring import INVALID
-from extract.store import QualityRecipe
+from extract.store import FeatureRecipe, QualityRecipe
 from extract.store.core.draft import Draft
+
+if TYPE_CHECKING:
+    import torch
+
+    from extract.backbones.backbone import Backbone
+    from extract.pipeline.config import EntryConfig
 
 CPU_BATCH_SIZE = 4
 GPU_BATCH_SIZE = 128
@@ -40,7 +49,7 @@ class Column:
     """
 
     entry: str
-    backbone: Backbone
+    backbone: "Backbone"
     view: int = 0
 
 
@@ -103,6 +112,8 @@ class SlideJob:
 
     def fill(self, start: int, stop: int, features: Sequence[np.ndarray]) -> None:
         """Put computed rows in their places; a value that the store cannot hold ends the slide at once."""
+        from extract.backbones.backbone import to_dtype
+
         valid = (self.flags[start:stop] & INVALID) == 0
         for target, rows in zip(self.features, features, strict=True):
             try:
@@ -170,11 +181,51 @@ class StreamStats:
         return min(self.device_busy_s / max(time.monotonic() - self.started, 1e-9) / self.workers, 1.0)
 
 
-def workers(device: torch.device) -> int:
+def workers(device: "torch.device") -> int:
     """Threads that embed: one a core on a CPU, one on a GPU."""
     return available_cores() if device.type == "cpu" else 1
 
 
-def ring_slots(device: torch.device) -> int:
+def ring_slots(device: "torch.device") -> int:
     """Slots that keep readers and backbones from waiting for each other."""
     return 2 * workers(device) + available_cores() + 2 if device.type == "cpu" else 8
+
+
+def all_columns(backbones: Sequence["Backbone"], entries: "EntryConfig") -> list[Column]:
+    """The columns of every backbone.
+
+    Raises:
+        RecipeError: two of them would be one entry.
+    """
+    columns = [column for each in backbones for column in make_columns(each, entries)]
+    names = [column.entry for column in columns]
+    if len(set(names)) < len(names):
+        raise RecipeError(f"got the entries {names} → expected each once → name each backbone and --context-mpp once")
+    return columns
+
+
+def entry_name(backbone: str) -> str:
+    """The default entry of a backbone: its name with everything outside ``[a-z0-9._-]`` replaced by ``-``."""
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in backbone.lower())
+    return kept.strip("._-") or "features"
+
+
+def make_columns(backbone: "Backbone", entries: "EntryConfig") -> list[Column]:
+    """What is computed with one backbone: its tiles as they are, their augmented views, and their surroundings."""
+    name = entries.entry or entry_name(backbone.recipe.backbone)
+    # a copy, since the run may let it compute by another runtime
+    columns = [Column(name, _with_recipe(backbone, backbone.recipe))]
+    for view in range(1, entries.views + 1):
+        recipe = replace(backbone.recipe, view=f"view-{view}", augment=entries.augment)
+        columns.append(Column(f"{name}@view-{view}", _with_recipe(backbone, recipe), view))
+    for mpp in entries.context_mpp:
+        recipe = replace(backbone.recipe, context_mpp=mpp)
+        columns.append(Column(f"{name}@context-{mpp:g}", _with_recipe(backbone, recipe)))
+    return columns
+
+
+def _with_recipe(backbone: "Backbone", recipe: FeatureRecipe) -> "Backbone":
+    """The same loaded weights under another recipe."""
+    other = copy.copy(backbone)
+    other.recipe = recipe
+    return other

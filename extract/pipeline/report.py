@@ -80,6 +80,9 @@ class Progress(Protocol):
     def start(self, n_slides: int) -> None:
         """The run begins."""
 
+    def at(self, what: str) -> None:
+        """What is being done until the first slide is open: ``loading the backbone``."""
+
     def tiles_done(self, n: int, stats: StreamStats) -> None:
         """``n`` more tiles are embedded; ``stats`` tells how busy the device is and which stage the others wait for."""
 
@@ -96,6 +99,9 @@ class Silent:
     def start(self, n_slides: int) -> None:
         """Nothing."""
 
+    def at(self, what: str) -> None:
+        """Nothing."""
+
     def tiles_done(self, n: int, stats: StreamStats) -> None:
         """Nothing."""
 
@@ -104,3 +110,10 @@ class Silent:
 
     def warn(self, text: str) -> None:
         """Nothing."""
+
+
+def tell(progress: Progress, what: str) -> None:
+    """Say what is being done to a `Progress` that wants to know; those of before version 0.2 do not."""
+    at = getattr(progress, "at", None)
+    if at is not None:
+        at(what)

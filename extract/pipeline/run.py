@@ -37,7 +37,7 @@ from extract.pipeline.jobs import (
 )
 from extract.pipeline.parity import find_parity
 from extract.pipeline.preparation import Preparation, PreparedSlide, StoppedError
-from extract.pipeline.report import ExtractionReport, Progress, SlideOutcome
+from extract.pipeline.report import ExtractionReport, Progress, SlideOutcome, tell
 from extract.pipeline.stream import Stream
 from extract.reading.isolation import ReaderProcess, kill_readers
 from extract.reading.readers import LocalReaders, Readers, reading_threads
@@ -92,6 +92,7 @@ class ExtractionRun:
         return checked
 
     def _use_runtime(self, backbone: Backbone, runtime: str) -> CheckedForward | None:
+        tell(self._progress, "comparing runtimes" if runtime == "auto" else f"preparing {runtime}")
         try:
             return backbone.use_runtime(runtime, self._batch_size, workers(self._device))
         except RuntimeConversionError as error:
@@ -112,6 +113,7 @@ class ExtractionRun:
     def embed(self, sources: Sequence[SlideSource]) -> ExtractionReport:
         """Embed the slides and report."""
         started = time.monotonic()
+        tell(self._progress, "starting the readers")
         self._progress.start(len(sources))
         cores = available_cores()
         tile_px = self._store.tile_recipe.tile_px

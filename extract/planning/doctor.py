@@ -281,7 +281,8 @@ def _cut_request(path: Path) -> dict[str, object]:
 
 def check_backbone(device: str = "auto") -> Check:
     """The default backbone: its weights, what it gives for a known tile, and how fast."""
-    from extract.backbones.backbone import DEFAULT_BACKBONE, load_backbone
+    from extract.backbones.backbone import load_backbone
+    from extract.backbones.presets import DEFAULT_BACKBONE
     from extract.backbones.verification import synthetic_tiles
 
     backbone = load_backbone(DEFAULT_BACKBONE, device=device, precision="fp32")

@@ -13,9 +13,18 @@ import torch
 from extract.backbones.backbone import Backbone
 from extract.backbones.presets import find_preset
 from extract.errors import BackboneError, ExtractError, RuntimeConversionError
-from extract.pipeline.columns import entry_name, make_columns
 from extract.pipeline.config import EntryConfig, ExtractionConfig
-from extract.pipeline.jobs import CPU_BATCH_SIZE, GPU_BATCH_SIZE, Column, SlideJob, available_cores, ring_slots, workers
+from extract.pipeline.jobs import (
+    CPU_BATCH_SIZE,
+    GPU_BATCH_SIZE,
+    Column,
+    SlideJob,
+    available_cores,
+    entry_name,
+    make_columns,
+    ring_slots,
+    workers,
+)
 from extract.pipeline.stream import Stream
 from extract.planning.planned import MeasuredRate, PlannedEntry, PlanProgress, Sample
 from extract.reading.isolation import ReaderProcess
@@ -43,7 +52,7 @@ class PlanModel:
         return cls(recipe.backbone, recipe.dim, recipe.dtype, backbone)
 
     def entries(self, config: EntryConfig) -> list[PlannedEntry]:
-        """What it will write; named as `extract.pipeline.columns.make_columns` names it."""
+        """What it will write; named as `extract.pipeline.jobs.make_columns` names it."""
         name = config.entry or entry_name(self.name)
         plain = PlannedEntry(name, self.dim, self.dtype)
         views = [replace(plain, name=f"{name}@view-{view}") for view in range(1, config.views + 1)]

@@ -7,11 +7,11 @@ from dataclasses import replace
 from itertools import chain
 from typing import Unpack
 
-from extract.backbones.backbone import DEFAULT_BACKBONE
+from extract.backbones.presets import DEFAULT_BACKBONE
 from extract.errors import RecipeMismatchError, StoreError
 from extract.folders import NotTaken
-from extract.pipeline.columns import make_columns
 from extract.pipeline.config import Backbones, ExtractionConfig, ExtractionSettings, Slides
+from extract.pipeline.jobs import make_columns
 from extract.planning.machine import nearest_folder
 from extract.planning.measure import PlanModel, find_model, measure_rates
 from extract.planning.planned import ExtractionPlan, PlanProgress, SilentPlan

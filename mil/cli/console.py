@@ -16,6 +16,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from mil.cli.activity import ACTIVITY, EVERY_S
+
 TargetOption = Annotated[
     str | None,
     typer.Option(help="Column to predict, or several: er,pr,her2; required without --config.", show_default=False),
@@ -29,7 +31,6 @@ TaskOption = Annotated[
 ]
 """What every command that trains is told of the target."""
 Estimate = Mapping[str, float | None]
-_PLAIN_EVERY_S = 10.0
 _LONGEST_WORD, _LONGEST_NAME = 12, 40
 """A longer word may be broken over lines, and a longer name cut, where room is short."""
 _TEXT_COLUMNS = ("which", "reason", "licence")
@@ -57,6 +58,8 @@ class LiveCount:
         """Start counting up to ``total``."""
         self._total, self._started = total, time.monotonic()
         self._last_line = self._started
+        # a bar shows by itself that time passes
+        ACTIVITY.follow(None if self._bar is not None else self._print_line)
         if self._bar is not None:
             self._bar.start()
             self._bar.add_task(self._what, total=total, note="")
@@ -69,18 +72,24 @@ class LiveCount:
             self._note = note if note is not None else self._note
             if self._bar is not None:
                 self._bar.update(self._bar.task_ids[0], completed=self._done, note=escape(self._text()))
-            elif time.monotonic() - self._last_line >= _PLAIN_EVERY_S:
-                self._last_line = time.monotonic()
-                self._console.print(f"{self._what} {self._done}/{self._total}  {self._text()}", markup=False)
+            elif time.monotonic() - self._last_line >= EVERY_S:
+                self._print_line()
 
     def say(self, line: str, style: str | None = None) -> None:
         """Print a line above the live line."""
+        ACTIVITY.printed()
         self._console.print(line, style=style, markup=False, soft_wrap=True, highlight=False)
 
     def end(self) -> None:
         """Remove the live line."""
         if self._bar is not None:
             self._bar.stop()
+        ACTIVITY.rest("finishing")
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
+        ACTIVITY.printed()
+        self._console.print(f"{self._what} {self._done}/{self._total}  {self._text()}", markup=False)
 
     def _text(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-9)
@@ -139,6 +148,10 @@ class ExtractionProgress:
         elif outcome.n_invalid and outcome.outcome == "embedded":
             self._count.say(f"{outcome.slide_id}: {outcome.n_invalid} of {outcome.n_tiles} tiles cannot be decoded")
         self._count.add(done=1)
+
+    def at(self, what: str) -> None:
+        """What is done before the first slide."""
+        ACTIVITY.at(what)
 
     def warn(self, text: str) -> None:
         """Something that the user should know and that stops nothing."""
@@ -286,10 +299,8 @@ def shortened(names: Sequence[str], most: int = 4) -> str:
 
 
 def say_start(what: str) -> None:
-    """On a terminal, say what takes seconds before the first progress is shown."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        console.print(f"{what} ...", style="dim", markup=False, highlight=False, soft_wrap=True)
+    """Say what takes seconds before something is shown; every ten seconds again until then."""
+    ACTIVITY.at(what)
 
 
 def counted(n: int, what: str) -> str:
@@ -299,4 +310,5 @@ def counted(n: int, what: str) -> str:
 
 def say(console: Console, line: str, style: str | None = None) -> None:
     """Print a line as it is: no markup, no colours for numbers, no breaks."""
+    ACTIVITY.printed()
     console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

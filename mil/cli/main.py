@@ -5,6 +5,7 @@ import sys
 import typer
 from rich.console import Console
 
+from mil.cli.activity import ACTIVITY
 from mil.cli.heads import benchmark, compare, config, pack, predict, score, sweep, train
 from mil.cli.slides import extract, foreign, models, plan, sheet, store
 
@@ -23,6 +24,13 @@ def main() -> None:
     from extract.signals import exit_when_stopped
 
     exit_when_stopped()
+    try:
+        _run()
+    finally:
+        ACTIVITY.end()
+
+
+def _run() -> None:
     try:
         app()
     except SystemExit as end:

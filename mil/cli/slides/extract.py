@@ -46,7 +46,7 @@ def extract(
     """
     flags = ExtractionFlags(**given)
     flags.check()
-    say_start("loading torch and the backbone")
+    say_start("looking for slides and what the store holds of them")
     _check_store(store)
     from extract.pipeline.fleet import check_claims, devices_of, run_fleet
     from extract.store.core.remote_path import store_path
@@ -61,15 +61,22 @@ def extract(
 
 def _redo_once(store: Path, flags: ExtractionFlags) -> None:
     """Move slides that are to be done again out of the store, before several processes share the work."""
-    from extract.pipeline.config import ExtractionConfig
     from extract.pipeline.extraction import redo
     from extract.store import open_store
 
     if flags.redo and store.exists():
-        keywords = flags.keywords("cpu")
-        slides, backbone, entry, recipe = (keywords.pop(name) for name in ("slides", "backbone", "entry", "recipe"))
-        config = ExtractionConfig.of(slides, backbone, entry, recipe, **keywords)
+        config = _config(flags.keywords("cpu"))
         redo(open_store(store, "r+"), config, config.slides.find())
+
+
+def _config(keywords: dict[str, Any]) -> Any:
+    """The keywords of `extract.run_extraction` as a configuration."""
+    from extract.pipeline.config import ExtractionConfig
+
+    named = ("slides", "backbone", "entry", "recipe")
+    others = {name: value for name, value in keywords.items() if name not in named}
+    slides, backbone, entry, recipe = [keywords.get(name) for name in named]
+    return ExtractionConfig.of(slides or [], backbone or [], entry, recipe, **others)
 
 
 def _check_store(store: Path) -> None:
@@ -87,14 +94,21 @@ def _run(store: Path, keywords: dict[str, Any]) -> None:
     Raises:
         typer.Exit: slides failed, or were left to others.
     """
-    from extract.pipeline.extraction import run_extraction
     from extract.pipeline.fleet import LEFT_TO_OTHERS
+    from extract.pipeline.shortcut import find_complete
     from mil.cli.console import ExtractionProgress
 
     console = Console()
     progress = ExtractionProgress(console)
+    config = _config(keywords)
     try:
-        report = run_extraction(store=store, progress=progress, **keywords)
+        # before torch is loaded, which takes longer than looking
+        report = find_complete(store, config, progress)
+        if report is None:
+            say_start("loading the backbone")
+            from extract.pipeline.extraction import extract_slides
+
+            report = extract_slides(config, store, progress)
     finally:
         progress.end()
     print_extraction(console, report)

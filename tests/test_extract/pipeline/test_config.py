@@ -117,7 +117,7 @@ def test_what_does_not_suit_is_refused(settings: dict[str, object], message: str
 
 def test_a_backbone_is_loaded_as_told(monkeypatch: pytest.MonkeyPatch):
     told: dict[str, object] = {}
-    monkeypatch.setattr("extract.pipeline.config.load_backbone", lambda name, **keywords: told.update(keywords))
+    monkeypatch.setattr("extract.backbones.backbone.load_backbone", lambda name, **keywords: told.update(keywords))
     names = "weights", "pooling", "dtype", "device", "precision", "allow_remote_code", "mean", "std"
     of(**{name: CHANGED[name] for name in (*names, "compile_model")}, tile_px=96).load("resnet18")
     assert told == {name: CHANGED[name] for name in names} | {"compile": True, "tile_px": 96}

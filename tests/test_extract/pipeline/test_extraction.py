@@ -20,9 +20,8 @@ from extract.backbones.backbone import Backbone
 from extract.errors import ExtractError, RecipeError, RecipeMismatchError, SlideTableError, StoreError, StoreFullError
 from extract.geometry import plan_read
 from extract.pipeline.claims import Claims
-from extract.pipeline.columns import entry_name
 from extract.pipeline.extraction import run_extraction
-from extract.pipeline.jobs import StreamStats
+from extract.pipeline.jobs import StreamStats, entry_name
 from extract.pipeline.preparation import Preparation
 from extract.pipeline.report import Silent, SlideOutcome
 from extract.pipeline.run import ExtractionRun

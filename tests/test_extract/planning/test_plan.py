@@ -19,9 +19,9 @@ from extract.errors import (
     SlideUnreadableError,
     StoreError,
 )
-from extract.pipeline.columns import make_columns
 from extract.pipeline.config import EntryConfig
 from extract.pipeline.extraction import run_extraction
+from extract.pipeline.jobs import make_columns
 from extract.planning.plan import plan_extraction
 from extract.planning.planned import ExtractionPlan, PlannedSlide, SilentPlan
 from extract.reading.isolation import ReaderProcess

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from mil.cli import console as shown
+from mil.cli.activity import ACTIVITY
 from mil.cli.console import (
     ExtractionProgress,
     LiveCount,
@@ -133,13 +134,9 @@ def test_long_lists_of_names_are_cut() -> None:
     assert shortened([]) == ""
 
 
-def test_only_a_terminal_hears_of_the_start(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    say_start("loading")
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(shown, "Console", lambda stderr: Console(stderr=stderr, force_terminal=True))
-    say_start("loading")
+def test_what_is_begun_is_said_at_once_and_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for what in ("loading", "loading", "reading"):
+        say_start(what)
+    ACTIVITY.end()
     printed = capsys.readouterr()
-    assert printed.out == ""
-    assert "loading ..." in printed.err
+    assert (printed.out, printed.err) == ("", "loading ...\nreading ...\n")
