@@ -312,3 +312,11 @@ def say(console: Console, line: str, style: str | None = None) -> None:
     """Print a line as it is: no markup, no colours for numbers, no breaks."""
     ACTIVITY.printed()
     console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds, minutes, or hours and minutes."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

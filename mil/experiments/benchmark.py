@@ -28,6 +28,7 @@ from mil.config.train import TrainConfig
 from mil.errors import ConfigError, MilError, MissingExtraError, RunError, listed
 from mil.experiments.baselines import ON_FEATURES, run_baselines
 from mil.experiments.benchmark_config import DEFAULT_HEADS, BenchmarkConfig, compose_benchmark, head_title
+from mil.experiments.cost import HeadCost, cheapest_first, measure_costs
 from mil.experiments.crossval import check_target, cross_validate, split_plan
 from mil.experiments.leaderboard import Board, BoardRow, Entrant, board_metrics, rank, score
 from mil.experiments.leaderboard_page import write_page
@@ -45,11 +46,15 @@ from mil.training.resume import UNESSENTIAL, discard_unfinished, training_key
 
 @dataclass(frozen=True)
 class BenchmarkProgress:
-    """Where a benchmark is: ``done`` of ``total`` replicas, working on ``what``."""
+    """Where a benchmark is: ``done`` of ``total`` replicas, working on ``what``.
+
+    Before the first of them ``costs`` says what each head will cost, in the order in which they are trained.
+    """
 
     done: int
     total: int
     what: str
+    costs: tuple[HeadCost, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +172,11 @@ def _benchmark(
         write_splits(folder / "splits.csv", splits, cohort)
     replicas = splits.n_folds * len(train.seeds)
     count = _Count(len(sources) * len(config.heads) * replicas, progress or (lambda _: None))
+    if progress is not None:
+        costs = measure_costs(cells, cohort, replicas, lambda what: progress(BenchmarkProgress(0, count.total, what)))
+        cells = [cheapest_first(its_cells, costs) for its_cells in cells]
+        told = tuple(costs[cell] for its_cells in cells for cell in its_cells)
+        progress(BenchmarkProgress(0, count.total, "training", told))
     rows: list[BoardRow] = []
     for source, its_cells in zip(sources, cells, strict=True):
         reference: Entrant | None = None
@@ -178,7 +188,7 @@ def _benchmark(
                 entrants += _baselines(source, cohort, splits, rows)
             rows += [score(each, reference, tested) for each in entrants]
             count.finish(replicas, cell.where)
-            board = _board(rows, cohort, tested, config, sources, splits.warnings, folder)
+            board = _board(_in_order(rows, sources, config), cohort, tested, config, sources, splits.warnings, folder)
             # after each cell, so that a long benchmark can be followed
             with tell_full_disk(folder), suppress(MissingExtraError):
                 board.write_csv(folder / "leaderboard.csv")
@@ -191,7 +201,7 @@ def _benchmark(
 
 @dataclass(frozen=True, eq=False)
 class _Cell:
-    """One head on one source."""
+    """One head on one source; equal to itself alone."""
 
     source: _Source
     title: str
@@ -218,6 +228,19 @@ class _Cell:
     def where(self) -> str:
         """For progress."""
         return f"{self.title} on {self.source.name}"
+
+
+def _in_order(rows: Sequence[BoardRow], sources: Sequence[_Source], config: BenchmarkConfig) -> list[BoardRow]:
+    """The rows in the order of the settings, in whichever they were made."""
+    titles = [head_title(head) for head in config.heads]
+    names = [source.name for source in sources]
+
+    def place(row: BoardRow) -> tuple[int, int]:
+        # baselines stand behind mean pooling, the first of the heads
+        at = titles.index(row.name) if row.name in titles else 0
+        return names.index(row.entry) if row.entry in names else 0, 2 * at + (row.name not in titles)
+
+    return sorted(rows, key=place)
 
 
 def _baselines(source: _Source, cohort: Cohort, splits: Splits, rows: Sequence[BoardRow]) -> list[Entrant]:

@@ -1,5 +1,7 @@
 """``mil benchmark``: heads and features compared on one cohort."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +14,7 @@ from mil.cli.console import (
     TaskOption,
     counted,
     counted_replicas,
+    duration_text,
     print_table,
     say,
     say_start,
@@ -72,10 +75,30 @@ def benchmark(
     settings = compose_benchmark(overrides or [], config, given)
     console = Console()
     with counted_replicas(console, out) as report:
-        board = run_benchmark(settings, out, report, overwrite)
+
+        def shown(progress: Any) -> None:
+            if progress.costs:
+                _print_costs(console, progress.costs)
+            report(progress)
+
+        board = run_benchmark(settings, out, shown, overwrite)
     _print(console, board, out)
     if any(row.verdict == "failed" for row in board.rows):
         raise typer.Exit(1)
+
+
+def _print_costs(console: Console, costs: Sequence[Any]) -> None:
+    """What each head costs at most, in the order in which they are trained."""
+    several = len({cost.entry for cost in costs}) > 1
+    rows = [
+        [
+            f"{cost.head} on {cost.entry}" if several else cost.head,
+            f"{cost.n_parameters:,}" if cost.n_parameters else "–",
+            "–" if math.isnan(cost.seconds) else duration_text(cost.seconds),
+        ]
+        for cost in costs
+    ]
+    print_table(console, "cost at most, cheapest first", ["head", "parameters", "time"], rows)
 
 
 _VERDICTS = {"beats mean pooling": "yes", "does not beat mean pooling": "no"}

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from mil.cli.console import duration_text
 from mil.cli.slides.flags import ExtractionFlags, with_extraction_flags
 
 _NEARLY_ALL = 0.95
@@ -177,13 +178,13 @@ def _totals(planned: Any) -> list[str]:
         rate = planned.rate
         again = ", some of them again and again" if rate.n_different < rate.n_tiles else ""
         lines.append(
-            f"about {_duration(planned.seconds)} on {rate.device}: {_duration(planned.start_seconds)} to start, "
-            f"{_duration(planned.cut_seconds)} to cut slides, then {rate.tiles_per_s:.1f} tiles/s; measured in "
-            f"{rate.seconds:.1f} s with {_count(rate.n_different, 'tile')} of the first slides{again}, waiting for "
+            f"about {duration_text(planned.seconds)} on {rate.device}: {duration_text(planned.start_seconds)} to "
+            f"start, {duration_text(planned.cut_seconds)} to cut slides, then {rate.tiles_per_s:.1f} tiles/s; measured "
+            f"in {rate.seconds:.1f} s with {_count(rate.n_different, 'tile')} of the first slides{again}, waiting for "
             f"{rate.bottleneck}"
         )
     else:
-        lines.append(f"cutting takes {_duration(planned.cut_seconds)}, which mil extract does again")
+        lines.append(f"cutting takes {duration_text(planned.cut_seconds)}, which mil extract does again")
     return lines
 
 
@@ -193,14 +194,6 @@ def _count(n: int, what: str) -> str:
 
 def _size(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    """Seconds, minutes, or hours and minutes."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def doctor(
