@@ -5,7 +5,9 @@ from pathlib import Path
 import numpy as np
 
 
-def write_level(path: Path, pixels: np.ndarray, mpp: float, series: str, number: int, tile: int = 128) -> None:
+def write_level(
+    path: Path, pixels: np.ndarray, mpp: float, series: str, number: int, tile: int = 128, jpeg: str = ""
+) -> None:
     """Write one level of a series.
 
     Args:
@@ -15,11 +17,14 @@ def write_level(path: Path, pixels: np.ndarray, mpp: float, series: str, number:
         series: SeriesInstanceUID.
         number: InstanceNumber; the UID of the instance ends in it.
         tile: side of a frame in pixels.
+        jpeg: chroma subsampling, ``444`` or ``422``, of frames as JPEG; empty for frames as they are.
     """
     import pydicom
+    import simplejpeg
     from pydicom.dataset import Dataset, FileMetaDataset
+    from pydicom.encaps import encapsulate
     from pydicom.sequence import Sequence
-    from pydicom.uid import ExplicitVRLittleEndian
+    from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit
 
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = pixels.shape[:2]
@@ -30,7 +35,7 @@ def write_level(path: Path, pixels: np.ndarray, mpp: float, series: str, number:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.77.1.6"
     meta.MediaStorageSOPInstanceUID = f"{series}.{number}"
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.TransferSyntaxUID = JPEGBaseline8Bit if jpeg else ExplicitVRLittleEndian
     level = Dataset()
     level.file_meta = meta
     level.SOPClassUID = meta.MediaStorageSOPClassUID
@@ -44,7 +49,8 @@ def write_level(path: Path, pixels: np.ndarray, mpp: float, series: str, number:
     ]
     level.StudyInstanceUID, level.SeriesInstanceUID, level.FrameOfReferenceUID = "1.2.1", series, "1.2.2"
     level.InstanceNumber = number
-    level.SamplesPerPixel, level.PhotometricInterpretation, level.PlanarConfiguration = 3, "RGB", 0
+    colours = {"": "RGB", "444": "YBR_FULL", "422": "YBR_FULL_422"}[jpeg]
+    level.SamplesPerPixel, level.PhotometricInterpretation, level.PlanarConfiguration = 3, colours, 0
     level.BitsAllocated, level.BitsStored, level.HighBit, level.PixelRepresentation = 8, 8, 7, 0
     level.Rows = level.Columns = tile
     level.NumberOfFrames = len(frames)
@@ -60,5 +66,9 @@ def write_level(path: Path, pixels: np.ndarray, mpp: float, series: str, number:
     icc = Dataset()
     icc.OpticalPathIdentifier = "0"
     level.OpticalPathSequence = Sequence([icc])
-    level.PixelData = frames.tobytes()
+    if jpeg:
+        streams = [simplejpeg.encode_jpeg(np.ascontiguousarray(each), 90, "RGB", jpeg) for each in frames]
+        level.PixelData = encapsulate(streams)
+    else:
+        level.PixelData = frames.tobytes()
     pydicom.dcmwrite(path, level, enforce_file_format=True)

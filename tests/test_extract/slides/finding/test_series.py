@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from extract.errors import SlideChangedError
 from extract.slides.finding.sources import find_slides
@@ -50,16 +52,28 @@ def test_several_series_in_a_folder_are_known_by_their_uids(series: Path):
     assert ids(series) == ["1.2.3.4", "1.2.3.9"]
 
 
-def test_pixels_are_those_of_pydicom(series: Path):
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    jpeg=st.sampled_from(["", "444", "422"]),
+    tile=st.sampled_from([64, 128, 256]),
+    size=st.tuples(st.integers(64, 400), st.integers(64, 300)),
+)
+def test_pixels_are_those_of_pydicom(tmp_path: Path, jpeg: str, tile: int, size: tuple[int, int]):
     import pydicom
 
-    dataset = pydicom.dcmread(series / "c1.dcm")
-    frames, side = dataset.pixel_array, int(dataset.Rows)
-    with open_slide(series / "c1.dcm") as slide:
-        for i in range(0, len(frames), 5):
-            row, column = divmod(i, 512 // side)
-            shown = slide.read_region(column * side, row * side, 0, (side, side))
-            np.testing.assert_array_equal(shown, frames[i])
+    path = tmp_path / f"{jpeg}-{tile}-{size[0]}-{size[1]}" / "a.dcm"
+    write_level(path, tissue_image(*size, margin=8), 0.5, series="1.2.3.4", number=1, tile=tile, jpeg=jpeg)
+    dataset = pydicom.dcmread(path)
+    frames = pydicom.pixels.pixel_array(dataset, raw=False)
+    frames = frames if frames.ndim == 4 else frames[None]
+    with open_slide(path) as slide:
+        assert slide.size_l0 == size
+        for i, frame in enumerate(frames):
+            row, column = divmod(i, -(-size[0] // tile))
+            width, height = min(tile, size[0] - column * tile), min(tile, size[1] - row * tile)
+            shown = slide.read_region(column * tile, row * tile, 0, (width, height))
+            # pydicom turns YCbCr into RGB in floating point, libjpeg in whole numbers
+            assert np.abs(shown.astype(int) - frame[:height, :width]).max() <= (2 if jpeg else 0)
 
 
 def record_of(path: Path) -> dict[str, Any]:
