@@ -17,7 +17,7 @@ def write_level(
         series: SeriesInstanceUID.
         number: InstanceNumber; the UID of the instance ends in it.
         tile: side of a frame in pixels.
-        jpeg: chroma subsampling, ``444`` or ``422``, of frames as JPEG; empty for frames as they are.
+        jpeg: chroma subsampling, ``422`` or ``420``, of frames as JPEG; empty for frames as they are.
     """
     import pydicom
     import simplejpeg
@@ -49,7 +49,7 @@ def write_level(
     ]
     level.StudyInstanceUID, level.SeriesInstanceUID, level.FrameOfReferenceUID = "1.2.1", series, "1.2.2"
     level.InstanceNumber = number
-    colours = {"": "RGB", "444": "YBR_FULL", "422": "YBR_FULL_422"}[jpeg]
+    colours = "YBR_FULL_422" if jpeg else "RGB"
     level.SamplesPerPixel, level.PhotometricInterpretation, level.PlanarConfiguration = 3, colours, 0
     level.BitsAllocated, level.BitsStored, level.HighBit, level.PixelRepresentation = 8, 8, 7, 0
     level.Rows = level.Columns = tile

@@ -54,7 +54,7 @@ def test_several_series_in_a_folder_are_known_by_their_uids(series: Path):
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    jpeg=st.sampled_from(["", "444", "422"]),
+    jpeg=st.sampled_from(["", "422", "420"]),
     tile=st.sampled_from([64, 128, 256]),
     size=st.tuples(st.integers(64, 400), st.integers(64, 300)),
 )
