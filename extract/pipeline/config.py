@@ -283,10 +283,11 @@ class ExtractionConfig:
         backbones = self.backbone.backbones
         if not backbones:
             raise RecipeError("got no backbone → expected at least one → name one")
-        if len(backbones) > 1 and (self.entries.entry is not None or self.backbone.weights is not None):
+        own = (self.entries.entry, self.backbone.weights, self.backbone.mean, self.backbone.std)
+        if len(backbones) > 1 and any(each is not None for each in own):
             raise RecipeError(
-                f"got {len(backbones)} backbones with one --as or --weights → these belong to one backbone → run them "
-                f"one after the other, or leave these out"
+                f"got {len(backbones)} backbones with one --as, --weights, --mean or --std → these belong to one "
+                f"backbone → run them one after the other, or leave these out"
             )
 
     def _check_contexts(self) -> None:

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from extract.backbones import load_backbone
 from extract.backbones.checkpoints import find_encoder, load_own, read_checkpoint
-from extract.errors import BackboneError
+from extract.errors import BackboneError, RecipeMismatchError
+from extract.pipeline.extraction import run_extraction
+from tests.test_extract.small import TILES, write_slide
 
 State = dict[str, Any]
 
@@ -238,3 +240,26 @@ def test_another_file_beside_the_weights_is_no_source(tmp_path: Path, content: s
     torch.save(timm.create_model("resnet10t", num_classes=0).state_dict(), tmp_path / "w.pth")
     (tmp_path / "config.json").write_text(content)
     assert "of timm's name" in load_backbone("resnet10t", weights=tmp_path / "w.pth").notes[-1]
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth", "teacher_reg4_pretrain.pth"])
+def test_a_checkpoint_may_have_any_usual_name(tmp_path: Path, name: str) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    torch.save(model.state_dict(), tmp_path / name)
+    loaded = load_backbone("vit_tiny_patch16_224", weights=tmp_path / name, mean=(0.7, 0.5, 0.6), std=(0.2, 0.2, 0.2))
+    assert loaded.recipe.transform.mean == (0.7, 0.5, 0.6)
+    tiles = np.random.default_rng(0).integers(0, 256, (2, 224, 224, 3)).astype(np.uint8)
+    seen = (torch.from_numpy(tiles).permute(0, 3, 1, 2) / 255 - torch.tensor([0.7, 0.5, 0.6])[:, None, None]) / 0.2
+    with torch.no_grad():
+        expected = model.eval()(seen).numpy()
+    np.testing.assert_allclose(loaded.embed(tiles).astype(np.float32), expected, atol=0.02)
+
+
+def test_statistics_of_another_training_are_another_recipe(tmp_path: Path) -> None:
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict(), tmp_path / "w.pth")
+    slide = write_slide(tmp_path / "slides" / "a.tif")
+    settings = {"weights": tmp_path / "w.pth", "recipe": TILES, "runtime": "torch", "isolation": False}
+    first = {"mean": (0.7, 0.5, 0.6), "std": (0.2, 0.2, 0.2)}
+    run_extraction(slide, tmp_path / "s.zarr", "vit_tiny_patch16_224", **settings, **first)
+    with pytest.raises(RecipeMismatchError, match="mean"):
+        run_extraction(slide, tmp_path / "s.zarr", "vit_tiny_patch16_224", **settings)

@@ -100,8 +100,9 @@ def test_a_keyword_that_there_is_not_is_refused():
     ("settings", "message"),
     [
         ({"backbone": ()}, "got no backbone"),
-        ({"backbone": ("a", "b"), "entry": "x"}, "got 2 backbones with one --as or --weights"),
-        ({"backbone": ("a", "b"), "weights": "w.pth"}, "got 2 backbones with one --as or --weights"),
+        ({"backbone": ("a", "b"), "entry": "x"}, "got 2 backbones with one --as, --weights"),
+        ({"backbone": ("a", "b"), "weights": "w.pth"}, "got 2 backbones with one --as, --weights"),
+        ({"backbone": ("a", "b"), "mean": (0.5, 0.5, 0.5)}, "--mean or --std"),
         ({"context_mpp": (0.5,)}, "got a context of 0.5 µm/px → expected µm per pixel, coarser than the tiles' 0.5"),
         ({"context_mpp": (float("nan"),), "mpp": None}, "got a context of nan µm/px"),
         ({"default_mpp": 0.0}, "got a default mpp of 0.0"),
