@@ -65,7 +65,9 @@ class _Plane:
         offsets, counts = (np.array(each, dtype=np.uint64) for each in (page.dataoffsets, page.databytecounts))
         if offsets.size != math.prod(shape) or counts.size != offsets.size:
             raise WrongPixelsError(f"it lists {offsets.size} pieces where {math.prod(shape)} belong → copy it again")
-        if not counts.all() or int((offsets + counts).max()) > page.parent.filehandle.size:
+        # a TIFF tile that is not there is background, as scanners leave it out; a strip that is not there is missing
+        gone = not counts.all() and not directory.tiled
+        if gone or int((offsets + counts).max()) > page.parent.filehandle.size:
             raise WrongPixelsError("the file ends before its pixels do → copy it again")
         tables, colours = (page.jpegtables or b"")[2:-2], None
         if directory.photometric == PALETTE:
@@ -73,6 +75,11 @@ class _Plane:
             colours = (np.asarray(page.colormap).reshape(3, 256).T >> 8).astype(np.uint8)
         plane = cls(directory, segment, offsets.reshape(shape), counts.reshape(shape), tables, colours, page.decode)
         return plane._by_rows()._checked()
+
+    @property
+    def samples(self) -> int:
+        """Samples per pixel of one piece."""
+        return 1 if self.directory.planar == 2 else self.directory.samples
 
     def _by_rows(self) -> "_Plane":
         """A strip that is not compressed, as strips of a few rows: any of its rows can be read alone."""
@@ -191,10 +198,12 @@ class TiffRaster:
     def _decode_one(self, plane: _Plane, sample: int, row: int, column: int) -> np.ndarray:
         """The samples uint8 [h, w, s] of one piece of one plane."""
         place = sample, row, column
+        if not plane.counts[place]:
+            return np.full((plane.segment[1], plane.segment[0], plane.samples), 255, dtype=np.uint8)
         data = self._bytes(int(plane.offsets[place]), int(plane.counts[place]))
         width, height = plane.segment
         rows = height if plane.directory.tiled else min(height, plane.directory.size[1] - row * height)
-        count = 1 if plane.directory.planar == 2 else plane.directory.samples
+        count = plane.samples
         if plane.directory.compression == JPEG and count in (1, 3):
             return _decode_jpeg(data, plane, (rows, width, count))
         if plane.directory.compression == _UNCOMPRESSED:

@@ -271,6 +271,19 @@ def test_a_damaged_piece_is_an_error_and_the_others_are_read(tmp_path: Path, com
         assert not readable.all()
 
 
+def test_a_tile_that_was_left_out_is_background(tmp_path: Path):
+    path, pixels = tmp_path / "a.tif", picture(width=256, height=192)
+    extra = [(274, "H", 1, 3, True)]
+    tifffile.imwrite(path, pixels, photometric="rgb", compression="zlib", tile=(64, 64), extratags=extra)
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        for tag in ("TileByteCounts", "TileOffsets"):
+            values = list(tiff.pages[0].tags[tag].value)
+            tiff.pages[0].tags[tag].overwrite([0 if i == 5 else value for i, value in enumerate(values)])
+    expected = pixels.copy()
+    expected[64:128, 64:128] = 255
+    np.testing.assert_array_equal(shown(path), expected)
+
+
 def test_a_file_cut_short_is_refused_at_opening(tmp_path: Path):
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, picture(), photometric="rgb", compression="zlib", rowsperstrip=16, metadata=None)
