@@ -149,7 +149,7 @@ def test_presets_need_not_be_loaded_for_their_size(slides: Path, monkeypatch: py
     def refuse(*arguments: object, **keywords: object) -> None:
         raise BackboneError("got no weights → expected some → mil models pull")
 
-    monkeypatch.setattr("extract.pipeline.config.load_backbone", refuse)
+    monkeypatch.setattr("extract.backbones.backbone.load_backbone", refuse)
     planned = plan(slides / "a", backbone="uni")
     assert (planned.entries[0].dim, planned.problems) == (1024, ())
     # to measure they are needed: the plan is made, and says what stands in the way
@@ -180,7 +180,7 @@ def test_loading_the_backbone_is_part_of_the_start(slides: Path, monkeypatch: py
         time.sleep(0.3)
         return tiny_backbone()
 
-    monkeypatch.setattr("extract.pipeline.config.load_backbone", load)
+    monkeypatch.setattr("extract.backbones.backbone.load_backbone", load)
     assert plan(slides / "a", backbone="tiny").start_seconds >= 0.3
 
 
