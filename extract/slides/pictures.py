@@ -6,12 +6,13 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from PIL import Image
+from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 PLAIN_EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
 """What is always read as a plain image."""
@@ -42,7 +43,6 @@ DECODE_ERRORS = (
 )
 """What Pillow, tifffile and NumPy raise on files that are damaged, hostile or not what their name says."""
 
-_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 _MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA"})
 _EXIF_ORIENTATION = 274
 _BAND_ROWS = 1024
@@ -109,13 +109,44 @@ class PictureRaster:
             return self._decoded
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A picture whose header was read; not by `Image.open`, which refuses large ones by a limit of its own."""
+    with open(path, "rb") as file:
+        image = _image_of(file, path)
+        try:
+            yield image
+        finally:
+            image.close()
+
+
+def _image_of(file: IO[bytes], path: Path) -> Image.Image:
+    """What the first bytes say it is, whatever its name.
+
+    Raises:
+        DECODE_ERRORS: one of these, where it is nothing of the kind.
+    """
+    head = file.read(12)
+    file.seek(0)
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return PngImagePlugin.PngImageFile(file, os.fspath(path))
+    if head.startswith(b"\xff\xd8\xff"):
+        # a JPEG of several pictures is told by this
+        return JpegImagePlugin.jpeg_factory(file, os.fspath(path))
+    if head.startswith(b"BM"):
+        return BmpImagePlugin.BmpImageFile(file, os.fspath(path))
+    if head.startswith(b"RIFF") and head[8:] == b"WEBP":
+        return WebPImagePlugin.WebPImageFile(file, os.fspath(path))
+    raise ValueError(f"cannot identify image file {path.name!r}")
+
+
 def _header(path: Path, max_pixels: int) -> tuple[int, int, int]:
     """Width, height and EXIF orientation of a picture that can be read."""
-    with Image.open(path, formats=_FORMATS) as image:
+    with _opened(path) as image:
         width, height = image.size
         if width * height > max_pixels:
             raise ValueError(
-                f"its {width} x {height} px are more than {max_pixels / 1e6:.0f} million, and pictures are decoded "
+                f"its {width} x {height} px are more than {max_pixels / 1e6:.0f} million pixels, and pictures are decoded "
                 f"whole; convert it to a pyramidal TIFF with vips tiffsave IN OUT.tif --tile --pyramid "
                 f"--compression jpeg --Q 90"
             )
@@ -173,7 +204,7 @@ def _unnamed_file(shape: tuple[int, int, int]) -> np.ndarray:
 
 
 def _decode_into(path: Path, pixels: np.ndarray) -> np.ndarray:
-    with Image.open(path, formats=_FORMATS) as image:
+    with _opened(path) as image:
         kind, mode, is_clear = image.format, image.mode, not image.has_transparency_data
         if kind == "JPEG" and mode in ("L", "RGB"):
             return _decode_jpeg(path, mode, pixels)

@@ -87,6 +87,16 @@ def test_no_damaged_png_is_shown_as_something_else(tmp_path: Path, rng: np.rando
             np.testing.assert_array_equal(whole(path), expected)
 
 
+@pytest.mark.parametrize("kind", ["png", "bmp"])
+def test_a_picture_beyond_pillows_own_limit_opens(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / f"a.{kind}"
+    pixels = tissue_image(60, 40)
+    Image.fromarray(pixels).save(path)
+    # by Pillow's limit a picture of twice as many pixels is a bomb
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    np.testing.assert_array_equal(whole(path), pixels)
+
+
 def test_no_room_for_a_large_picture_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     Image.fromarray(tissue_image(60, 40)).save(tmp_path / "a.png")
     monkeypatch.setattr(pictures, "SPOOLED_PX", 100)
