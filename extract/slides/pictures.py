@@ -146,8 +146,8 @@ def _header(path: Path, max_pixels: int) -> tuple[int, int, int]:
         width, height = image.size
         if width * height > max_pixels:
             raise ValueError(
-                f"its {width} x {height} px are more than {max_pixels / 1e6:.0f} million pixels, and pictures are decoded "
-                f"whole; convert it to a pyramidal TIFF with vips tiffsave IN OUT.tif --tile --pyramid "
+                f"its {width} x {height} px are more than {max_pixels / 1e6:.0f} million pixels, and pictures are "
+                f"decoded whole; convert it to a pyramidal TIFF with vips tiffsave IN OUT.tif --tile --pyramid "
                 f"--compression jpeg --Q 90"
             )
         if image.mode not in _MODES:
