@@ -39,7 +39,7 @@ def trusted_levels(
     kept, notes = [0], []
     for level in range(1, len(sizes)):
         low, high = _possible_downsamples(sizes[0], sizes[level])
-        if low > high or not low * 0.999 <= downsamples[level] <= high * 1.001:
+        if low > high or not _is_between(downsamples[level], sizes[0], sizes[level]):
             ratios = " and ".join(f"{a / b:.4g}" for a, b in zip(sizes[0], sizes[level], strict=True))
             notes.append(f"level {level} of {sizes[level][0]} x {sizes[level][1]} px is {ratios} times smaller")
         elif (
@@ -59,6 +59,13 @@ def _possible_downsamples(full: Size, small: Size) -> tuple[float, float]:
     low = max(a / (b + 1.01) for a, b in zip(full, small, strict=True))
     high = min(a / max(b - 1.01, 0.5) for a, b in zip(full, small, strict=True))
     return low, high
+
+
+def _is_between(downsample: float, full: Size, small: Size) -> bool:
+    """Whether a downsample is one of either side, or their mean, as readers take it of levels that were rounded."""
+    least = min(a / (b + 1.01) for a, b in zip(full, small, strict=True))
+    most = max(a / max(b - 1.01, 0.5) for a, b in zip(full, small, strict=True))
+    return least <= downsample <= most
 
 
 def _is_whole(low: float, high: float) -> bool:
