@@ -124,7 +124,10 @@ def test_wandb_works_offline(files: Literal["none", "all"], tmp_path: Path, monk
     written = b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
     assert (b"oof.csv" in written) == (files == "all")
     assert (b"/hospital-disk" in written) == (files == "all")
-    for private in (socket.gethostname().encode(), sys.argv[0].encode(), b"PRINTED-DOE"):
+    host = socket.gethostname().encode()
+    # two or three letters are found in any compressed file
+    hosts = (host,) if len(host) > 5 else ()
+    for private in (*hosts, sys.argv[0].encode(), b"PRINTED-DOE"):
         assert private not in log.read_bytes()
     assert not (run / "files" / "output.log").exists()
     assert not (run / "files" / "wandb-metadata.json").exists()
